@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels where there is a compiler; an install without one goes on without them."""
+"""Builds the native CPU kernels if there is a compiler; without one the installation goes on without them."""
 
 import platform
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ _COMPILE = [
     "-std=c++17",
     "-O3",
     "-g0",
-    "-fopenmp",  # at compile time only: the library binds to the OpenMP runtime that PyTorch brings
+    "-fopenmp",  # at compile time only: at load time the library binds to PyTorch's OpenMP runtime
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
@@ -23,8 +23,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 class _Library:
     name: str
     sources: list[str]
-    headers: list[str]  # built again when they change, and part of a source distribution
-    flags: list[str]  # beside the common ones
+    headers: list[str]  # a change of these rebuilds the library; they are part of a source distribution
+    flags: list[str]  # in addition to the common flags
 
 
 _LIBRARIES = [

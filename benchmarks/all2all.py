@@ -14,9 +14,9 @@ import torch
 from shoal.comm.base import Communicator
 from shoal.comm.threads import ThreadComm, ThreadGroups
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
-from shoal.parallel.all2all.choose import Exchange, bytes_per_token, choose
+from shoal.parallel.all2all.choice import ExpertExchange, bytes_per_token, choose_backend
+from shoal.parallel.expert_placement import place_experts
 from shoal.parallel.mesh import make_mesh
-from shoal.parallel.placement import place_experts
 from shoal.parallel.topology import Topology
 
 _RANKS = (2, 4, 8)
@@ -53,7 +53,7 @@ def _sent_bytes(backend: str, ranks: int, experts: int, top_k: int, hidden: int)
 
 def _compare(model: str, ranks: int) -> dict[str, Any]:
     experts, top_k, hidden = _MODELS[model]
-    exchange = Exchange(tuple(map(len, place_experts(experts, ranks, "linear"))), top_k, hidden, _ITEM_BYTES)
+    exchange = ExpertExchange(tuple(map(len, place_experts(experts, ranks, "linear"))), top_k, hidden, _ITEM_BYTES)
     sent = {backend: _sent_bytes(backend, ranks, experts, top_k, hidden) / (ranks * _TOKENS) for backend in BACKENDS}
     expected = bytes_per_token(exchange)
     return {
@@ -66,7 +66,7 @@ def _compare(model: str, ranks: int) -> dict[str, Any]:
         "expected_bytes_per_token": {backend: round(expected[backend]) for backend in BACKENDS},
         "all_to_all_share": round(sent["all_to_all"] / sent["allgather_reducescatter"], 3),
         "remote_ranks_of_a_token": round(exchange.remote_ranks, 2),
-        "auto": choose(exchange)[0],
+        "auto": choose_backend(exchange)[0],
     }
 
 

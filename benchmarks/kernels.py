@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
 from shoal.kernels.native import load_native
 from shoal.kernels.reference import ReferenceKernels
 
@@ -133,12 +133,14 @@ def main() -> None:
         for name, call in small_operations(rows, case).items():
             results.append({"op": name, "rows": rows, "us": medians(call, kernels, options.seconds)})
         for context, window, softcap in ((160, None, None), (2048, None, None), (2048, None, 50.0), (2048, 512, None)):
-            scores = Scores(HEADS.head_dim**-0.5, window, softcap)
+            params = AttentionParams(HEADS.head_dim**-0.5, window, softcap)
             case = decodes(rows, context)
             q = torch.randn(rows, HEADS.q_heads, HEADS.head_dim, dtype=DTYPE)
 
-            def attend(each: Kernels, i: int, case: Decodes = case, q: Tensor = q, scores: Scores = scores) -> Tensor:
-                return each.attend(q, HEADS, scores, case.batch, case.layers[i % len(case.layers)])
+            def attend(
+                each: Kernels, i: int, case: Decodes = case, q: Tensor = q, params: AttentionParams = params
+            ) -> Tensor:
+                return each.attend(q, HEADS, params, case.batch, case.layers[i % len(case.layers)])
 
             def read(_: Kernels, i: int, case: Decodes = case) -> Tensor:
                 return read_cache(case.layers[i % len(case.layers)])

@@ -1,11 +1,11 @@
-// The attention of shoal.kernels.native, in the library _native: short query runs over the paged cache.
+// The attention of shoal.kernels.native, in the library _native: attention over the paged KV cache for sequences with
+// few queries.
 //
-// What a query sees of its context is cut into splits at the positions which are multiples of kSplit, so that the cut
-// depends on nothing but its own position and the window. Each split gives an unnormalized sum of values with the
-// maximum and the sum of its exponentials, and the splits of a row are merged in order (the rescaling of Milakov &
-// Gimelshein, "Online normalizer calculation for softmax", 2018; the parallel splits of FlashDecoding, Dao et al.
-// 2023). Within a split there is no rescaling: its scores fit in the first-level cache, so the maximum is known before
-// the first exponential.
+// The visible context of a query is divided into splits at the positions that are multiples of kSplit, so the splits
+// depend only on the query's position and the window. Each split gives an unnormalized sum of values, the maximum of
+// its scores and the sum of their exponentials, and the splits of a row are merged in order (rescaling: Milakov &
+// Gimelshein, "Online normalizer calculation for softmax", 2018; parallel splits: FlashDecoding, Dao et al. 2023). A
+// split itself needs no rescaling: its scores fit into the L1 cache, so its maximum is known before the exponentials.
 
 #include "chunks.h"
 
@@ -19,28 +19,28 @@ namespace {
 enum Status : int32_t { kOk = 0, kOutOfMemory = 1, kUnsupported = 2 };
 
 constexpr int64_t kSplit = 256;
-constexpr int64_t kTile = 8;  // tokens; all their heads are visited before the next tile
+constexpr int64_t kTile = 8;  // tokens; all heads of these are computed before those of the next tile
 constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kCacheLine = 64;
 
-// Query heads of one KV head are taken up to eight at a time, with as many keys or chunks as leave the sums in
-// registers.
+// Up to eight query heads of a KV head are computed together, with as many keys or chunks at a time as leave the sums
+// in registers.
 constexpr int keys_per_pass(int group) { return group >= 8 ? 2 : 4; }
 constexpr int chunks_per_pass(int group) { return group >= 8 ? 1 : group >= 4 ? 2 : 4; }
 
 ALWAYS_INLINE int64_t padded_dim(int64_t head_dim) { return (head_dim + kChunk - 1) / kChunk * kChunk; }
 
-// A partial result: kStatistics floats (maximum, sum), then the padded sum of values in the lane order of the type.
+// A partial result has kStatistics floats (maximum, sum), then the padded sum of values in the lane order of the type.
 constexpr int64_t kStatistics = kLanes;
 ALWAYS_INLINE int64_t partial_size(int64_t head_dim) { return kStatistics + padded_dim(head_dim); }
 
-// What a thread needs of its own for one item, for every query head: the query as float32, the sum of values, and the
-// scores, which become weights.
+// The scratch space of a thread: for every query head the query as float32, the sum of values, and the scores, which
+// become weights.
 ALWAYS_INLINE int64_t scratch_size(int64_t q_heads, int64_t head_dim) {
     return q_heads * (2 * padded_dim(head_dim) + kSplit);
 }
 
-// Asks for `count` rows of `row_bytes` bytes at base + offsets[..], for the second-level cache.
+// Prefetches `count` rows of `row_bytes` bytes, at base + offsets[..], into the L2 cache.
 template <class T>
 ALWAYS_INLINE void prefetch_rows(const T* base, const int64_t* offsets, int64_t count, int64_t row_bytes) {
     for (int64_t t = 0; t < count; ++t) {
@@ -49,16 +49,17 @@ ALWAYS_INLINE void prefetch_rows(const T* base, const int64_t* offsets, int64_t 
     }
 }
 
-// One KV head over one tile of tokens.
+// The keys or values of one KV head for a tile of tokens.
 template <class T>
 struct Tile {
-    const T* rows;           // keys or values, at the head
-    const int64_t* offsets;  // [count]: where each token's heads start, in elements
+    const T* rows;           // the cache's keys or values, from this head on
+    const int64_t* offsets;  // [count]: the offset of each token from `rows`, in elements
     int64_t count;
     int64_t head_dim;
 };
 
-// scores[g, t] = query g . key t, for t rounded up to whole passes. q: [Group, padded_dim]; scores: [Group, kSplit].
+// scores[g, t] = query g . key t, for a count of t rounded up to whole passes. q: [Group, padded_dim]; scores: [Group,
+// kSplit].
 template <class T, int Group>
 ALWAYS_INLINE void score_tile(const Tile<T>& tile, const float* q, float* scores) {
     constexpr int kKeys = keys_per_pass(Group);
@@ -99,7 +100,7 @@ ALWAYS_INLINE float max_of(Floats x) {
     return best;
 }
 
-// tanh(x): near zero an odd polynomial, fitted to a relative error of 3e-9, elsewhere 1 - 2 / (e^2|x| + 1).
+// tanh(x): near zero an odd polynomial with a relative error of 3e-9, elsewhere 1 - 2 / (e^2|x| + 1).
 ALWAYS_INLINE Floats tanh_of(Floats x) {
     const Floats size = (x < 0.0f) ? -x : x, square = x * x;
     Floats p = splat(-0.00589515035f);
@@ -112,7 +113,7 @@ ALWAYS_INLINE Floats tanh_of(Floats x) {
     return (size < 0.6f) ? near : ((x < 0.0f) ? -far : far);
 }
 
-// scores -> exp(s - maximum), zero beyond count, where s = scale * score, bent by the softcap if that is not 0.
+// Replaces scores by exp(s - maximum), and by zero beyond count. s is scale * score, with the softcap if that is not 0.
 ALWAYS_INLINE void exponentiate(float* scores, int64_t count, float scale, float softcap, float* maximum, float* sum) {
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     if (softcap != 0.0f) {
@@ -138,7 +139,7 @@ ALWAYS_INLINE void exponentiate(float* scores, int64_t count, float scale, float
     *sum = sum_of(total);
 }
 
-// sums[g, d..] += weights[g, t] * value t over the tile, for Chunks chunks from d on.
+// sums[g, d..] += weights[g, t] * value t for all tokens of the tile, for Chunks chunks from d on.
 template <class T, int Group, int Chunks, class LoadValue>
 ALWAYS_INLINE void add_chunks(const Tile<T>& tile, const float* weights, float* sums, int64_t d,
                               const LoadValue& load_value) {
@@ -191,19 +192,19 @@ struct AttendArgs {
     int64_t table_stride, block_size, sequences, max_queries;
     int64_t q_heads, kv_heads, head_dim;
     const int32_t* group_starts;  // [kv_heads + 1] into q_order
-    const int32_t* q_order;       // [q_heads]: query heads, those of one KV head together
-    int64_t window;               // keys a query sees at most, its own included
+    const int32_t* q_order;       // [q_heads]: query heads, ordered by KV head
+    int64_t window;               // the most keys that a query attends to, its own included
     float scale, softcap;         // softcap 0: none
 };
 
-// A split of what one row sees.
+// One split of one row: `count` tokens of the context from position `start` on.
 struct Item {
     int64_t row, sequence, start, count;
-    float* partials;  // [q_heads, partial_size], null where the split is all of it
+    float* partials;  // [q_heads, partial_size], null if the row has one split
 };
 
-// visit(first, group) for the query heads of a KV head, cut into groups of 8, 4, 2 or 1 that begin at `first` in
-// q_order. `group` is a compile-time constant.
+// Calls visit(first, group) for the query heads of a KV head, divided into groups of 8, 4, 2 or 1 that begin at `first`
+// in q_order. `group` is a compile-time constant.
 template <class T, class Visit>
 ALWAYS_INLINE void for_each_group(const AttendArgs<T>& a, int64_t head, const Visit& visit) {
     int64_t i = a.group_starts[head];
@@ -238,8 +239,8 @@ ALWAYS_INLINE void attend_item(const AttendArgs<T>& a, const Item& item, int64_t
         }
     }
 
-    // Tokens outside, heads inside: the heads of a token are neighbours in memory, and whole rows, one after the other,
-    // arrive at twice the speed of single heads. Each head asks for its share of the next tile's rows.
+    // The outer loop is over tokens, the inner one over heads: the heads of a token are neighbours in memory, and whole
+    // rows are read twice as fast as single heads. Each head prefetches its share of the next tile's rows.
     const int64_t heads = end_head - first_head;
     const int64_t row_bytes = heads * a.head_dim * static_cast<int64_t>(sizeof(T));
     const auto prefetch_share = [&](const T* rows, int64_t t, int64_t head) __attribute__((always_inline)) {
@@ -259,7 +260,7 @@ ALWAYS_INLINE void attend_item(const AttendArgs<T>& a, const Item& item, int64_t
             });
         }
     for (int64_t i = begin; i < end; ++i) {
-        // The query has been used; its place takes the two statistics.
+        // The query is not needed any more: its space is used for the two statistics.
         float* statistics = queries + i * stride;
         exponentiate(scores + i * kSplit, item.count, a.scale, a.softcap, &statistics[0], &statistics[1]);
     }
@@ -292,7 +293,7 @@ ALWAYS_INLINE void attend_item(const AttendArgs<T>& a, const Item& item, int64_t
     }
 }
 
-// Merges the `splits` partial results of every head of a row; they lie [splits, q_heads, partial_size].
+// Merges the partial results of a row, [splits, q_heads, partial_size], for every head.
 template <class T>
 ALWAYS_INLINE void merge_row(const AttendArgs<T>& a, const Item& item, int64_t splits) {
     const int64_t size = partial_size(a.head_dim), step = a.q_heads * size;
@@ -319,7 +320,7 @@ ALWAYS_INLINE void merge_row(const AttendArgs<T>& a, const Item& item, int64_t s
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The cloned entries to the loops above: one plain function for each type, since a template cannot be cloned.
+// CLONED functions that call the loops above: one plain function for each type, since a template cannot be cloned.
 
 #define DEFINE_LOOPS(T)                                                                                               \
     CLONED void attend_heads(const AttendArgs<T>& a, const Item& item, int64_t first_head, int64_t end_head,          \
@@ -332,9 +333,9 @@ DEFINE_LOOPS(float)
 DEFINE_LOOPS(BFloat16)
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The call: what is shared out among the threads, and how.
+// The division of work among threads.
 
-// Below this many bytes of cache a thread costs more to wake than it saves.
+// Attention over fewer bytes of KV cache per thread than this takes longer to hand to a thread than to compute.
 constexpr int64_t kCacheBytesPerThread = 128 * 1024;
 
 template <class T>
@@ -371,8 +372,8 @@ void attend(const AttendArgs<T>& a, int64_t threads) {
             for (int64_t i = 0; i < row.splits; ++i, next += step) items[row.first_item + i].partials = next;
     }
 
-    // One piece of work is a range of KV heads of one item. Whole items read the cache in longer runs; fewer heads at a
-    // time give every thread something to do. Neither changes a result.
+    // A piece of work is a range of KV heads of one item. Whole items read longer stretches of the cache; ranges of
+    // fewer heads give every thread something to do. The choice does not change a result.
     const int64_t bytes = tokens * a.kv_heads * a.head_dim * 2 * static_cast<int64_t>(sizeof(T));
     threads = std::max<int64_t>(1, std::min(threads, bytes / kCacheBytesPerThread));
     const int64_t count = items.size();
@@ -396,8 +397,8 @@ void attend(const AttendArgs<T>& a, int64_t threads) {
 
 EXPORT int32_t shoal_max_head_dim() { return kMaxHeadDim; }
 
-// Rows of sequences with at most max_queries queries; the other rows of `out` are left alone. window: at least 1.
-// softcap: 0 for none.
+// Computes the rows of sequences with at most max_queries queries, and does not write the other rows of `out`. window:
+// at least 1. softcap: 0 for none.
 EXPORT int32_t shoal_attend(int32_t type, const void* q, const void* keys, const void* values, void* out,
                             const int32_t* query_starts, const int32_t* context_lens, const int32_t* block_tables,
                             int64_t table_stride, int64_t block_size, int64_t sequences, int64_t max_queries,

@@ -1,4 +1,4 @@
-// What the files of the library _native share: the types of its tensors, and how rows of them are loaded and stored as
+// Code that the files of the library _native share: the element types of tensors, and loading and storing rows as
 // float32.
 
 #pragma once
@@ -19,14 +19,15 @@ struct BFloat16 {
 
 constexpr int64_t kChunk = 2 * kLanes;
 
-// 32 consecutive elements of a row as float32. The order of the lanes belongs to the element type: for bfloat16 `first`
-// holds the even elements and `second` the odd ones, because taking the two halves of a 32-bit word apart costs one
-// instruction each, where widening in order costs a shuffle more. Arithmetic between chunks of one type never notices.
+// 32 consecutive elements of a row as float32. The order of the lanes depends on the element type: for bfloat16 `first`
+// has the even elements and `second` the odd ones, because separating the halves of a 32-bit word takes one instruction
+// each, while widening in order takes a shuffle more. Arithmetic between chunks of the same type is not affected.
 struct Chunk {
     Floats first, second;
 };
 
-// Rounds to nearest even, in the upper half of each word. A NaN stays one: its low bits must not carry into the sign.
+// Rounds to nearest even; the result is in the upper half of each word. A NaN stays a NaN: rounding it up could carry
+// into the sign.
 ALWAYS_INLINE Words bfloat16_bits(Floats x) {
     const Words bits = (Words)x;
     const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -75,13 +76,13 @@ ALWAYS_INLINE void store(T* p, Chunk x, int64_t left) {
     std::memcpy(p, padded, left * sizeof(T));
 }
 
-// What a store and a load would make of x.
+// x as it would be after a store and a load.
 ALWAYS_INLINE Chunk rounded(Chunk x, const float*) { return x; }
 ALWAYS_INLINE Chunk rounded(Chunk x, const BFloat16*) {
     return {(Floats)(bfloat16_bits(x.first) & 0xffff0000u), (Floats)(bfloat16_bits(x.second) & 0xffff0000u)};
 }
 
-// A chunk of a float32 table with its lanes in the order of T.
+// A chunk of a float32 table, with its lanes reordered as in a chunk of T.
 ALWAYS_INLINE Chunk in_order_of(Chunk x, const float*) { return x; }
 ALWAYS_INLINE Chunk in_order_of(Chunk x, const BFloat16*) {
     return {__builtin_shufflevector(x.first, x.second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),

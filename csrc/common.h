@@ -1,17 +1,17 @@
-// What the libraries _native and _sampling share: vectors of floats, exp, and threads. Both are C++ behind a plain C
-// interface that ctypes calls.
+// Code that the libraries _native and _sampling share: vectors of floats, exp, and threads. Both libraries are C++ with
+// a plain C interface, which Python calls through ctypes.
 //
-// Everything in the headers is local to the file that includes it: the libraries differ in their flags (setup.py), and
-// the linker must never choose one compilation of a function for all.
+// Everything in the headers is local to the file that includes it: the files are compiled with different flags
+// (setup.py), and the linker must not replace all compiled versions of a function by one of them.
 //
-// Three properties hold throughout:
+// Three properties always hold:
 //
-//  * A row's result has the same bits whatever else is in the batch and however many threads there are. Work is cut
-//    along rows, heads and fixed spans, never along anything that depends on the batch; the order of every sum is
-//    written out, and the compiler is not allowed to change it (no -ffast-math, no -fassociative-math).
-//  * There is no state between calls, so that ranks which are threads of one process may call at the same time.
-//  * The only OpenMP symbol used is GOMP_parallel, by in_parallel below. It is left unresolved at link time and bound,
-//    at load time, to the runtime that PyTorch has loaded: a second runtime in the process would bring a second pool of
+//  * A row's result has the same bits in any batch and with any number of threads. Work is divided by rows, heads and
+//    fixed spans, never by anything that depends on the batch; the order of every sum is written out, and the compiler
+//    may not change it (no -ffast-math, no -fassociative-math).
+//  * There is no state between calls, so ranks that are threads of one process may call at the same time.
+//  * The only OpenMP symbol in use is GOMP_parallel, in in_parallel below. It is not resolved at link time but bound at
+//    load time to the runtime that PyTorch has loaded: a second runtime in the process would add a second pool of
 //    spinning threads.
 
 #pragma once
@@ -25,9 +25,9 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// One binary serves every x86-64 machine: functions marked CLONED are compiled once per level and chosen at load time.
-// An OpenMP region is outlined into a function of its own, which does not inherit the levels, so the loops that matter
-// live in CLONED functions which the region calls.
+// One binary serves every x86-64 machine: a function marked CLONED is compiled once per instruction set level, and one
+// version is chosen at load time. The compiler moves an OpenMP region into a function of its own, which is not cloned;
+// so the time-critical loops are in CLONED functions that the region calls.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONED __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -37,7 +37,7 @@
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Vectors. GCC lowers these to whatever registers the target has: one zmm, two ymm or four xmm.
+// Vectors. GCC maps each to the registers of the target: one zmm, two ymm or four xmm.
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -59,7 +59,7 @@ ALWAYS_INLINE Vector larger(Vector x, Vector y) {
     return (x > y) ? x : y;
 }
 
-// Where exp is cut off: -125 ln 2, and the logarithm of the largest float.
+// The range of exp: -125 ln 2, and the logarithm of the largest float.
 constexpr float kExpLowest = -86.6434f, kExpHighest = 88.72283f;
 
 // fraction * 2^n.
@@ -88,18 +88,18 @@ ALWAYS_INLINE Scaled scaled_exp_of(Floats x) {
     return {p, (Words)shifted - (Words)splat(kRoundToInteger)};
 }
 
-// exp(x). Results too small for the exponent field are 0, too large infinity.
+// exp(x). Results below the exponent range are 0, results above it infinity.
 ALWAYS_INLINE Floats exp_of(Floats x) {
     const Floats bounded = (x < kExpLowest) ? splat(kExpLowest) : ((x > kExpHighest) ? splat(kExpHighest) : x);
     const Scaled e = scaled_exp_of(bounded);
-    // n = 128 has no exponent of its own: multiply by 2^(n - 1), then by 2.
+    // 2^128 is not a float: multiply by 2^(n - 1), then by 2.
     const Words exponent = (e.n + 126u) << 23;
     const Floats result = e.fraction * (Floats)exponent * 2.0f;
     const Floats above = (x > kExpHighest) ? splat(std::numeric_limits<float>::infinity()) : result;
     return (x < kExpLowest) ? Floats{} : above;
 }
 
-// exp(x) of x <= 0, in fewer steps. 0 below kExpLowest.
+// exp(x) for x <= 0, in fewer steps. 0 below kExpLowest.
 ALWAYS_INLINE Floats exp_of_negative(Floats x) {
     const Scaled e = scaled_exp_of((x < kExpLowest) ? splat(kExpLowest) : x);
     const Words exponent = (e.n + 127u) << 23;
@@ -109,7 +109,7 @@ ALWAYS_INLINE Floats exp_of_negative(Floats x) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads.
 
-// Calls work(piece, worker) for every piece of [0, pieces), each taken by whichever worker of [0, threads) is free.
+// Calls work(piece, worker) for every piece of [0, pieces). Each worker of [0, threads) takes the next piece when free.
 template <class Work>
 void in_parallel(int64_t pieces, int64_t threads, const Work& work) {
     threads = std::min(threads, pieces);

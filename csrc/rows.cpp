@@ -1,5 +1,5 @@
-// The row operations of shoal.kernels.native, in the library _native: norms, activations, weighted sums of rows, and the
-// rotation of queries and keys on their way to the cache.
+// The row operations of shoal.kernels.native, in the library _native: norms, activations, weighted sums of rows, and
+// rotation of queries and keys with the writes to the KV cache.
 
 #include "chunks.h"
 
@@ -8,12 +8,12 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 3;  // of the library, attention.cpp included
+constexpr int32_t kAbiVersion = 3;  // of the whole library, including attention.cpp
 
 enum NormKind : int32_t { kNoNorm = -1, kRms = 0, kRmsWide = 1, kLayer = 2 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
-// Rows of element-wise work: below this many elements a thread costs more to wake than it saves.
+// Element-wise work with fewer elements per thread than this takes longer to hand to a thread than to compute.
 constexpr int64_t kElementsPerThread = 32768;
 
 template <class Work>
@@ -37,7 +37,7 @@ struct NormArgs {
 template <NormKind kind>
 using Kind = std::integral_constant<NormKind, kind>;
 
-// visit(Kind<kind>()), so that the loops inside are compiled for one kind.
+// Calls visit(Kind<kind>()), so that the loops inside are compiled for each kind.
 template <class Visit>
 ALWAYS_INLINE void with_kind(NormKind kind, const Visit& visit) {
     if (kind == kRms)
@@ -48,7 +48,7 @@ ALWAYS_INLINE void with_kind(NormKind kind, const Visit& visit) {
         visit(Kind<kLayer>());
 }
 
-// Ones for the first `left` lanes of a chunk in the order of T, zeros behind them.
+// A chunk with 1 for its first `left` elements and 0 for the others, in the lane order of T.
 ALWAYS_INLINE Chunk present(const float*, int64_t left) {
     float ones[kChunk];
     std::fill_n(ones, kChunk, 1.0f);
@@ -60,14 +60,14 @@ ALWAYS_INLINE Chunk present(const BFloat16*, int64_t left) {
     return load(ones, left);
 }
 
-// What the first pass over a row adds up: squares, or for a LayerNorm the values.
+// The first pass over a row: it sums squares, or for a LayerNorm the values.
 template <NormKind kind>
 ALWAYS_INLINE void accumulate(Chunk& total, Chunk value) {
     total.first += kind == kLayer ? value.first : value.first * value.first;
     total.second += kind == kLayer ? value.second : value.second * value.second;
 }
 
-// The second moment about the mean, in a pass of its own: a difference of two large sums would lose it.
+// The variance, in a pass of its own: the difference of two large sums would lose its digits.
 template <class T>
 ALWAYS_INLINE float variance_of(const T* x, int64_t size, float mean) {
     Chunk squares = {};
@@ -84,7 +84,7 @@ ALWAYS_INLINE float variance_of(const T* x, int64_t size, float mean) {
     return sum_of(squares.first + squares.second) / static_cast<float>(size);
 }
 
-// The second pass: out = the norm of x, whose first pass gave `total`. `out` may be `x`.
+// The second pass: writes the norm of x to `out`, which may be `x`. `total` is the result of the first pass.
 template <NormKind kind, class T>
 ALWAYS_INLINE void finish_norm(const T* x, const NormArgs& norm, T* out, int64_t size, Chunk total) {
     const float average = sum_of(total.first + total.second) / static_cast<float>(size);
@@ -127,7 +127,7 @@ ALWAYS_INLINE void norm_row(const T* x, const NormArgs& norm, T* out, int64_t si
     finish_norm<kind>(x, norm, out, size, total);
 }
 
-// residual += x, then x = norm(residual).
+// Computes residual += x, then x = norm(residual).
 template <NormKind kind, class T>
 ALWAYS_INLINE void add_norm_row(T* x, T* residual, const NormArgs& norm, int64_t size) {
     Chunk total = {};
@@ -148,13 +148,14 @@ ALWAYS_INLINE Floats activated(Floats x) {
     if constexpr (activation == kSilu) return x / (1.0f + exp_of(-x));
     if constexpr (activation == kRelu) return (x < 0.0f) ? Floats{} : x;
     if constexpr (activation == kGeluTanh) {
-        // (1 + tanh u) / 2 = 1 / (1 + e^-2u), which loses nothing where the tanh comes near -1.
+        // (1 + tanh u) / 2 = 1 / (1 + e^-2u), which loses no digits if tanh u is near -1.
         constexpr float kTwoRootTwoOverPi = 1.59576912f, kCubic = 0.044715f;
         return x / (1.0f + exp_of(x * (-kTwoRootTwoOverPi) * (1.0f + kCubic * (x * x))));
     }
     if constexpr (activation == kGelu) {
-        // The normal distribution's tail beyond |x| is e^(-x^2 / 2) times a function of t = 1 / (1 + 0.35 |x|); its
-        // polynomial is fitted to a relative error of 3.2e-8 over 0 <= |x| <= 14, behind which the tail is 0.
+        // The tail of the normal distribution beyond |x| is e^(-x^2 / 2) times a function of t = 1 / (1 + 0.35 |x|).
+        // The polynomial approximates that function with a relative error of 3.2e-8 for |x| <= 14; beyond, the tail is
+        // 0.
         const Floats size = (x < 0.0f) ? -x : x;
         const Floats t = 1.0f / (1.0f + 0.35f * size);
         Floats p = splat(-0.0291458949f);
@@ -171,7 +172,7 @@ ALWAYS_INLINE Floats activated(Floats x) {
     }
 }
 
-// visit(integral constant) of an activation, so that the loops inside are compiled for one.
+// Calls visit with the activation as an integral constant, so that the loops inside are compiled for each activation.
 template <class Visit>
 ALWAYS_INLINE void with_activation(Activation activation, const Visit& visit) {
     if (activation == kSilu)
@@ -206,15 +207,15 @@ ALWAYS_INLINE void activate_gated_row(const T* gate, T* out, int64_t size) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums.
 
-// out = the sum of weights[j] * x[places[j]], j from 0 to k; places below 0 are left out. x: [p, size].
+// out = the sum of weights[j] * x[indices[j]] for j from 0 to k - 1; negative indices are left out. x: [p, size].
 template <class T>
-ALWAYS_INLINE void weighted_sum_row(const T* x, const int64_t* places, const float* weights, int64_t k, T* out,
+ALWAYS_INLINE void weighted_sum_row(const T* x, const int64_t* indices, const float* weights, int64_t k, T* out,
                                     int64_t size) {
     for (int64_t i = 0; i < size; i += kChunk) {
         Chunk total = {};
         for (int64_t j = 0; j < k; ++j) {
-            if (places[j] < 0) continue;
-            const Chunk value = load(x + places[j] * size + i, size - i);
+            if (indices[j] < 0) continue;
+            const Chunk value = load(x + indices[j] * size + i, size - i);
             total.first += value.first * weights[j];
             total.second += value.second * weights[j];
         }
@@ -225,7 +226,7 @@ ALWAYS_INLINE void weighted_sum_row(const T* x, const int64_t* places, const flo
 // ---------------------------------------------------------------------------------------------------------------------
 // Rotation.
 
-// Rotates the first 2 * half elements, halves against each other; the rest passes through. `out` may be `x`.
+// Rotates element i with element half + i, for i < half; elements from 2 * half on do not change. `out` may be `x`.
 template <class T>
 ALWAYS_INLINE void rotate_head(const T* x, const float* cos, const float* sin, T* out, int64_t half, int64_t size) {
     for (int64_t i = 0; i < half; i += kChunk) {
@@ -242,9 +243,9 @@ ALWAYS_INLINE void rotate_head(const T* x, const float* cos, const float* sin, T
 template <class T>
 struct RotateArgs {
     const T* qkv;      // [n, q_heads + 2 * kv_heads, head_dim]
-    NormKind kind;     // of both norms
-    NormArgs q_norm;   // over [head_dim]
-    NormArgs k_norm;   // the same
+    NormKind kind;     // of both norms, kNoNorm for none
+    NormArgs q_norm;   // of each query head
+    NormArgs k_norm;   // of each key head
     const float* cos;  // [max_positions, half], null where half is 0
     const float* sin;  // the same
     const int64_t* positions;
@@ -253,7 +254,7 @@ struct RotateArgs {
     T* keys;    // [num_slots, kv_heads, head_dim]
     T* values;  // the same
     int64_t q_heads, kv_heads, head_dim;
-    int64_t half;  // of the rotated elements of a head, 0 for no rotation
+    int64_t half;  // half the number of rotated elements of a head, 0 for no rotation
 };
 
 template <NormKind kind, class T>
@@ -280,7 +281,7 @@ ALWAYS_INLINE void rotate_and_store_rows(const RotateArgs<T>& a, int64_t first, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The cloned entries to the loops above: one plain function for each type, since a template cannot be cloned.
+// CLONED functions that call the loops above: one plain function for each type, since a template cannot be cloned.
 
 #define DEFINE_LOOPS(T)                                                                                               \
     CLONED void norm_rows(NormKind kind, const T* x, const NormArgs& norm, T* out, int64_t size, int64_t first,       \
@@ -308,10 +309,10 @@ ALWAYS_INLINE void rotate_and_store_rows(const RotateArgs<T>& a, int64_t first, 
                 activate_gated_row<a>(gate_up + row * 2 * size, out + row * size, size);                              \
         });                                                                                                           \
     }                                                                                                                 \
-    CLONED void weighted_sum_rows(const T* x, const int64_t* places, const float* weights, int64_t k, T* out,         \
+    CLONED void weighted_sum_rows(const T* x, const int64_t* indices, const float* weights, int64_t k, T* out,         \
                                   int64_t size, int64_t first, int64_t end) {                                         \
         for (int64_t row = first; row < end; ++row)                                                                   \
-            weighted_sum_row(x, places + row * k, weights + row * k, k, out + row * size, size);                      \
+            weighted_sum_row(x, indices + row * k, weights + row * k, k, out + row * size, size);                      \
     }                                                                                                                 \
     CLONED void rotate_rows(const RotateArgs<T>& a, int64_t first, int64_t end) {                                     \
         if (a.kind == kNoNorm)                                                                                        \
@@ -324,7 +325,7 @@ DEFINE_LOOPS(float)
 DEFINE_LOOPS(BFloat16)
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The calls: what is shared out among the threads, and how.
+// The division of work among threads.
 
 template <class T>
 void norm(NormKind kind, const void* x, const NormArgs& args, void* out, int64_t rows, int64_t size, int64_t threads) {
@@ -357,10 +358,10 @@ void activate_gated(Activation activation, const void* gate_up, void* out, int64
 }
 
 template <class T>
-void weighted_sum(const void* x, const int64_t* places, const float* weights, void* out, int64_t rows, int64_t k,
+void weighted_sum(const void* x, const int64_t* indices, const float* weights, void* out, int64_t rows, int64_t k,
                   int64_t size, int64_t threads) {
     over_rows(rows, k * size, threads, [=](int64_t first, int64_t end) {
-        weighted_sum_rows(static_cast<const T*>(x), places, weights, k, static_cast<T*>(out), size, first, end);
+        weighted_sum_rows(static_cast<const T*>(x), indices, weights, k, static_cast<T*>(out), size, first, end);
     });
 }
 
@@ -377,7 +378,7 @@ EXPORT void shoal_norm(int32_t type, int32_t kind, const void* x, const void* we
                                                       threads);
 }
 
-// residual += x; x = norm(residual).
+// Computes residual += x, then x = norm(residual) for every row.
 EXPORT void shoal_add_norm(int32_t type, int32_t kind, void* x, void* residual, const void* weight, const void* bias,
                            int64_t rows, int64_t size, float eps, int64_t threads) {
     (type == kFloat32 ? add_norm<float> : add_norm<BFloat16>)(NormKind(kind), x, residual, {weight, bias, eps}, rows,
@@ -396,10 +397,10 @@ EXPORT void shoal_activate_gated(int32_t type, int32_t activation, const void* g
                                                                           size, threads);
 }
 
-// x: [p, size]; places and weights: [rows, k]; out: [rows, size].
-EXPORT void shoal_weighted_sum(int32_t type, const void* x, const int64_t* places, const float* weights, void* out,
+// x: [p, size]; indices and weights: [rows, k]; out: [rows, size].
+EXPORT void shoal_weighted_sum(int32_t type, const void* x, const int64_t* indices, const float* weights, void* out,
                                int64_t rows, int64_t k, int64_t size, int64_t threads) {
-    (type == kFloat32 ? weighted_sum<float> : weighted_sum<BFloat16>)(x, places, weights, out, rows, k, size, threads);
+    (type == kFloat32 ? weighted_sum<float> : weighted_sum<BFloat16>)(x, indices, weights, out, rows, k, size, threads);
 }
 
 // kind: of the norms of queries and keys, kNoNorm for none. half: 0 for no rotation.

@@ -1,11 +1,11 @@
 // The CPU kernels of shoal.kernels.sampling: the library _sampling.
 //
-//  * What is exact in PyTorch is exact here: comparisons, order, and which tokens can win a draw. Logarithms are not
-//    computed the same way everywhere, so a draw ends in PyTorch, among the few tokens that are left.
-//  * A row is one worker's, never cut.
-//  * Memory comes from the caller.
+//  * Operations that are exact in PyTorch are exact here: comparisons, order, and which tokens can win a draw. The
+//    rounding of logarithms depends on their implementation, so PyTorch makes the last choice, between a few tokens.
+//  * One worker computes a whole row.
+//  * The caller allocates all memory.
 //
-// Compiled with signed zeros: adding 0.0f must turn -0.0 into 0.0.
+// This file must be compiled with signed zeros: adding 0.0f has to turn -0.0 into 0.0.
 
 #include "common.h"
 
@@ -15,14 +15,14 @@
 namespace {
 
 constexpr int32_t kAbiVersion = 1;
-constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kLargestId = 0x7fffffff;
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 
-constexpr int64_t kGroup = 4 * kLanes;  // columns that are looked at one by one if their largest is of interest
+constexpr int64_t kGroup = 4 * kLanes;  // columns; they are examined one by one only if their largest logit matters
 
-// The largest lane: halves are folded onto each other.
+// The largest lane, found by folding one half of the vector onto the other, again and again.
 template <class Vector>
 ALWAYS_INLINE auto largest(Vector x) {
     x = larger(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -32,11 +32,11 @@ ALWAYS_INLINE auto largest(Vector x) {
     return x[0];
 }
 
-// The `group`-th group of a row; what lies beyond the row is -inf, in `padded`.
+// The group of a row with this number. The last group is copied to `padded` and filled up with -inf.
 ALWAYS_INLINE const float* group_of(const float* row, int64_t columns, int64_t group, float* padded) {
     const int64_t left = columns - group * kGroup;
     if (left >= kGroup) return row + group * kGroup;
-    std::fill(padded, padded + kGroup, kNever);
+    std::fill(padded, padded + kGroup, kMinusInfinity);
     std::memcpy(padded, row + group * kGroup, left * sizeof(float));
     return padded;
 }
@@ -53,13 +53,13 @@ struct Row {
     int64_t columns;
     int64_t start;  // the token of column 0
     float temperature;
-    Limit limit;  // only tokens ahead of it are meant
+    Limit limit;  // only tokens that come before the limit in the order of tokens count
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The first tokens of a row.
+// The top tokens of a row.
 
-// Integers in the order of the floats; zeros of both signs are equal.
+// Integers with the order of the floats; zeros of both signs are equal.
 ALWAYS_INLINE Ints ordered(Floats x) {
     const Ints bits = (Ints)(x + 0.0f);
     return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -72,28 +72,29 @@ ALWAYS_INLINE int32_t ordered(float x) {
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// The rank of a token: by logit, equals by rising id.
-ALWAYS_INLINE int64_t rank_of(float logit, int64_t id) {
+// An integer with the order of the tokens: larger logits are larger, and of equal logits lower ids are. It is the same
+// as `pack_tokens` in kernels/sampling.py.
+ALWAYS_INLINE int64_t pack_token(float logit, int64_t id) {
     return static_cast<int64_t>((static_cast<uint64_t>(static_cast<int64_t>(ordered(logit))) << 32) |
                                 static_cast<uint64_t>(kLargestId - id));
 }
 
-Limit limit_of(int64_t rank) {
-    const int32_t value = static_cast<int32_t>(rank >> 32);
+Limit unpack_limit(int64_t packed) {
+    const int32_t value = static_cast<int32_t>(packed >> 32);
     const int32_t bits = value ^ ((value >> 31) & 0x7fffffff);
-    Limit limit{0, static_cast<int32_t>(kLargestId - (rank & 0xffffffff))};
+    Limit limit{0, static_cast<int32_t>(kLargestId - (packed & 0xffffffff))};
     std::memcpy(&limit.logit, &bits, sizeof bits);
     return limit;
 }
 
-// A group of a row, and what its logits have to reach to be meant.
+// A group of a row, and the lowest logit that is within the row's limit.
 struct Group {
     const float* logits;
     float bound;
 };
 
-// Before the limit's id its logit is enough, behind it more is needed; the group in which it lies is copied, and what
-// is not meant left out.
+// A token with a lower id than the limit's is within the limit if its logit is at least the limit's; with a higher id
+// its logit must be larger. The group that contains the limit's id is copied, and tokens outside the limit get -inf.
 ALWAYS_INLINE Group group_of(const Row& row, int64_t group, float* padded) {
     const float* logits = group_of(row.logits, row.columns, group, padded);
     const int64_t before = row.limit.id - (row.start + group * kGroup);
@@ -101,15 +102,15 @@ ALWAYS_INLINE Group group_of(const Row& row, int64_t group, float* padded) {
     if (before <= 0) return {logits, std::nextafter(row.limit.logit, std::numeric_limits<float>::infinity())};
     if (logits != padded) std::memcpy(padded, logits, kGroup * sizeof(float));
     for (int64_t i = before; i < kGroup; ++i) {
-        if (padded[i] <= row.limit.logit) padded[i] = kNever;
+        if (padded[i] <= row.limit.logit) padded[i] = kMinusInfinity;
     }
     return {padded, row.limit.logit};
 }
 
-// -inf, which has no weight and wins nothing, for what is not meant.
-ALWAYS_INLINE Floats meant(const Group& group, int64_t i) {
+// The logits from i on, with -inf (which has no weight and wins no draw) for tokens outside the limit.
+ALWAYS_INLINE Floats within_limit(const Group& group, int64_t i) {
     const Floats x = load_floats(group.logits + i);
-    return (x >= group.bound) ? x : splat(kNever);
+    return (x >= group.bound) ? x : splat(kMinusInfinity);
 }
 
 CLONED void group_maxima(const float* row, int64_t columns, int32_t* maxima) {
@@ -122,10 +123,10 @@ CLONED void group_maxima(const float* row, int64_t columns, int32_t* maxima) {
     }
 }
 
-// At least `count` groups have a logit of the count-th largest maximum or more, so the first `count` logits are no
-// smaller: one pass over the row finds that threshold, and only groups that reach it are looked into.
-// `scratch` has room for columns + groups 64-bit numbers.
-void first_of_row(const float* row, int64_t columns, int64_t start, int64_t count, int64_t* scratch, int64_t* out) {
+// The `count` top tokens. The threshold is the count-th largest of the groups' maxima: at least `count` logits reach
+// it, so the top `count` logits do. One pass over the row finds the threshold, and then only groups that reach it are
+// examined. `scratch` has space for columns + groups 64-bit numbers.
+void top_of_row(const float* row, int64_t columns, int64_t start, int64_t count, int64_t* scratch, int64_t* out) {
     const int64_t groups = groups_of(columns);
     int64_t* found = scratch;
     int32_t* maxima = reinterpret_cast<int32_t*>(scratch + columns);
@@ -142,7 +143,7 @@ void first_of_row(const float* row, int64_t columns, int64_t start, int64_t coun
         if (maxima[group] < threshold) continue;
         const int64_t end = std::min(columns, (group + 1) * kGroup);
         for (int64_t column = group * kGroup; column < end; ++column) {
-            if (ordered(row[column]) >= threshold) found[size++] = rank_of(row[column], start + column);
+            if (ordered(row[column]) >= threshold) found[size++] = pack_token(row[column], start + column);
         }
     }
     if (size > count) std::nth_element(found, found + count - 1, found + size, std::greater<int64_t>());
@@ -153,19 +154,19 @@ void first_of_row(const float* row, int64_t columns, int64_t start, int64_t coun
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums of exponentials.
 
-// The largest logit of those that are meant.
+// The largest logit within the limit.
 CLONED float largest_of_row(const Row& row) {
-    Floats best = splat(kNever);
+    Floats best = splat(kMinusInfinity);
     float padded[kGroup];
     for (int64_t group = 0; group < groups_of(row.columns); ++group) {
         const Group x = group_of(row, group, padded);
-        for (int64_t i = 0; i < kGroup; i += kLanes) best = larger(best, meant(x, i));
+        for (int64_t i = 0; i < kGroup; i += kLanes) best = larger(best, within_limit(x, i));
     }
     return largest(best);
 }
 
-// The sum of exp(x / temperature - best) over what is ahead of the limit and x / temperature >= floor. Lanes are summed
-// in float32 over a span short enough not to lose digits, then in float64.
+// The sum of exp(x / temperature - best) over the logits within the limit for which x / temperature >= floor. Lanes are
+// summed in float32 over a span that is short enough not to lose digits, then in float64.
 CLONED double sum_of_row(const Row& row, float floor, float best) {
     constexpr int64_t kSpan = 16;  // groups
     const int64_t groups = groups_of(row.columns);
@@ -176,9 +177,9 @@ CLONED double sum_of_row(const Row& row, float floor, float best) {
         for (int64_t group = begin; group < std::min(groups, begin + kSpan); ++group) {
             const Group x = group_of(row, group, padded);
             for (int64_t i = 0; i < kGroup; i += kLanes) {
-                const Floats scaled = meant(x, i) / splat(row.temperature);
-                // Chosen before the call, not after: GCC 12 takes a choice between its results apart, lane by lane.
-                const Floats counted = (scaled >= splat(floor)) ? scaled : splat(kNever);
+                const Floats scaled = within_limit(x, i) / splat(row.temperature);
+                // Select before the call, not after it: GCC 12 would compile a selection between results lane by lane.
+                const Floats counted = (scaled >= splat(floor)) ? scaled : splat(kMinusInfinity);
                 sum += exp_of_negative(counted - best);
             }
         }
@@ -188,7 +189,7 @@ CLONED double sum_of_row(const Row& row, float floor, float best) {
 }
 
 CLONED int64_t above_in_row(const float* row, int64_t columns, float value) {
-    constexpr int64_t kSpan = int64_t{1} << 30;  // what an int32 counts
+    constexpr int64_t kSpan = int64_t{1} << 30;  // a count that fits an int32
     int64_t total = 0;
     for (int64_t begin = 0; begin < columns; begin += kSpan) {
         int32_t count = 0;
@@ -220,8 +221,8 @@ ALWAYS_INLINE Floats uniforms(Key key, uint32_t first_id) {
     return (v > kLargestBelowOne) ? splat(kLargestBelowOne) : v;
 }
 
-// No less than the noise of v: -log(-log1p(-v)) <= -log(v) since -log1p(-v) >= v, and -log2(v) is at most what v's bits
-// say when they are read as one number, exponent and mantissa, since log2(1 + f) >= f.
+// An upper bound of the noise of v. -log(-log1p(-v)) <= -log(v) since -log1p(-v) >= v; and log2(v) is at least the
+// exponent plus the mantissa of v, which its bits are if they are read as one number, since log2(1 + f) >= f.
 ALWAYS_INLINE Floats noise_bound(Floats v) {
     constexpr float kLn2 = 0.693147181f;
     return 127 * kLn2 - __builtin_convertvector((Ints)v, Floats) * (kLn2 * 0x1p-23f);
@@ -233,29 +234,30 @@ ALWAYS_INLINE double score_of(const Row& row, int64_t column, float v) {
     return static_cast<double>(row.logits[column] / row.temperature) - std::log(-std::log1p(-static_cast<double>(v)));
 }
 
-struct Winner {
+struct Candidate {
     double score;
     int64_t column;
 };
 
-constexpr int64_t kWinners = 64;
+constexpr int64_t kMaxCandidates = 64;
 
-// Drops what is beaten for sure; says how many are left.
-int64_t prune(Winner* winners, int64_t size, double bound) {
-    return std::remove_if(winners, winners + size, [=](const Winner& w) { return w.score < bound; }) - winners;
+// Drops the candidates that cannot win any more, and returns how many are left.
+int64_t prune(Candidate* candidates, int64_t size, double bound) {
+    Candidate* const end = candidates + size;
+    return std::remove_if(candidates, end, [=](const Candidate& c) { return c.score < bound; }) - candidates;
 }
 
-// Columns, rising, of which one has the largest score in float32, however its logarithms are rounded. Their number, or
-// -1 where they are too many or the logits not finite enough to tell; 0 where every logit is -inf.
-CLONED int64_t winners_of_row(const Row& row, Key key, int64_t capacity, int64_t* out) {
+// Finds the columns that may have the largest score in float32, however its logarithms are rounded, in ascending order.
+// Returns their number; 0 if every logit is -inf; -1 if they are too many or logits or temperature are not finite.
+CLONED int64_t candidates_of_row(const Row& row, Key key, int64_t capacity, int64_t* out) {
     const float top = largest_of_row(row);
-    if (top == kNever) return 0;
+    if (top == kMinusInfinity) return 0;
     const double best_scaled = top / row.temperature;
     if (!std::isfinite(best_scaled)) return -1;
     const double margin = 1e-3 + 1e-5 * (std::fabs(best_scaled) + kLargestNoise);
     const float inverse = 1.0f / row.temperature;
     if (!std::isfinite(inverse)) return -1;
-    Winner winners[kWinners];
+    Candidate candidates[kMaxCandidates];
     int64_t size = 0;
     double best = best_scaled - 3;  // noise is above -2.9
     float padded[kGroup], vs[kGroup], bounds[kGroup];
@@ -263,13 +265,13 @@ CLONED int64_t winners_of_row(const Row& row, Key key, int64_t capacity, int64_t
         const Group x = group_of(row, group, padded);
         const uint32_t id = static_cast<uint32_t>(row.start + group * kGroup);
         const float needed = static_cast<float>(best - margin);
-        Floats high = splat(kNever);
-        for (int64_t i = 0; i < kGroup; i += kLanes) high = larger(high, meant(x, i));
+        Floats high = splat(kMinusInfinity);
+        for (int64_t i = 0; i < kGroup; i += kLanes) high = larger(high, within_limit(x, i));
         if (largest(high) * inverse + kLargestNoise < needed) continue;
-        Floats bound = splat(kNever);
+        Floats bound = splat(kMinusInfinity);
         for (int64_t i = 0; i < kGroup; i += kLanes) {
             const Floats v = uniforms(key, id + static_cast<uint32_t>(i));
-            const Floats b = meant(x, i) * inverse + noise_bound(v);
+            const Floats b = within_limit(x, i) * inverse + noise_bound(v);
             store_floats(vs + i, v);
             store_floats(bounds + i, b);
             bound = larger(bound, b);
@@ -282,14 +284,14 @@ CLONED int64_t winners_of_row(const Row& row, Key key, int64_t capacity, int64_t
             const double score = score_of(row, column, vs[i]);
             if (!(score >= best - margin)) continue;
             best = std::max(best, score);
-            if (size == kWinners) size = prune(winners, size, best - margin);
-            if (size == kWinners) return -1;
-            winners[size++] = {score, column};
+            if (size == kMaxCandidates) size = prune(candidates, size, best - margin);
+            if (size == kMaxCandidates) return -1;
+            candidates[size++] = {score, column};
         }
     }
-    size = prune(winners, size, best - margin);
+    size = prune(candidates, size, best - margin);
     if (size == 0 || size > capacity) return -1;
-    for (int64_t i = 0; i < size; ++i) out[i] = winners[i].column;
+    for (int64_t i = 0; i < size; ++i) out[i] = candidates[i].column;
     return size;
 }
 
@@ -303,16 +305,16 @@ CLONED void mask_row(float* row, int64_t columns, int64_t start, const int32_t* 
         const int64_t end = std::min(columns, column + 32 - id % 32);
         const uint32_t allowed = word < words ? static_cast<uint32_t>(bits[word]) : 0;
         if (allowed == 0) {
-            std::fill(row + column, row + end, kNever);
+            std::fill(row + column, row + end, kMinusInfinity);
         } else if (allowed != 0xffffffffu && end - column == 32) {
             for (int64_t i = 0; i < 32; i += kLanes) {
                 const Words bit = ((Words{} + allowed) >> (lanes + static_cast<uint32_t>(i))) & 1u;
-                const Floats kept = (bit != 0u) ? load_floats(row + column + i) : splat(kNever);
+                const Floats kept = (bit != 0u) ? load_floats(row + column + i) : splat(kMinusInfinity);
                 store_floats(row + column + i, kept);
             }
         } else if (allowed != 0xffffffffu) {
             for (int64_t i = column; i < end; ++i) {
-                if (!(allowed >> ((start + i) % 32) & 1)) row[i] = kNever;
+                if (!(allowed >> ((start + i) % 32) & 1)) row[i] = kMinusInfinity;
             }
         }
         column = end;
@@ -321,12 +323,12 @@ CLONED void mask_row(float* row, int64_t columns, int64_t start, const int32_t* 
 
 }  // namespace
 
-// In all of these `logits` is the first row, rows being `stride` numbers apart, and rows[i] the number of the i-th row
-// that is meant.
+// The C interface. `logits` points to row 0, and `stride` is the distance between rows, in elements. The functions work
+// on the rows rows[0] to rows[num_rows - 1].
 
 EXPORT int32_t shoal_sampling_abi_version() { return kAbiVersion; }
 
-// 64-bit numbers of scratch that each thread of shoal_first needs.
+// How many 64-bit numbers of scratch space each thread of shoal_first needs.
 EXPORT int64_t shoal_first_scratch(int64_t columns) { return columns + groups_of(columns); }
 
 // out: [num_rows, count], 1 <= count <= columns.
@@ -334,17 +336,17 @@ EXPORT void shoal_first(const float* logits, int64_t stride, const int64_t* rows
                         int64_t start, int64_t count, int64_t* scratch, int64_t* out, int64_t threads) {
     const int64_t scratch_size = shoal_first_scratch(columns);
     in_parallel(num_rows, threads, [&](int64_t i, int64_t worker) {
-        first_of_row(logits + rows[i] * stride, columns, start, count, scratch + worker * scratch_size,
+        top_of_row(logits + rows[i] * stride, columns, start, count, scratch + worker * scratch_size,
                      out + i * count);
     });
 }
 
-// limits: ranks, of which only tokens ahead of them are meant.
+// limits: packed tokens; only larger tokens count.
 EXPORT void shoal_log_totals(const float* logits, int64_t stride, const int64_t* rows, int64_t num_rows,
                              int64_t columns, int64_t start, const float* temperature, const float* floor,
                              const int64_t* limits, float* out, int64_t threads) {
     in_parallel(num_rows, threads, [&](int64_t i, int64_t) {
-        const Row row{logits + rows[i] * stride, columns, start, temperature[i], limit_of(limits[i])};
+        const Row row{logits + rows[i] * stride, columns, start, temperature[i], unpack_limit(limits[i])};
         const float best = largest_of_row(row) / temperature[i];
         const double sum = std::isfinite(best) ? sum_of_row(row, floor[i], best) : 1.0;
         out[i] = static_cast<float>(best + std::log(sum));
@@ -358,14 +360,14 @@ EXPORT void shoal_count_above(const float* logits, int64_t stride, int64_t num_r
     });
 }
 
-// columns_out: [num_rows, capacity], of which counts[i] are filled; -1 for what shoal_draw cannot decide.
+// columns_out: [num_rows, capacity], the first counts[i] of row i are filled. counts[i] is -1 if the row is undecided.
 EXPORT void shoal_draw(const float* logits, int64_t stride, const int64_t* rows, int64_t num_rows, int64_t columns,
                        int64_t start, const float* temperature, const int32_t* keys, const int64_t* limits,
                        int64_t capacity, int64_t* columns_out, int64_t* counts, int64_t threads) {
     in_parallel(num_rows, threads, [&](int64_t i, int64_t) {
-        const Row row{logits + rows[i] * stride, columns, start, temperature[i], limit_of(limits[i])};
+        const Row row{logits + rows[i] * stride, columns, start, temperature[i], unpack_limit(limits[i])};
         const Key key{static_cast<uint32_t>(keys[2 * i]), static_cast<uint32_t>(keys[2 * i + 1])};
-        counts[i] = winners_of_row(row, key, capacity, columns_out + i * capacity);
+        counts[i] = candidates_of_row(row, key, capacity, columns_out + i * capacity);
     });
 }
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from shoal import LLM, DataParallelRank, SamplingParams, ShoalError
-from shoal.addresses import host_of, listen
+from shoal.addresses import listen, parse_host
 from shoal.errors import ConfigError
 from shoal.transport.process import die_with_parent
 
@@ -125,7 +125,7 @@ def wait_for(children: "list[subprocess.Popen[bytes]]") -> int:
 
 
 def free_port(host: str) -> int:
-    (found, *others) = listen(host_of(host, "--master-addr"), 0)
+    (found, *others) = listen(parse_host(host, "--master-addr"), 0)
     port = int(found.getsockname()[1])
     for each in (found, *others):
         each.close()

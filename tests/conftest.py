@@ -1,5 +1,4 @@
 import logging
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +9,8 @@ import pytest
 
 from support import checkpoints, effort
 
+QUICK_CASES = 3  # cases of a parametrized test that a quick run has
 QUICK_S = 1.0  # tests of a quick run that take more CPU time are named at its end
-SLOW_MODULE = re.compile(r"^pytestmark = (pytest\.mark\.slow|\[.*pytest\.mark\.slow\b.*\])$", re.MULTILINE)
 
 
 @pytest.fixture(scope="session")
@@ -46,33 +45,28 @@ def _gpus_only_for_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-@pytest.fixture(autouse=True)
-def _quick_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse to start processes in a quick run, so that such tests get the mark for slow tests."""
-    if not effort.quick or "quick_process" in request.keywords:
-        return
-
-    def refuse(*_: Any, **__: Any) -> None:
-        pytest.fail("this test starts a process: mark it slow, or quick_process if that takes less than a second")
-
-    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="every combination of families, layouts and options")
-    parser.addoption("--quick", action="store_true", help="without what is marked slow, and with fewer examples")
+    parser.addoption("--quick", action="store_true", help="a subset: no processes, and few cases of each test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     effort.quick = config.getoption("--quick")
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Spare the import of modules of which all tests are slow."""
-    is_slow = (
-        effort.quick and collection_path.suffix == ".py" and SLOW_MODULE.search(collection_path.read_text("utf-8"))
-    )
-    return True if is_slow else None
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Skip a test of a quick run when it, or a fixture of it, is about to start a process."""
+    if not effort.quick:
+        yield
+        return
+
+    def skip(*_: Any, **__: Any) -> None:
+        pytest.skip("it starts a process, which takes too long for --quick")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", skip)
+        yield
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -89,7 +83,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for report in terminalreporter.stats.get("passed", ()):
         seconds = dict(report.user_properties).get("cpu_s", 0.0)
         if seconds > QUICK_S:
-            terminalreporter.write_line(f"{report.nodeid} took {seconds:.1f} s of CPU time: mark it slow, or mend it")
+            terminalreporter.write_line(f"{report.nodeid} took {seconds:.1f} s of CPU time: mark it slow")
+
+
+def _quick_subset(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the tests of a quick run: a few cases, spread evenly, of each test that is not marked slow."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if "slow" not in item.keywords:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        count = min(len(found), QUICK_CASES)
+        yield from (found[index * (len(found) - 1) // max(count - 1, 1)] for index in range(count))
 
 
 # These files start first if several run at a time, since other workers would wait for long tests at the end.
@@ -111,8 +116,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     import torch
 
     if effort.quick:
-        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
-        items[:] = [item for item in items if "slow" not in item.keywords]
+        chosen = set(_quick_subset(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if not torch.cuda.is_available():

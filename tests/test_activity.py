@@ -83,10 +83,10 @@ def test_whatever_happens_it_is_asleep_exactly_while_something_is_missing(names:
 
 @pytest.mark.parametrize("before", ALL)
 @pytest.mark.parametrize("after", ALL)
-def test_on_no_way_one_runs_right_before_or_behind_another_without_memory(before: Activity, after: Activity) -> None:
-    way = before.way(after)
-    assert way[-1] == after
-    for one, next_ in zip((before, *way), way, strict=False):
+def test_no_engine_runs_one_step_before_or_after_another_lacks_memory(before: Activity, after: Activity) -> None:
+    steps = before.steps_to(after)
+    assert steps[-1] == after
+    for one, next_ in zip((before, *steps), steps, strict=False):
         assert not (one.runs and next_.missing), "all come to rest first"
         assert not (one.missing and next_.runs), "all have their memory first"
 

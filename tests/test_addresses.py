@@ -1,4 +1,4 @@
-"""Hosts and ports of both kinds: read, resolved, listened at, shown."""
+"""Hosts and ports of both kinds: read, resolve, listened at, bracketed."""
 
 import socket
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal import addresses
-from shoal.addresses import Address, host_of, is_loopback, joined, refuse_hidden_loopback, resolved, shown
+from shoal.addresses import Address, bracketed, is_loopback, join_host_port, parse_host, refuse_loopback_name, resolve
 from shoal.errors import ConfigError
 from shoal.server.http.listening import Listening
 
@@ -38,7 +38,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Resolve:
 )
 def test_what_is_read_is_shown_as_it_was(text: str, host: str, port: int) -> None:
     assert Address.parse(text) == Address(host, port)
-    assert str(Address(host, port)) == joined(host, port) == text
+    assert str(Address(host, port)) == join_host_port(host, port) == text
 
 
 @pytest.mark.parametrize(
@@ -53,22 +53,22 @@ def test_what_is_no_address(text: str) -> None:
     ("text", "host"), [("fd02::1", "fd02::1"), ("[fd02::1]", "fd02::1"), (" a ", "a"), ("10.0.0.1", "10.0.0.1")]
 )
 def test_a_host_alone(text: str, host: str) -> None:
-    assert host_of(text, "--x") == host
+    assert parse_host(text, "--x") == host
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a:1", "10.0.0.1:80", "[::1]:80", "http://a"])
 def test_what_is_no_host(text: str) -> None:
-    with pytest.raises(ConfigError, match="--x takes the name or the address of a host, without a port"):
-        host_of(text, "--x")
+    with pytest.raises(ConfigError, match="--x must be the name or the address of a host, without a port"):
+        parse_host(text, "--x")
 
 
 def test_an_address_in_a_url() -> None:
-    assert [shown(host) for host in ("a", "10.0.0.1", "::1", "a:1")] == ["a", "10.0.0.1", "[::1]", "a:1"]
+    assert [bracketed(host) for host in ("a", "10.0.0.1", "::1", "a:1")] == ["a", "10.0.0.1", "[::1]", "a:1"]
 
 
 def test_addresses_of_ipv4_come_first_on_every_host(names: Resolve) -> None:
     names(both=["::1", "127.0.0.1"])
-    assert [there[0] for _, there in resolved("both", 7)] == ["127.0.0.1", "::1"]
+    assert [there[0] for _, there in resolve("both", 7)] == ["127.0.0.1", "::1"]
 
 
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1", "both"])
@@ -146,8 +146,8 @@ def test_loopback(names: Resolve) -> None:
 def test_a_name_that_hides_the_loopback_is_named_with_the_way_out(names: Resolve) -> None:
     names(mine=["127.0.1.1"], both=["127.0.1.1", "192.0.2.1"])
     for host in ("127.0.0.1", "::1", "localhost", "both", "192.0.2.1", "nobody.invalid"):
-        refuse_hidden_loopback(host, "--x")
+        refuse_loopback_name(host, "--x")
     with pytest.raises(
-        ConfigError, match=r"--x mine is 127.0.1.1 on this host .*give an address that the others reach"
+        ConfigError, match=r"--x mine is 127.0.1.1 on this host .*give an address that the others can reach"
     ):
-        refuse_hidden_loopback("mine", "--x")
+        refuse_loopback_name("mine", "--x")

@@ -16,8 +16,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # Every room may import these. None of them imports a room.
 COMMON = {
-    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "params", "process",
-    "values", "shoal",
+    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "parameter_forms",
+    "params", "process", "sampling_table", "values", "shoal",
 }  # fmt: skip
 
 # room -> what else of ours it may import: what lies below it.
@@ -27,7 +27,7 @@ ALLOWED = {
     "server": {"llm", "openai", "launch", "text", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
     "jobs": {"openai", "text"},
-    "openai": {"text"},
+    "openai": {"text", "structured"},
     "bench": {"launch", "engine", "planner", "devices", "worker", "transport", "protocols", "wire"},
     "llm": {"launch", "cluster", "engine", "planner", "text", "transport", "protocols", "wire"},
     "launch": {
@@ -46,7 +46,7 @@ ALLOWED = {
     "structured": {"transport", "wire"},
     "planner": {"models", "parallel", "devices", "wire"},
     "cluster": {"transport", "protocols", "wire"},
-    "engine": {"cluster", "executors", "planner", "devices", "text", "transport", "protocols", "wire"},
+    "engine": {"executors", "planner", "devices", "text", "transport", "protocols", "wire"},
     "executors": {"transport", "protocols", "wire", "devices"},
     "executors.inprocess": {"transport", "protocols", "wire", "devices", "worker", "comm"},
     "executors.threads": {"transport", "protocols", "wire", "devices", "worker", "comm"},
@@ -65,7 +65,8 @@ ALLOWED = {
 
 # Free of torch, transitively. What needs torch is named in a call of `load`, where a rank lives in its process.
 TORCH_FREE = [
-    "shoal", "shoal.params", "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
+    "shoal", "shoal.params", "shoal.parameter_forms", "shoal.sampling_table",
+    "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
     "shoal.protocols", "shoal.activity", "shoal.process", "shoal.log", "shoal.devices", "shoal.transport",
     "shoal.engine", "shoal.planner", "shoal.cluster", "shoal.launch", "shoal.llm", "shoal.text", "shoal.jobs",
     "shoal.openai", "shoal.bench", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",
@@ -75,7 +76,7 @@ TORCH_FREE = [
     "shoal.models.checkpoint.checkpoint", "shoal.models.checkpoint.stored_file", "shoal.models.checkpoint.pickled",
     "shoal.models.transformers.fallback_spec",
     "shoal.models.transformers.read_spec", "shoal.parallel.topology", "shoal.parallel.partition",
-    "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
+    "shoal.parallel.stages", "shoal.parallel.expert_placement", "shoal.parallel.all2all.choice",
 ]  # fmt: skip
 
 # What `load` may bring in, beside what follows from the table above.

@@ -23,20 +23,22 @@ def test_a_file_has_it(key_file: Path) -> None:
     assert env.cluster_key() == "secret of the file"
 
 
-def test_both_must_say_the_same(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_and_file_must_agree(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CLUSTER_KEY", "secret")
     key_file.write_text("secret\n")
     assert env.cluster_key() == "secret"
     key_file.write_text("an older secret")
-    with pytest.raises(ConfigError, match=r"SHOAL_CLUSTER_KEY is set, and SHOAL_CLUSTER_KEY_FILE=.*key holds another"):
+    with pytest.raises(
+        ConfigError, match=r"SHOAL_CLUSTER_KEY differs from the key in SHOAL_CLUSTER_KEY_FILE=.*key: unset one"
+    ):
         env.cluster_key()
     key_file.unlink()
     with pytest.raises(ConfigError, match="key can't be read"):
         env.cluster_key()
 
 
-def test_who_has_none_is_told_of_both() -> None:
-    with pytest.raises(ConfigError, match=r"set SHOAL_CLUSTER_KEY, or what the file of SHOAL_CLUSTER_KEY_FILE holds"):
+def test_an_error_without_a_key_names_both_variables() -> None:
+    with pytest.raises(ConfigError, match=r"set SHOAL_CLUSTER_KEY, or the content of SHOAL_CLUSTER_KEY_FILE"):
         require_key("", "192.0.2.1")
 
 
@@ -50,7 +52,9 @@ def test_nobody_has_said_any(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_is_open_to_others_is_refused(key_file: Path, mode: int) -> None:
     key_file.write_text("secret")
     key_file.chmod(mode)
-    with pytest.raises(ConfigError, match=rf"open to others than its owner \(mode {mode:o}\): chmod 600 it"):
+    with pytest.raises(
+        ConfigError, match=rf"may be read by users other than its owner \(mode {mode:o}\): chmod 600 it"
+    ):
         env.cluster_key()
 
 

@@ -83,7 +83,9 @@ def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SHOAL_DP_MASTER_IP", "[::1]")
     assert env.data_parallel() == env.DataParallel(3, 4, 3, 4, "::1", 29500)
     monkeypatch.setenv("SHOAL_DP_MASTER_IP", "10.0.0.1:29500")
-    with pytest.raises(ConfigError, match="SHOAL_DP_MASTER_IP takes the name or the address of a host, without a port"):
+    with pytest.raises(
+        ConfigError, match="SHOAL_DP_MASTER_IP must be the name or the address of a host, without a port"
+    ):
         env.data_parallel()
     monkeypatch.setenv("SHOAL_DP_MASTER_IP", "127.0.0.1")
     monkeypatch.delenv("SHOAL_DP_MASTER_IP")

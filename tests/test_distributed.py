@@ -69,7 +69,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
         assert each["scattered"] == [[[10, 12], [16, 18]], [[14], [20]]][rank]
         assert each["rows"] == [[[10, 12, 14]], [[16, 18, 20]]][rank]
         assert each["dict"] == [[0, 1, 2, 3], "torch.bfloat16", [1, None, "x"], [0, 2]]
-        assert "rank 0 brings nothing that can be sent" in each["error"]
+        assert "rank 0 passes no dictionary that can be sent" in each["error"]
         assert each["torch"] == 2
 
 

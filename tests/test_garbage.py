@@ -19,7 +19,7 @@ assert found() is None
 assert gc.get_freeze_count() == 0, "that is for the caller to decide"
 """
 SETTLED = """
-garbage_collector.settle()
+garbage_collector.freeze()
 before = gc.get_freeze_count()
 del node
 gc.collect()

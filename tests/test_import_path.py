@@ -107,7 +107,7 @@ def test_folders_that_a_parent_has_added_are_kept_in_order(tmp_path: Path) -> No
     program = (
         f"import sys; sys.path.insert(1, {str(tmp_path)!r}); sys.path.append({str(tmp_path / 'last')!r})\n"
         "from shoal.process import import_path\n"
-        f"assert import_path.safe(sys.path) == [each for each in sys.path if each], sys.path"
+        f"assert import_path.safe_folders(sys.path) == [each for each in sys.path if each], sys.path"
     )
     run("-c", program, folder=Path("/"))
 

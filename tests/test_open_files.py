@@ -8,7 +8,7 @@ import pytest
 SHOW = """
 import resource
 from shoal.process import open_files
-print(open_files.allow(), *resource.getrlimit(resource.RLIMIT_NOFILE))
+print(open_files.raise_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 

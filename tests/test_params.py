@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import RequestError
-from shoal.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+from shoal.parameter_forms import Number
+from shoal.params import SAMPLING_TABLE, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from shoal.values import decimal_number, whole_number
 from support.fakes import steady
 
@@ -42,7 +43,11 @@ INTEGERS = {
     *("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"),
 }
 OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
-SWITCHES = ["ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"]
+SWITCHES = [
+    *("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
+    "include_stop_str_in_output",
+]
+UNSUPPORTED = ["logits_processors", "thinking_token_budget"]
 LISTS = ["stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"]
 
 
@@ -58,7 +63,7 @@ def refuses(make: Callable[..., object], says: str, **values: Any) -> str:
 
 def test_every_parameter_is_in_one_of_the_lists() -> None:
     names = {f.name for f in dataclasses.fields(SamplingParams)}
-    assert names == {*NUMBERS, *SWITCHES, *LISTS, "structured_outputs"}
+    assert names == {*NUMBERS, *SWITCHES, *LISTS, *UNSUPPORTED, "structured_outputs", "extra_args"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -153,6 +158,38 @@ def test_lists_are_kept_in_one_form() -> None:
     empty = SamplingParams(stop=[], bad_words=[], stop_token_ids=[], logit_bias={})
     assert (empty.stop, empty.bad_words, empty.stop_token_ids, empty.logit_bias) == ((), (), (), {})
     assert dataclasses.replace(given) == given
+
+
+def test_values_of_ones_own_are_kept_as_they_are() -> None:
+    given = {"tenant": "a", "weights": [1, 2]}
+    params = SamplingParams(extra_args=given)
+    assert params.extra_args == given
+    assert params.extra_args is not given
+    assert SamplingParams.from_dict({"extra_args": given}).extra_args == given
+    wrong_ones: list[Any] = [[], "a", 5, {1: 2}]
+    for wrong in wrong_ones:
+        refuses(SamplingParams, "extra_args must be an object of names and values", extra_args=wrong)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_shoal_lacks_is_refused_with_a_way_out(name: str) -> None:
+    for value in (len, [len], 5, 0, "x"):
+        text = refuses(SamplingParams, f"{name} is not supported: ", **{name: value})
+        assert "max_tokens" in text or "logit_bias" in text
+    empty_ones: list[Any] = [None, [], ()]
+    for empty in empty_ones:
+        nothing: dict[str, Any] = {name: empty}
+        assert SamplingParams(**nothing) == SamplingParams()
+
+
+def test_every_row_says_what_the_parameter_does() -> None:
+    for name, row in SAMPLING_TABLE.items():
+        assert (row.name, row.default) == (name, SamplingParams.__dataclass_fields__[name].default)
+        assert len(row.help) > 10
+        assert row.help[0].islower()
+        assert str(row.form) in row.description
+    numbers = {name for name, row in SAMPLING_TABLE.items() if isinstance(row.form, Number)}
+    assert numbers == set(NUMBERS)
 
 
 def test_a_seed_of_minus_one_is_none() -> None:

@@ -23,10 +23,11 @@ import pytest
 
 from shoal.activity import AWAKE
 from shoal.cluster.members.connected_replica import ConnectedReplica
-from shoal.cluster.members.doors import FRONT_END, FleetDoor
+from shoal.cluster.members.doors import FleetDoor
 from shoal.errors import EngineError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.rendezvous import FRONT_END_DOOR
 from support import hosts
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "async_llm_hosts.py"
@@ -233,7 +234,7 @@ def front_end() -> Iterator[str]:
     )
     arrived: list[ConnectedReplica] = []
     door.open(lambda _, arrival: arrived.append(arrival))
-    with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous:
+    with Rendezvous(key=KEY, doors={FRONT_END_DOOR: door}) as rendezvous:
         yield rendezvous.address.rpartition(":")[2]
     for arrival in arrived:
         arrival.close()
@@ -242,7 +243,7 @@ def front_end() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("arguments", "key", "message"),
     [
-        (["-dp", "2"], "another key", "the shared key is another one: set SHOAL_CLUSTER_KEY"),
+        (["-dp", "2"], "another key", "the shared key differs: set SHOAL_CLUSTER_KEY"),
         (["-dp", "2", "bundled:moe"], KEY, r"its config.json is \w+, that of the front end \(.*\) is \w+"),
         (["-dp", "2", "--block-size", "32"], KEY, "its --block-size is 32, that of the front end .* is 16"),
         (["-dp", "3"], KEY, "it counts 3 replicas, the front end .* counts 2"),
@@ -271,7 +272,7 @@ def test_replicas_come_back_until_they_are_dismissed() -> None:
     )
     arrivals: SimpleQueue[ConnectedReplica] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
-    with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:
+    with Rendezvous(key=KEY, doors={FRONT_END_DOOR: door}) as rendezvous, programs() as start:
         port = rendezvous.address.rpartition(":")[2]
         program = start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
         first = arrivals.get(timeout=280)
@@ -302,7 +303,7 @@ def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
     )
     arrivals: SimpleQueue[ConnectedReplica] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
-    with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:
+    with Rendezvous(key=KEY, doors={FRONT_END_DOOR: door}) as rendezvous, programs() as start:
         port = rendezvous.address.rpartition(":")[2]
         start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
         first = arrivals.get(timeout=280)

@@ -1,4 +1,4 @@
-"""Shoal serves large language models across processes, devices and machines."""
+"""Shoal runs and serves large language models across processes, devices and hosts."""
 
 from typing import TYPE_CHECKING, Any
 

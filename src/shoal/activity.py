@@ -1,10 +1,10 @@
-"""What an engine is at: awake, paused or asleep. Every change from one to another is made here.
+"""The activity of an engine: awake, paused or asleep. All transitions between these states are here.
 
-    awake <-- resume, wake_up --> paused      nothing is computed; what runs keeps its KV blocks
+    awake <-- resume, wake_up --> paused      computes nothing; running requests keep their KV blocks
       |                             |
-      +----------- sleep -----------+--> asleep   ... and weights and KV cache have been given back
+      +----------- sleep -----------+--> asleep   computes nothing, and has freed weights and KV cache
 
-Whoever is asleep is awake again when it has both parts back.
+An engine that is asleep is awake again when it has both weights and KV cache back.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from shoal.errors import ConfigError
 WEIGHTS = "weights"
 KV_CACHE = "kv_cache"
 PARTS = (WEIGHTS, KV_CACHE)
-_SCHEDULING = "scheduling"  # vLLM's name for what is neither: steps
+_SCHEDULING = "scheduling"  # another tag of vLLM, for the steps
 LEVELS = (0, 1, 2)
 
 
@@ -28,7 +28,7 @@ class ActivityState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """`level` is that of the sleep; `missing` are the parts of the memory that were given back."""
+    """The state of an engine, the level of its sleep, and the parts of memory that it has freed."""
 
     state: ActivityState = ActivityState.AWAKE
     level: int = 0
@@ -36,17 +36,18 @@ class Activity:
 
     @property
     def runs(self) -> bool:
-        """Are steps computed?"""
+        """True if the engine computes steps."""
         return self.state is ActivityState.AWAKE
 
     def pause(self) -> "Activity":
-        """Whoever is asleep computes nothing anyway, and stays asleep."""
+        """Return the activity after a pause. An engine that is asleep stays asleep."""
         return PAUSED if self.state is ActivityState.AWAKE else self
 
     def resume(self) -> "Activity":
-        """
+        """Return the activity after the end of a pause.
+
         Raises:
-            ConfigError: it is asleep.
+            ConfigError: the engine is asleep.
         """
         if self.state is ActivityState.ASLEEP:
             raise ConfigError(
@@ -55,10 +56,10 @@ class Activity:
         return AWAKE
 
     def sleep(self, level: int) -> "Activity":
-        """Level 0 is a pause. A sleep does not become lighter by another one.
+        """Return the activity after falling asleep. Level 0 is a pause; a lower level does not change a deeper sleep.
 
         Raises:
-            ConfigError: there is no such level.
+            ConfigError: the level is not 0, 1 or 2.
         """
         if level not in LEVELS:
             raise ConfigError(f"the level of a sleep must be 0, 1 or 2, got {level}")
@@ -67,10 +68,12 @@ class Activity:
         return Activity(ActivityState.ASLEEP, max(level, self.level), PARTS)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> "Activity":
-        """`tags`: the parts to take again; None: all. With the last one it is awake, be it paused before.
+        """Return the activity after waking up, which ends a pause too.
+
+        tags: the parts of memory to allocate again, None for all. While parts are missing the engine stays asleep.
 
         Raises:
-            ConfigError: there is no such part.
+            ConfigError: a tag is unknown.
         """
         wanted = PARTS if tags is None else tuple(tags)
         unknown = [tag for tag in wanted if tag not in (*PARTS, _SCHEDULING)]
@@ -79,11 +82,11 @@ class Activity:
         missing = tuple(part for part in self.missing if part not in wanted)
         return replace(self, missing=missing) if missing else AWAKE
 
-    def way(self, to: "Activity") -> "tuple[Activity, ...]":
-        """The states that engines take one after the other on their way there.
+    def steps_to(self, to: "Activity") -> "tuple[Activity, ...]":
+        """Return the activities through which engines go to `to`, one after the other.
 
-        Those that compute together take each step before any takes the next. Nobody computes while another one has not
-        come to rest or is not back.
+        Engines that compute in lockstep all take one before any of them takes the next. So no engine computes while
+        another one has not paused yet, or is not awake yet.
         """
         through_pause = (self.runs and to.missing) or (to.runs and self.missing)
         return (PAUSED, to) if through_pause else (to,)

@@ -1,4 +1,4 @@
-"""Hosts and ports: as users write them, as sockets take them, and as they are shown."""
+"""Hosts and ports: parsed from options, resolved for sockets, and formatted for messages."""
 
 import errno
 import ipaddress
@@ -19,56 +19,58 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """`host:port`; an IPv6 address stands in brackets: `[fd02::1]:29550`.
+        """Parse `host:port`. An IPv6 address must be in brackets: `[fd02::1]:29550`.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: the text has another form.
         """
         host, _, port = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
         if not host.strip("[]") or (":" in host and not bracketed) or not (port.isascii() and port.isdigit()):
-            raise ConfigError(f"a rendezvous is at HOST:PORT, or [IPV6]:PORT, got {text!r}")
+            raise ConfigError(f"a rendezvous must be HOST:PORT or [IPV6]:PORT, got {text!r}")
         if not 0 < int(port) < 65536:
-            raise ConfigError(f"a rendezvous is at HOST:PORT, with a port from 1 to 65535, got {text!r}")
-        return cls(host_of(host, "a rendezvous"), int(port))
+            raise ConfigError(f"a rendezvous must be HOST:PORT with a port from 1 to 65535, got {text!r}")
+        return cls(parse_host(host, "a rendezvous"), int(port))
 
     def __str__(self) -> str:
-        return joined(self.host, self.port)
+        return join_host_port(self.host, self.port)
 
 
-def host_of(text: str, name: str) -> str:
-    """A host alone, as an option has it: brackets around an IPv6 address go.
+def parse_host(text: str, name: str) -> str:
+    """Parse the value of an option that is a host without a port. Brackets around an IPv6 address are removed.
 
     Raises:
-        ConfigError: there is a port behind it, or it is no address; the message calls the option `name`.
+        ConfigError: there is a port, or it is no address. The message calls the option `name`.
     """
     host = text.strip()
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     if not host or (":" in host and _literal(host) is None):
-        raise ConfigError(f"{name} takes the name or the address of a host, without a port, got {text!r}")
+        raise ConfigError(f"{name} must be the name or the address of a host, without a port, got {text!r}")
     return host
 
 
-def shown(host: str) -> str:
-    """Return a host as URLs have it: with brackets around an IPv6 address."""
+def bracketed(host: str) -> str:
+    """Return a host as in a URL: with brackets around an IPv6 address."""
     return f"[{host}]" if isinstance(_literal(host), ipaddress.IPv6Address) else host
 
 
-def joined(host: str, port: int) -> str:
-    """`host:port`, with brackets around an IPv6 address."""
-    return f"{shown(host)}:{port}"
+def join_host_port(host: str, port: int) -> str:
+    """Return `host:port`, with brackets around an IPv6 address."""
+    return f"{bracketed(host)}:{port}"
 
 
-Endpoint = tuple[socket.AddressFamily, tuple[Any, ...]]  # as a socket takes it
+Endpoint = tuple[socket.AddressFamily, tuple[Any, ...]]  # the arguments of a socket
 
 
-def resolved(host: str, port: int = 0, *, passive: bool = False) -> list[Endpoint]:
-    """The addresses of a host, each with its family, as sockets take them. Those of IPv4 come first, on every host: so
-    all that are told one name meet by the same kind of address. `passive`: to listen at; "" is all of this host's.
+def resolve(host: str, port: int = 0, *, passive: bool = False) -> list[Endpoint]:
+    """Return the addresses of a host, for sockets.
+
+    IPv4 addresses come first on every host, so that all processes with the same name use the same kind of address.
+    `passive`: for sockets that listen; then "" means all addresses of this host.
 
     Raises:
-        OSError: nobody knows the name.
+        OSError: the name is unknown.
     """
     flags = socket.AI_PASSIVE if passive else 0
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
@@ -77,12 +79,13 @@ def resolved(host: str, port: int = 0, *, passive: bool = False) -> list[Endpoin
 
 
 def connect(address: Address, timeout: float) -> socket.socket:
-    """
+    """Connect to the first address of the host that answers. Each has `timeout` seconds.
+
     Raises:
-        OSError: none of the host's addresses answers; each has `timeout` seconds.
+        OSError: none of the addresses answers.
     """
     failure: OSError | None = None
-    for family, there in resolved(address.host, address.port):
+    for family, there in resolve(address.host, address.port):
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.settimeout(timeout)
         try:
@@ -96,21 +99,23 @@ def connect(address: Address, timeout: float) -> socket.socket:
 
 
 def listen(host: str, port: int, backlog: int = BACKLOG) -> list[socket.socket]:
-    """A socket for each address of the host, all at one port; 0 is a free one. "" is all of this host's, `::` too.
+    """Listen at every address of the host, all with the same port. Return a socket for each address.
+
+    host: "" for all addresses of this host, including `::`. port: 0 for a free one.
 
     Raises:
-        OSError: nobody can listen at any of them, or one is taken.
+        OSError: no address can be used, or the port of one is in use.
     """
     found: list[socket.socket] = []
     failure: OSError | None = None
     try:
-        for family, there in resolved(host, port, passive=True):
+        for family, there in resolve(host, port, passive=True):
             try:
                 found.append(_listener(family, (there[0], port, *there[2:]), backlog, only_v6=bool(found)))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise
-                failure = failure or error  # one of the name's addresses may be of another network, or host
+                failure = failure or error  # a name may have addresses that are not of this host
                 continue
             port = found[0].getsockname()[1]
     except BaseException:
@@ -137,38 +142,38 @@ def _listener(family: socket.AddressFamily, there: tuple[Any, ...], backlog: int
 
 
 def is_loopback(host: str) -> bool:
-    """Do only processes of this host reach it? A name that nobody knows is not taken for that."""
+    """Tell whether only processes of this host can reach it. False for an unknown name."""
     try:
-        found = [_literal(str(there[0])) for _, there in resolved(host)]
+        found = [_literal(str(there[0])) for _, there in resolve(host)]
     except OSError:
         return False
     return bool(found) and all(each is not None and each.is_loopback for each in found)
 
 
 def is_local(host: str) -> bool:
-    """Does it say that all are on one host: a loopback address, or a name of it?"""
+    """Tell whether this is a loopback address or localhost, which means that all processes are on one host."""
     literal = _literal(host)
     return host == "localhost" or host.endswith(".localhost") or (literal is not None and literal.is_loopback)
 
 
-def refuse_hidden_loopback(host: str, name: str) -> None:
-    """Notices a name that looks like one for other hosts, and leads to this host's loopback.
+def refuse_loopback_name(host: str, name: str) -> None:
+    """Refuse a name that other hosts seem to be able to use, but that stands for a loopback address of this host.
 
     Raises:
-        ConfigError: it is such a name; the message calls the option `name`.
+        ConfigError: it is such a name. The message calls the option `name`.
     """
     if is_local(host) or not is_loopback(host):
         return
-    found = ", ".join(str(there[0]) for _, there in resolved(host))
+    found = ", ".join(str(there[0]) for _, there in resolve(host))
     raise ConfigError(
         f"{name} {host} is {found} on this host ({socket.gethostname()}), a loopback address that no other host "
-        "reaches: give an address that the others reach, or take the name out of that line of /etc/hosts; where all "
-        "are on this host, give 127.0.0.1"
+        "can reach: give an address that the others can reach, or remove the name from that line of /etc/hosts; if all "
+        "processes are on this host, give 127.0.0.1"
     )
 
 
 def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """None: it is a name."""
+    """Return the IP address that a text is, or None for a name."""
     with suppress(ValueError):
         return ipaddress.ip_address(host)
     return None

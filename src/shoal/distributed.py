@@ -1,4 +1,4 @@
-"""Operations between processes by the names that people know, for programs of their own under `torchrun` or the like.
+"""Collective operations under the names of vLLM, for the user's own programs, started by `torchrun` for example.
 
     from shoal import distributed
 
@@ -6,8 +6,8 @@
     total = distributed.tensor_model_parallel_all_reduce(partial)
     distributed.destroy_distributed_environment()
 
-A thin layer over Shoal's communicators, one group a process. Nothing inside of Shoal uses it: layers are handed the
-group that they are split over.
+This is a thin layer over Shoal's communicators, with one group per process. Shoal itself does not use it: its layers
+get the group over which they are split as an argument.
 """
 
 import datetime
@@ -21,10 +21,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from shoal.addresses import resolved
+from shoal.addresses import resolve
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
-from shoal.comm.torch_dist import TorchComm
+from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import ConfigError
 
 _c10d: Any = torch.distributed  # its bindings carry no usable types
@@ -33,11 +33,11 @@ _DEFAULT_TIMEOUT_S = 600.0
 
 @dataclass(slots=True)
 class _ProcessGroups:
-    """What this process is part of; None before the start."""
+    """The groups of this process, None before they are initialized."""
 
     tp: Communicator | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    times: int = 0  # it was started, which keeps what it leaves in a store apart from what comes later
+    starts: int = 0  # the number of initializations; each has a prefix of its own in the store
 
 
 _process = _ProcessGroups()
@@ -53,14 +53,17 @@ def init_distributed_environment(
     tensor_model_parallel_size: int | None = None,
     timeout_s: float = _DEFAULT_TIMEOUT_S,
 ) -> None:
-    """Joins the other processes; also initializes `torch.distributed`, if nobody has.
+    """Join the other processes, and initialize `torch.distributed` if it is not initialized yet.
 
-    Sizes and ranks of -1 come from the environment, as `torchrun` sets it. `backend` is nccl where this process has a
-    GPU (number `local_rank`, else its rank modulo their count), else gloo. The tensor-parallel group are all processes,
-    or `tensor_model_parallel_size` neighbours each.
+    Args:
+        world_size: -1 to read it from the environment, where `torchrun` sets it; `rank` too.
+        local_rank: the number of this process's GPU; -1 for its rank modulo the number of GPUs.
+        backend: by default nccl if this process has a GPU, otherwise gloo.
+        tensor_model_parallel_size: the size of each tensor-parallel group of consecutive ranks; by default one group
+            has all processes.
 
     Raises:
-        ConfigError: it was called before, or the sizes do not go together.
+        ConfigError: this was called before, or `tensor_model_parallel_size` does not divide the number of processes.
     """
     if _process.tp is not None:
         raise ConfigError("init_distributed_environment was called before: call destroy_distributed_environment first")
@@ -77,8 +80,8 @@ def init_distributed_environment(
         number = local_rank if local_rank >= 0 else rank % torch.cuda.device_count()
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    _process.times += 1
-    store = _c10d.PrefixStore(f"shoal {_process.times}", store)
+    _process.starts += 1
+    store = _c10d.PrefixStore(f"shoal {_process.starts}", store)
     if not _c10d.is_initialized():
         _c10d.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     comm: Communicator = LocalComm()
@@ -98,19 +101,19 @@ def init_distributed_environment(
 
 
 def _address_towards(store: Any) -> str:
-    """Of this host, as the one that keeps the store reaches it; loopback where none does, as for a file."""
+    """Return the address of this host that the host of the store can reach; loopback for a store without a host."""
     while isinstance(store, _c10d.PrefixStore):
         store = store.underlying_store
     if not isinstance(store, _c10d.TCPStore):
         return "127.0.0.1"
-    family, there = resolved(store.host, store.port)[0]
+    family, there = resolve(store.host, store.port)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as towards:
-        towards.connect(there)  # sends nothing, but chooses a way
+        towards.connect(there)  # sends nothing, but chooses the network interface
         return str(towards.getsockname()[0])
 
 
 def destroy_distributed_environment() -> None:
-    """Leaves. Idempotent."""
+    """Leave the groups, and destroy the process group of `torch.distributed`. May be called again."""
     if _process.tp is not None:
         _process.tp = None
         if _c10d.is_initialized():
@@ -118,7 +121,7 @@ def destroy_distributed_environment() -> None:
 
 
 def get_process_group() -> Any:
-    """All processes, as a process group of `torch.distributed`.
+    """Return the process group of `torch.distributed` with all processes.
 
     Raises:
         ConfigError: `init_distributed_environment` was not called.
@@ -136,12 +139,12 @@ def get_tensor_model_parallel_rank() -> int:
 
 
 def tensor_model_parallel_all_reduce(x: Tensor) -> Tensor:
-    """The sum over the group. The result may be x itself, changed."""
+    """Return the sum over the group. The result may be x itself, overwritten."""
     return _tensor_parallel().all_reduce(x)
 
 
 def tensor_model_parallel_all_gather(x: Tensor, dim: int = -1) -> Tensor:
-    """All tensors of the group side by side along `dim`; they may differ in size there.
+    """Concatenate the tensors of the group along `dim`, where their sizes may differ.
 
     x: [..., n_r, ...]. Gives [..., sum of n_r, ...].
     """
@@ -153,8 +156,9 @@ def tensor_model_parallel_all_gather(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def tensor_model_parallel_reduce_scatter(x: Tensor, dim: int = -1) -> Tensor:
-    """The sum over the group, of which each rank gets its part along `dim`; the first parts are larger by one where the
-    group does not divide it.
+    """Sum over the group and split the sum along `dim`, one part for each rank.
+
+    If the group's size does not divide the dimension, the first parts are larger by one.
 
     x: [..., n, ...]. Gives [..., n_r, ...].
     """
@@ -166,22 +170,23 @@ def tensor_model_parallel_reduce_scatter(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def broadcast_tensor_dict(tensor_dict: Mapping[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
-    """The dictionary of rank `src` of the group, tensors and plain data, at every rank. The others give None. Tensors
-    arrive on the device of the group.
+    """Return the dictionary of rank `src` of the group, with tensors and plain data, on every rank.
+
+    The other ranks pass None. Tensors arrive on the device of the group.
 
     Raises:
-        ConfigError: rank `src` brings none, or a value that is neither a tensor nor plain data (None, truth values,
-            numbers, texts, lists and dictionaries of these).
+        ConfigError: rank `src` passes None, or a value that is neither a tensor nor plain data (None, booleans,
+            numbers, strings, lists and dictionaries of these).
     """
     comm, device = _tensor_parallel(), _process.device
-    described = _describe(tensor_dict) if comm.rank == src else b""
-    length = int(comm.broadcast(torch.tensor([len(described)], device=device), src))
-    told = torch.tensor(list(described.ljust(length, b"\0")), dtype=torch.uint8, device=device)
-    told = comm.broadcast(told, src) if length else told
-    if not len(told):
-        raise ConfigError(f"broadcast_tensor_dict: rank {src} brings nothing that can be sent, see its own error")
+    description = _describe(tensor_dict) if comm.rank == src else b""
+    length = int(comm.broadcast(torch.tensor([len(description)], device=device), src))
+    encoded = torch.tensor(list(description.ljust(length, b"\0")), dtype=torch.uint8, device=device)
+    encoded = comm.broadcast(encoded, src) if length else encoded
+    if not len(encoded):
+        raise ConfigError(f"broadcast_tensor_dict: rank {src} passes no dictionary that can be sent")
     found: dict[str, Any] = {}
-    for name, kind, value in json.loads(bytes(told.tolist())):
+    for name, kind, value in json.loads(bytes(encoded.tolist())):
         if kind == "plain":
             found[name] = value
             continue
@@ -195,7 +200,7 @@ def broadcast_tensor_dict(tensor_dict: Mapping[str, Any] | None = None, src: int
 
 
 def _describe(tensor_dict: Mapping[str, Any] | None) -> bytes:
-    """Names, and values or the tensors' types and shapes; nothing where the others must be told that it can't be."""
+    """Encode the names, and the values or the tensors' dtypes and shapes. Return b"" if they cannot be sent."""
     if tensor_dict is None:
         return b""
     entries = [

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shoal.addresses import host_of, is_local
+from shoal.addresses import is_local, parse_host
 from shoal.errors import ConfigError
 from shoal.process import import_path
 from shoal.values import whole_number
@@ -19,41 +19,41 @@ _LEVELS = ("debug", "info", "warning", "error", "critical")
 class Variable:
     name: str
     help: str
-    alias: str | None = None  # vLLM's name for the same; the one of ours wins
+    alias: str | None = None  # vLLM's name for it, which is read if the other is not set
 
 
-API_KEY = ("SHOAL_API_KEY", "VLLM_API_KEY")  # flags read them; children are not handed them down
+API_KEY = ("SHOAL_API_KEY", "VLLM_API_KEY")  # flags read them; child processes do not inherit them
 _CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 _MOST_GIB = 1 << 20
 
 SETTINGS: tuple[Variable, ...] = (
     Variable(
         API_KEY[0],
-        "where there is no --api-key: what `shoal serve` asks of clients, several with spaces between, and what `bench "
-        "serve`, `top` and `scale` send; unlike the flag, `ps` does not show it",
+        "used if --api-key is not given: the keys that `shoal serve` accepts, separated by spaces, and the key that "
+        "`bench serve`, `top` and `scale` send; unlike the flag, `ps` does not show it",
         API_KEY[1],
     ),
-    Variable(_CPU_KV_CACHE, "GiB of each rank's KV cache on CPUs, where no option says; 0: as without it"),
-    Variable("SHOAL_LOG_LEVEL", f"what the log on stderr holds: {', '.join(_LEVELS)}", "VLLM_LOGGING_LEVEL"),
-    Variable("SHOAL_CLUSTER_KEY", "a secret that processes on different hosts share, so that no stranger joins them"),
-    Variable("SHOAL_CLUSTER_KEY_FILE", "a file with that secret, which nobody but its owner may read"),
-    Variable("CUDA_VISIBLE_DEVICES", "the GPUs that count as this host's"),
-    Variable("HF_HUB_OFFLINE", "1: nothing is fetched from the hub"),
-    Variable("HF_TOKEN", "opens models on the hub that need a login"),
-    Variable("HF_HOME", "where models from the hub are kept"),
+    Variable(_CPU_KV_CACHE, "GiB of each rank's KV cache on CPUs, if no option sets it; 0: the default size"),
+    Variable("SHOAL_LOG_LEVEL", f"lowest level in the log on stderr: {', '.join(_LEVELS)}", "VLLM_LOGGING_LEVEL"),
+    Variable("SHOAL_CLUSTER_KEY", "a secret that processes on different hosts share, so that no others can join them"),
+    Variable("SHOAL_CLUSTER_KEY_FILE", "a file with that secret, which only its owner may read"),
+    Variable("CUDA_VISIBLE_DEVICES", "the GPUs of this host that Shoal may use"),
+    Variable("HF_HUB_OFFLINE", "1: download nothing from the hub"),
+    Variable("HF_TOKEN", "the token for models on the hub that need a login"),
+    Variable("HF_HOME", "the folder for models from the hub"),
 )
 
-_OF_RANKS = {
-    "RANK": "a process's number among those of a data-parallel job that is started by hand",
-    "SIZE": "how many they are",
-    "RANK_LOCAL": "its number among those on its host; to be set with the next one where several share a host",
-    "SIZE_LOCAL": "how many these are; left out: all where the master is on loopback, else one",
-    "MASTER_IP": "where rank 0 listens",
-    "MASTER_PORT": "... and at which port",
+_DATA_PARALLEL = {
+    "RANK": "the rank of this process in a data-parallel job that is started by hand",
+    "SIZE": "the number of processes of that job",
+    "RANK_LOCAL": "the rank of this process on its host; needed if several processes share a host, with the next one",
+    "SIZE_LOCAL": "the number of processes on its host; by default all if the master is on loopback, otherwise one",
+    "MASTER_IP": "the address at which rank 0 listens",
+    "MASTER_PORT": "the port at which rank 0 listens",
 }
-SETTINGS += tuple(Variable(f"SHOAL_DP_{name}", text, f"VLLM_DP_{name}") for name, text in _OF_RANKS.items())
+SETTINGS += tuple(Variable(f"SHOAL_DP_{name}", text, f"VLLM_DP_{name}") for name, text in _DATA_PARALLEL.items())
 
-# vLLM's variables that mean the same as one of our options. None of its others does.
+# vLLM's variables that mean the same as one of our options.
 OPTION_ALIASES = {
     "pipeline_layer_partition": "VLLM_PP_LAYER_PARTITION",
     "step_timeout": "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
@@ -64,26 +64,26 @@ OPTION_ALIASES = {
 
 
 def option_variable(name: str) -> str:
-    """The variable of an engine option: `block_size` -> SHOAL_BLOCK_SIZE."""
+    """Return the name of the variable of an engine option: `block_size` -> SHOAL_BLOCK_SIZE."""
     return PREFIX + name.upper()
 
 
 def option(name: str) -> tuple[str, str] | None:
-    """(variable, text) of an engine option, where it is set; an empty one counts as not set."""
+    """Return the variable that sets an engine option and its text, or None. An empty variable counts as not set."""
     return _first(option_variable(name), OPTION_ALIASES.get(name))
 
 
-def unread(options: Iterable[str]) -> list[str]:
-    """The SHOAL_* variables that are set and that nobody reads."""
+def unknown_variables(options: Iterable[str]) -> list[str]:
+    """Return the SHOAL_* variables that are set but that Shoal does not know."""
     known = {variable.name for variable in SETTINGS} | {option_variable(name) for name in options}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def log_level() -> str:
-    """SHOAL_LOG_LEVEL, in capitals.
+    """Return the value of SHOAL_LOG_LEVEL in upper case.
 
     Raises:
-        ConfigError: it is no level.
+        ConfigError: there is no such level.
     """
     variable, level = _first("SHOAL_LOG_LEVEL", "VLLM_LOGGING_LEVEL") or ("", "info")
     if level.lower() not in _LEVELS:
@@ -101,28 +101,29 @@ class DataParallel:
     size_local: int
     master_ip: str
     master_port: int
-    local_assumed: bool = False  # to be alone on its host: nobody said so
+    local_assumed: bool = False  # True if it is only assumed that this process is alone on its host
 
 
 def data_parallel() -> DataParallel | None:
-    """SHOAL_DP_* (or VLLM_DP_*); None where neither rank nor size is set. What is local follows from the others where
-    the master is on loopback, so that all are on one host.
+    """Read SHOAL_DP_* (or VLLM_DP_*). Return None if neither rank nor size is set.
+
+    If the master is on loopback all processes are on one host, so the local rank and size have defaults.
 
     Raises:
-        ConfigError: one of them is missing, or no number in its range.
+        ConfigError: a variable is missing, or is not a number in its range.
     """
     if not _first("SHOAL_DP_RANK", "VLLM_DP_RANK") and not _first("SHOAL_DP_SIZE", "VLLM_DP_SIZE"):
         return None
     size = _dp_number("SIZE", 1, 10**6)
     rank = _dp_number("RANK", 0, size - 1)
     variable, text = _first("SHOAL_DP_MASTER_IP", "VLLM_DP_MASTER_IP") or ("", "127.0.0.1")
-    master = host_of(text, variable)
+    master = parse_host(text, variable)
     one_host = is_local(master)
-    told = _first("SHOAL_DP_SIZE_LOCAL", "VLLM_DP_SIZE_LOCAL") is not None
+    is_set = _first("SHOAL_DP_SIZE_LOCAL", "VLLM_DP_SIZE_LOCAL") is not None
     size_local = _dp_number("SIZE_LOCAL", 1, size, default=size if one_host else 1)
     rank_local = _dp_number("RANK_LOCAL", 0, size_local - 1, default=rank % size_local)
     port = _dp_number("MASTER_PORT", 1, 65535)
-    return DataParallel(rank, size, rank_local, size_local, master, port, not (told or one_host))
+    return DataParallel(rank, size, rank_local, size_local, master, port, not (is_set or one_host))
 
 
 def _dp_number(name: str, lowest: int, highest: int, default: int | None = None) -> int:
@@ -130,7 +131,7 @@ def _dp_number(name: str, lowest: int, highest: int, default: int | None = None)
     if not text and default is not None:
         return default
     if not text:
-        raise ConfigError(f"{variable} is not set: a process of a data-parallel job needs it, from {lowest} on")
+        raise ConfigError(f"{variable} is not set: a process of a data-parallel job needs it, counted from {lowest}")
     number = whole_number(text)
     if number is None or not lowest <= number <= highest:
         raise ConfigError(f"{variable} must be an integer from {lowest} to {highest}, got {text!r}")
@@ -138,11 +139,12 @@ def _dp_number(name: str, lowest: int, highest: int, default: int | None = None)
 
 
 def cluster_key() -> str:
-    """The secret that processes on different hosts share, of SHOAL_CLUSTER_KEY or of the file that
-    SHOAL_CLUSTER_KEY_FILE names; "" where there is none.
+    """Return the secret that processes on different hosts share, or "" if there is none.
+
+    It is the value of SHOAL_CLUSTER_KEY, or the content of the file that SHOAL_CLUSTER_KEY_FILE names.
 
     Raises:
-        ConfigError: the file can't be read, is empty, or others than its owner may read it; or both are set and differ.
+        ConfigError: the file can't be read, is empty, or may be read by others; or both are set and differ.
     """
     found = os.environ.get("SHOAL_CLUSTER_KEY", "").strip()
     path = os.environ.get("SHOAL_CLUSTER_KEY_FILE", "").strip()
@@ -150,7 +152,7 @@ def cluster_key() -> str:
         return found
     key = _key_in(path)
     if found not in ("", key):
-        raise ConfigError(f"SHOAL_CLUSTER_KEY is set, and SHOAL_CLUSTER_KEY_FILE={path} holds another key: unset one")
+        raise ConfigError(f"SHOAL_CLUSTER_KEY differs from the key in SHOAL_CLUSTER_KEY_FILE={path}: unset one")
     return key
 
 
@@ -164,7 +166,7 @@ def _key_in(path: str) -> str:
         raise ConfigError(f"SHOAL_CLUSTER_KEY_FILE={path} can't be read: {why}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
-            f"SHOAL_CLUSTER_KEY_FILE={path} is open to others than its owner (mode {stat.S_IMODE(mode):o}): "
+            f"SHOAL_CLUSTER_KEY_FILE={path} may be read by users other than its owner (mode {stat.S_IMODE(mode):o}): "
             "chmod 600 it"
         )
     if not key:
@@ -181,10 +183,10 @@ def hub_offline() -> bool:
 
 
 def cpu_kv_cache_bytes() -> int | None:
-    """VLLM_CPU_KVCACHE_SPACE in bytes; None where it is not set, or 0.
+    """Return VLLM_CPU_KVCACHE_SPACE in bytes, or None if it is not set or 0.
 
     Raises:
-        ConfigError: it is no number of GiB.
+        ConfigError: it is not a number of GiB.
     """
     _, text = _first(_CPU_KV_CACHE) or ("", "0")
     try:
@@ -197,16 +199,18 @@ def cpu_kv_cache_bytes() -> int | None:
 
 
 def child_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The environment of a child process: this one's without the API key, with `extra` on top. PYTHONPATH loses what
-    `import_path.safe` leaves out: the working directory, by whatever name, which an empty entry means too."""
+    """Return the environment of a child process: this process's without the API key, and with `extra`.
+
+    The working directory, for which an empty entry stands too, is removed from PYTHONPATH (`import_path.safe_folders`).
+    """
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    python_path = {"PYTHONPATH": os.pathsep.join(import_path.safe(folders))}
+    python_path = {"PYTHONPATH": os.pathsep.join(import_path.safe_folders(folders))}
     kept = {name: value for name, value in os.environ.items() if name not in API_KEY}
     return {**kept, **python_path, **extra}
 
 
-def prefer(extra: dict[str, str]) -> None:
-    """Sets variables that libraries read when they are loaded, where the user has not set them."""
+def set_defaults(extra: dict[str, str]) -> None:
+    """Set environment variables that the user has not set. Libraries read them when they load."""
     for name, value in extra.items():
         os.environ.setdefault(name, value)
 

@@ -1,4 +1,4 @@
-"""Files that Git LFS has left in place of others: a few lines that say what should be there."""
+"""Pointers of Git LFS: small text files in place of files that were not downloaded."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ _FIRST_LINE = b"version https://git-lfs.github.com/spec/v1"
 
 
 def refuse_pointer(file: Path) -> None:
-    """Does nothing where there is no file, or where it can't be read: whoever reads it next says that better.
+    """Refuse a file that is a pointer of Git LFS. A file that can't be read is left to its reader, which reports it.
 
     Raises:
-        CheckpointError: it is such a file.
+        CheckpointError: it is a pointer.
     """
     try:
         with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Log lines on stderr, under the logger `shoal`."""
+"""The log: all loggers are children of `shoal`, and Shoal's own programs write it to stderr."""
 
 import logging
 import sys
@@ -9,12 +9,12 @@ _FORMAT = "%(levelname)s %(asctime)s [%(name)s] %(message)s"
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A child of the `shoal` logger; `name` is what the reader sees in brackets."""
+    """Return a child of the `shoal` logger. `name` appears in brackets in each line."""
     return logging.getLogger(f"shoal.{name}")
 
 
 def configure_logging(prefix: str = "") -> None:
-    """Sends the log to stderr. For programs of this project; a library call leaves logging to its caller."""
+    """Write the log to stderr. Only for this project's own programs: users of the library configure logging."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(prefix + _FORMAT, "%H:%M:%S"))
     root = logging.getLogger("shoal")

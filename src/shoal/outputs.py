@@ -1,4 +1,4 @@
-"""What a user gets back: outputs, their tokens and log-probabilities. Free of torch."""
+"""The results that a user gets: outputs, their tokens and log-probabilities. This module is free of torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's log-probability; its rank among all tokens, from 1, and its text, where they are known.
+    """A token's log-probability. Its rank among all tokens, from 1 on, and its text are None if they are not known.
 
-    `token_bytes`: what it adds to an output's text, where that is not `decoded_token` in UTF-8: of a token that is part
-    of a character, that part; of one that is left out of the text, as an end-of-text token is, b"".
+    `token_bytes`: the bytes that the token adds to the text, if these are not `decoded_token` in UTF-8. For a token
+    that is a part of a character they are that part; for a token that is not in the text (end of text) they are b"".
     """
 
     logprob: float
@@ -21,7 +21,7 @@ class Logprob:
     token_bytes: bytes | None = None
 
 
-Logprobs = Mapping[int, Logprob]  # token id -> what is known of it, at one position
+Logprobs = Mapping[int, Logprob]  # the log-probabilities at one position, by token id
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,11 @@ class CompletionOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     cumulative_logprob: float | None = None
-    logprobs: Sequence[Logprobs] | None = None  # one a token
-    # The text of `stop` or the token of `stop_token_ids` that ended it. None for an end-of-text token, unless
-    # `stop_token_ids` names that one too.
+    logprobs: Sequence[Logprobs] | None = None  # one per token
+    # The text of `stop` or the token of `stop_token_ids` that ended the output. None for an end-of-text token, unless
+    # `stop_token_ids` has that token too.
     stop_reason: int | str | None = None
-    text_offsets: tuple[int, ...] | None = None  # with `logprobs`: where in `text` each token begins
+    text_offsets: tuple[int, ...] | None = None  # with `logprobs`: the offset in `text` at which each token begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     error: str | None = None  # why the request has no complete output
     finished: bool = True
-    prompt_logprobs: Sequence[Logprobs | None] | None = None  # one a prompt token, None for the first
+    prompt_logprobs: Sequence[Logprobs | None] | None = None  # one per prompt token, None for the first
 
 
 @dataclass(frozen=True, slots=True)

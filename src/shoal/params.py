@@ -2,18 +2,18 @@
 
 import dataclasses
 import difflib
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from shoal.errors import RequestError
-from shoal.values import shown, whole_number
+from shoal.parameter_forms import AnyObject, Biases, Number, Switch, Texts, TokenIds, Unsupported
+from shoal.sampling_table import NOT_RESPONSES, SamplingParameter, parameter, table_of
+from shoal.values import shown
 
 
 class PromptDict(TypedDict, total=False):
-    """Either of the first two. Only prompts with the same `cache_salt` share cached prefixes."""
+    """A prompt: either of the first two. Only prompts with the same `cache_salt` share cached prefixes."""
 
     prompt: str
     prompt_token_ids: Sequence[int]
@@ -21,12 +21,12 @@ class PromptDict(TypedDict, total=False):
 
 
 Prompt = str | PromptDict
-Message = Mapping[str, Any]  # of a chat: `role`, `content`, and whatever else the model's template reads
+Message = Mapping[str, Any]  # of a chat: `role`, `content`, and whatever else the chat template reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What an output must look like; exactly one of them, and `strict` beside a schema.
+    """What an output must look like: exactly one of these, and `strict` beside a JSON schema.
 
     Raises:
         RequestError: none or several are given, or one has the wrong type. Whether it can be obeyed is found out with
@@ -38,89 +38,48 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None  # Lark, in the dialect of llguidance
     json_object: bool | None = None  # True: any JSON object
-    strict: bool = False  # refuse a JSON schema with a keyword that can't be obeyed; otherwise it goes without that
+    strict: bool = False  # True: refuse a JSON schema with a keyword that can't be obeyed; False: ignore the keyword
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "strict"}
         given = [name for name, value in values.items() if value is not None and value is not False]
         if len(given) != 1:
-            raise RequestError(
-                f"structured_outputs takes exactly one of {', '.join(values)}, got {', '.join(given) or 'none'}"
+            raise RequestError.about(
+                "structured_outputs", f"takes exactly one of {', '.join(values)}, got {', '.join(given) or 'none'}"
             )
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise RequestError(f"structured_outputs.{name} must be a text, got {shown(value)}")
+                raise _structured_error(name, f"must be a text, got {shown(value)}")
         if self.json is not None and not isinstance(self.json, str | Mapping):
-            raise RequestError(f"structured_outputs.json must be a JSON schema, got {shown(self.json)}")
+            raise _structured_error("json", f"must be a JSON schema, got {shown(self.json)}")
         if self.choice is not None:
-            object.__setattr__(self, "choice", _texts("structured_outputs.choice", self.choice))
+            texts = Texts().read("structured_outputs", self.choice, "structured_outputs.choice")
+            object.__setattr__(self, "choice", texts)
         if self.json_object is not None and not isinstance(self.json_object, bool):
-            raise RequestError(f"structured_outputs.json_object must be true or false, got {shown(self.json_object)}")
+            raise _structured_error("json_object", f"must be true or false, got {shown(self.json_object)}")
         if not isinstance(self.strict, bool):
-            raise RequestError(f"structured_outputs.strict must be true or false, got {shown(self.strict)}")
+            raise _structured_error("strict", f"must be true or false, got {shown(self.strict)}")
 
 
-_LARGEST = sys.float_info.max
+def _structured_error(kind: str, problem: str) -> RequestError:
+    return RequestError.about("structured_outputs", problem, subject=f"structured_outputs.{kind}")
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
-    """What a number may be. `also` are values outside of it with a meaning of their own."""
+class _StructuredOutputs:
+    """The form of `structured_outputs`."""
 
-    low: float = -math.inf
-    high: float = math.inf
-    integer: bool = False
-    above_low: bool = False  # the low end itself is not in it
-    also: tuple[int, ...] = ()
-    note: str = ""
-
-    def read(self, name: str, value: object) -> float:
-        """The value in the range's own type: as an integer, 10^30 fits into a float and into no message.
-
-        Raises:
-            RequestError: it is outside of the range, or no number.
-        """
-        kind = "an integer" if self.integer else "a finite number"
-        wanted = int if self.integer else int | float
-        # An integer may be larger than every finite number, and too long to be printed.
-        if isinstance(value, bool) or not isinstance(value, wanted) or not (self.integer or abs(value) <= _LARGEST):
-            raise RequestError(f"{name} must be {kind} {self}, got {shown(value)}")
-        inside = (value > self.low if self.above_low else value >= self.low) and value <= self.high
-        if not inside and value not in self.also:
-            raise RequestError(f"{name} must be {self}, got {shown(value)}")
-        return value if self.integer else float(value)
+    def read(self, name: str, value: object) -> StructuredOutputsParams | None:
+        if value is not None and not isinstance(value, StructuredOutputsParams):
+            raise RequestError.about(name, f"must be StructuredOutputsParams, got {shown(value)}")
+        return value
 
     def __str__(self) -> str:
-        if math.isfinite(self.high):
-            text = f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
-        elif math.isfinite(self.low):
-            text = f"above {self.low:g}" if self.above_low else f"at least {self.low:g}"
-        else:
-            text = "of any size"
-        return text + (f", {self.note}" if self.note else "")
+        return "an object with one of json, regex, choice, grammar and json_object"
 
 
-_RANGES = {
-    "n": _Range(1, 1 << 14, integer=True),
-    "temperature": _Range(0, note="where 0 is greedy"),
-    "top_p": _Range(0, 1, above_low=True, note="where 1 keeps every token"),
-    "top_k": _Range(1, integer=True, also=(0, -1), note="or 0 or -1 for all tokens"),
-    "min_p": _Range(0, 1, note="where 0 keeps every token"),
-    "presence_penalty": _Range(-2, 2),
-    "frequency_penalty": _Range(-2, 2),
-    "repetition_penalty": _Range(0, above_low=True, note="where 1 changes nothing"),
-    "seed": _Range(integer=True, note="or -1 or None for the engine's own"),
-    "max_tokens": _Range(1, integer=True, note="or None for as many as the model's length allows"),
-    "min_tokens": _Range(0, integer=True),
-    "logprobs": _Range(0, integer=True, also=(-1,), note="or -1 for the whole vocabulary"),
-    "prompt_logprobs": _Range(0, integer=True, also=(-1,), note="or -1 for the whole vocabulary"),
-    "truncate_prompt_tokens": _Range(1, integer=True, also=(-1,), note="or -1 for as many as the model takes"),
-}
-_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
-_SWITCHES = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
-_LARGEST_BIAS = 100.0
-_TOKEN_IDS = 1 << 31  # no vocabulary is larger
+_COUNT_OR_ALL = Number(0, integer=True, also=(-1,), optional=True, note="or -1 for the whole vocabulary")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,65 +94,135 @@ class SamplingParams:
         RequestError: a value is out of its range or has the wrong type; the message names the parameter and the range.
     """
 
-    n: int = 1  # outputs for each prompt
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest one
-    presence_penalty: float = 0.0  # taken from the logit of each token that the output has
-    frequency_penalty: float = 0.0  # ... as often as it has it
-    repetition_penalty: float = (
-        1.0  # divides the positive logits of tokens in prompt or output, multiplies negative ones
+    n: int = parameter(1, Number(1, 1 << 14, integer=True), "number of outputs for each prompt", http=NOT_RESPONSES)
+    temperature: float = parameter(
+        1.0,
+        Number(0, note="where 0 is greedy"),
+        "divide the logits by this before a token is drawn: a higher value gives more varied text",
     )
-    seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0  # before so many, nothing ends the output
-    ignore_eos: bool = False
-    stop: str | Sequence[str] | None = None  # texts that end the output
-    stop_token_ids: Sequence[int] | None = ()
-    bad_words: Sequence[str] | None = ()  # texts that must not be said
-    logprobs: int | None = None  # how many of the likeliest tokens to report beside the chosen one
-    prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit, within [-100, 100]
-    allowed_token_ids: Sequence[int] | None = None  # no others are drawn
-    structured_outputs: StructuredOutputsParams | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True  # leave them out of the text
-    include_stop_str_in_output: bool = False
-    truncate_prompt_tokens: int | None = None  # a longer prompt is cut to its last so many tokens
+    top_p: float = parameter(
+        1.0,
+        Number(0, 1, above_low=True, note="where 1 keeps every token"),
+        "draw only from the likeliest tokens that together have this probability",
+    )
+    top_k: int = parameter(
+        0,
+        Number(1, integer=True, also=(0, -1), note="or 0 or -1 for all tokens"),
+        "draw only from this many of the likeliest tokens",
+    )
+    min_p: float = parameter(
+        0.0,
+        Number(0, 1, note="where 0 keeps every token"),
+        "never draw a token with less than this share of the likeliest token's probability",
+    )
+    presence_penalty: float = parameter(
+        0.0, Number(-2, 2), "subtract this from the logit of each token that the output already has"
+    )
+    frequency_penalty: float = parameter(
+        0.0, Number(-2, 2), "subtract this from the logit of each token, times the number of times the output has it"
+    )
+    repetition_penalty: float = parameter(
+        1.0,
+        Number(0, above_low=True, note="where 1 changes nothing"),
+        "divide the positive logits of tokens of the prompt and the output by this, and multiply the negative ones",
+    )
+    seed: int | None = parameter(
+        None,
+        Number(integer=True, optional=True, note="or -1 or None for one that the engine chooses"),
+        "seed of the draws: the same seed gives the same text",
+        flag="sample-seed",  # --seed is the engine's
+    )
+    max_tokens: int | None = parameter(
+        16,
+        Number(1, integer=True, optional=True, note="or None for as many as the model's length allows"),
+        "most tokens that an output may have",
+        http={"completions": "max_tokens", "chat": "max_completion_tokens", "responses": "max_output_tokens"},
+    )
+    min_tokens: int = parameter(0, Number(0, integer=True), "an output with fewer tokens than this is not ended")
+    ignore_eos: bool = parameter(False, Switch(), "continue after an end-of-text token")
+    stop: str | Sequence[str] | None = parameter(None, Texts(single=True), "texts that end the output")
+    stop_token_ids: Sequence[int] | None = parameter((), TokenIds(), "tokens that end the output")
+    bad_words: Sequence[str] | None = parameter((), Texts(), "texts that the output must not contain")
+    logprobs: int | None = parameter(
+        None,
+        _COUNT_OR_ALL,
+        "report the log-probability of each token, and those of this many of the likeliest tokens in its place",
+        http={"completions": "logprobs", "chat": "top_logprobs", "responses": "top_logprobs"},
+    )
+    prompt_logprobs: int | None = parameter(
+        None,
+        _COUNT_OR_ALL,
+        "report the log-probability of each token of the prompt, and those of this many of the likeliest tokens in its "
+        "place",
+        http=NOT_RESPONSES,
+    )
+    logit_bias: Mapping[int, float] | None = parameter(
+        None, Biases(Number(-100, 100)), "numbers to add to the logits of some tokens"
+    )
+    allowed_token_ids: Sequence[int] | None = parameter(
+        None, TokenIds(optional=True), "draw no other tokens than these"
+    )
+    structured_outputs: StructuredOutputsParams | None = parameter(  # noqa: RUF009 - this is a field
+        None, _StructuredOutputs(), "what the output must look like"
+    )
+    detokenize: bool = parameter(True, Switch(), "turn the tokens of the output into text", http=())
+    skip_special_tokens: bool = parameter(True, Switch(), "leave special tokens out of the text")
+    spaces_between_special_tokens: bool = parameter(
+        True,
+        Switch(),
+        "keep the spaces that some tokenizers put between special tokens; of effect without skip_special_tokens",
+    )
+    include_stop_str_in_output: bool = parameter(
+        False, Switch(), "keep the stop text that ended the output in its text"
+    )
+    truncate_prompt_tokens: int | None = parameter(
+        None,
+        Number(1, integer=True, also=(-1,), optional=True, note="or -1 for as many as the model takes"),
+        "cut a longer prompt to this many of its last tokens",
+        http=NOT_RESPONSES,
+    )
+    extra_args: Mapping[str, Any] | None = parameter(
+        None,
+        AnyObject(),
+        "values of your own, kept with the parameters; Shoal itself reads none of them",
+        flag=None,
+        http=(),
+    )
+    logits_processors: None = parameter(
+        None,
+        Unsupported(
+            "tokens are drawn in other processes, which do not run functions of the caller; use logit_bias, "
+            "allowed_token_ids, bad_words, the penalties or structured_outputs"
+        ),
+        "functions that change logits",
+        flag=None,
+    )
+    thinking_token_budget: None = parameter(
+        None,
+        Unsupported(
+            "Shoal does not know where the reasoning of a model ends; limit the whole output with max_tokens, or ask "
+            "the model for less by its chat template (reasoning_effort, chat_template_kwargs)"
+        ),
+        "most tokens of the model's reasoning",
+        flag=None,
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None or name not in _OPTIONAL:
-                self._set(name, allowed.read(name, value))
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be true or false, got {shown(getattr(self, name))}")
-        self._set("seed", None if self.seed == -1 else self.seed)
-        self._set("stop", _texts("stop", [self.stop] if isinstance(self.stop, str) else self.stop))
-        self._set("bad_words", _texts("bad_words", self.bad_words))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        if self.allowed_token_ids is not None:
-            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
-            if not self.allowed_token_ids:
-                raise RequestError("allowed_token_ids must hold at least one id, or be None for all")
-        if self.logit_bias is not None:
-            self._set("logit_bias", _bias(self.logit_bias))
+        for name, row in SAMPLING_TABLE.items():
+            self._set(name, row.form.read(name, getattr(self, name)))
+        if self.seed == -1:
+            self._set("seed", None)
         self._check_together()
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             most = shown(self.max_tokens)
-            raise RequestError(f"min_tokens must be at most max_tokens, {most}, got {shown(self.min_tokens)}")
+            raise RequestError.about("min_tokens", f"must be at most max_tokens, {most}, got {shown(self.min_tokens)}")
         if self.n > 1 and self.temperature == 0:
-            raise RequestError(f"n must be 1 where temperature is 0, got {self.n}: greedy outputs are all the same")
+            why = f"must be 1 where temperature is 0, got {self.n}: greedy outputs are all the same"
+            raise RequestError.about("n", why)
         if self.stop and not self.detokenize:
-            raise RequestError("stop takes texts, which detokenize=False does not make: use stop_token_ids")
-        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
-            raise RequestError(
-                f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}"
-            )
+            raise RequestError.about("stop", "takes texts, which detokenize=False does not make: use stop_token_ids")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -204,20 +233,27 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], defaults: "SamplingParams | None" = None) -> "SamplingParams":
-        """As JSON has them: `structured_outputs` as an object, the keys of `logit_bias` as texts.
+        """Return the parameters that values from JSON give.
+
+        `structured_outputs` is an object there, and the keys of `logit_bias` are texts.
+
+        Args:
+            defaults: the values of all other parameters.
 
         Raises:
-            RequestError: an unknown name, the nearest known one being named, or whatever the values themselves raise.
+            RequestError: a name is unknown, or a value is out of its range or has the wrong type.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        _check_names(values, known, "sampling parameter")
+        _check_names(values, set(SAMPLING_TABLE), "sampling parameter")
         given = dict(values)
         structured = given.get("structured_outputs")
         if isinstance(structured, Mapping):
             names = {f.name for f in dataclasses.fields(StructuredOutputsParams)}
-            _check_names(structured, names, "kind of structured_outputs")
+            _check_names(structured, names, "kind of structured_outputs", "structured_outputs")
             given["structured_outputs"] = StructuredOutputsParams(**structured)
         return dataclasses.replace(defaults or cls(), **given)
+
+
+SAMPLING_TABLE: dict[str, SamplingParameter] = table_of(SamplingParams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,70 +267,27 @@ class BeamSearchParams:
     beam_width: int
     max_tokens: int
     ignore_eos: bool = False
-    temperature: float = 0.0  # scales the logits that beams are scored by; 0 as 1
-    length_penalty: float = 1.0  # a beam's score is its log-probability over its length to this power, within [-50, 50]
+    temperature: float = 0.0  # scales the logits that beams are scored by; 0 has the effect of 1
+    length_penalty: float = 1.0  # a beam's score is its log-probability over its length to this power
 
     def __post_init__(self) -> None:
-        ranges = {
-            "beam_width": _Range(1, 1024, integer=True),
-            "max_tokens": _Range(1, integer=True),
-            "temperature": _RANGES["temperature"],
-            "length_penalty": _Range(-50, 50),  # lengths of a million to this power are numbers
+        forms = {
+            "beam_width": Number(1, 1024, integer=True),
+            "max_tokens": Number(1, integer=True),
+            "ignore_eos": SAMPLING_TABLE["ignore_eos"].form,
+            "temperature": SAMPLING_TABLE["temperature"].form,
+            "length_penalty": Number(-50, 50),  # so that the power of a length of a million is a float
         }
-        for name, allowed in ranges.items():
-            object.__setattr__(self, name, allowed.read(name, getattr(self, name)))
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
+        for name, form in forms.items():
+            object.__setattr__(self, name, form.read(name, getattr(self, name)))
 
 
-def _check_names(values: object, known: set[str], what: str) -> None:
+def _check_names(values: object, known: set[str], what: str, param: str | None = None) -> None:
+    """Refuse names that are not known. `param`: what they are parts of; None: each is a parameter itself."""
     if not isinstance(values, Mapping):
-        raise RequestError(f"{what}s must be an object of names and values, got {shown(values)}")
+        raise RequestError(f"{what}s must be an object of names and values, got {shown(values)}", param)
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise RequestError(f"unknown {what} {shown(name)}; {hint}")
-
-
-def _texts(name: str, values: object) -> tuple[str, ...]:
-    """Each once, in the order given."""
-    if values is None:
-        return ()
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise RequestError(f"{name} must be a list of texts, got {shown(values)}")
-    for value in values:
-        if not isinstance(value, str) or not value:
-            raise RequestError(f"{name} must be a list of texts that are not empty, got {shown(value)}")
-    return tuple(dict.fromkeys(values))
-
-
-def _is_token_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOKEN_IDS
-
-
-def _token_ids(name: str, values: object) -> tuple[int, ...]:
-    """Each once, in the order given."""
-    if values is None:
-        return ()
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise RequestError(f"{name} must be a list of token ids, got {shown(values)}")
-    for value in values:
-        if not _is_token_id(value):
-            raise RequestError(f"{name} must be a list of token ids, integers in [0, 2^31), got {shown(value)}")
-    return tuple(dict.fromkeys(values))
-
-
-def _bias(values: object) -> dict[int, float]:
-    if not isinstance(values, Mapping):
-        raise RequestError(f"logit_bias must map token ids to numbers, got {shown(values)}")
-    found: dict[int, float] = {}
-    for key, value in values.items():
-        token = whole_number(key, canonical=True) if isinstance(key, str) else key
-        if not _is_token_id(token):
-            raise RequestError(
-                f"logit_bias must map token ids, integers in [0, 2^31), to numbers, got the key {shown(key)}"
-            )
-        assert isinstance(token, int)
-        found[token] = _Range(-_LARGEST_BIAS, _LARGEST_BIAS).read(f"logit_bias of token {token}", value)
-    return found
+            raise RequestError(f"unknown {what} {shown(name)}; {hint}", param or str(name))

@@ -1,4 +1,4 @@
-"""The seams of the engine, without implementations."""
+"""The interfaces around the engine, without implementations."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,7 +34,7 @@ class Executor(Protocol):
         """Return the results that have arrived. Wait up to `timeout` seconds for the first.
 
         Raises:
-            EngineError: a rank died, stood still or reported an error.
+            EngineError: a rank has died, hangs or has reported an error.
         """
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
@@ -47,7 +47,7 @@ class Executor(Protocol):
 class Grammars(Protocol):
     """Follows outputs that must obey a grammar. Only `poll` may block."""
 
-    words: int  # 32-bit words in a row of a mask
+    words: int  # the number of 32-bit words in a row of a mask
 
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
         """Begin to follow an output that has the tokens `output` so far. A `Verdict` comes in any case."""
@@ -124,17 +124,17 @@ class Recorder(Protocol):
 
 
 class Lockstep(Protocol):
-    """One replica's view of replicas whose ranks exchange tensors within a step, so that all must launch every step.
+    """A replica's end of a lockstep: replicas whose ranks exchange tensors within a step all launch the same steps.
 
-    No replica decides when to stop. A replica with work launches steps, and every other one launches as many as the
-    replica that is furthest ahead. When none has work, all stop after the same number of steps.
+    Each replica launches as many steps as the replica that has launched most, if need be without work of its own. A
+    replica with work launches further steps. So when no replica has work, all rest after the same number of steps.
     """
 
     def launched(self, count: int) -> None:
-        """Tell the other replicas that this replica has launched `count` steps so far."""
+        """Tell the other replicas that this one has launched `count` steps so far."""
 
-    def due(self) -> int:
-        """Return how many steps the replica that is furthest ahead has launched. Never blocks.
+    def steps_due(self) -> int:
+        """Return how many steps this replica must have launched: the most that any replica has. Never blocks.
 
         Raises:
             EngineError: another replica has failed; the message names it.
@@ -142,6 +142,6 @@ class Lockstep(Protocol):
 
 
 class Policy(Protocol):
-    """The order of requests: the one with the lowest key is served first, the one with the highest is preempted."""
+    """The order of requests: the request with the lowest key is served first, and the highest is preempted first."""
 
     def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]: ...

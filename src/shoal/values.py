@@ -1,4 +1,4 @@
-"""Showing values in messages, suggesting names, and reading the numbers that people write. Free of torch."""
+"""Helpers for values from users: show them in messages, suggest similar names, parse numbers. Free of torch."""
 
 import difflib
 import math
@@ -12,7 +12,7 @@ _SHOWN = 200  # characters of a wrong value
 
 
 def shown(value: object) -> str:
-    """A wrong value in an error, however long it is."""
+    """Return the text that shows a wrong value in an error: its repr, shortened if it is long."""
     try:
         text = repr(value) if _is_short(value) else _shortened.repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -21,7 +21,7 @@ def shown(value: object) -> str:
 
 
 def _is_short(value: object) -> bool:
-    """Spelling it out takes no time to speak of."""
+    """Tell whether the repr of a value is fast to compute."""
     pending, left = [value], 10_000
     while pending and left > 0:
         each = pending.pop()
@@ -33,15 +33,15 @@ def _is_short(value: object) -> bool:
     return left > 0
 
 
-_LIKENESS = 0.75  # from 0 to 1; at difflib's own 0.6 words come up that have nothing to do with each other
-_SHORTEST_START = 4
+_MIN_SIMILARITY = 0.75  # from 0 to 1; with difflib's own 0.6 unrelated words would be suggested
+_MIN_PREFIX = 4
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that someone who wrote `name` may have meant; None if there is none like it."""
+    """Return the known name that is most similar to `name`, or None if no name is similar."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, 1, _LIKENESS)
-    if not near and len(name) >= _SHORTEST_START:
+    near = difflib.get_close_matches(name, names, 1, _MIN_SIMILARITY)
+    if not near and len(name) >= _MIN_PREFIX:
         near = [each for each in names if each.startswith(name)]
     return near[0] if near else None
 

@@ -11,7 +11,7 @@ import pytest
 
 from shoal.cli.sampling import DEFAULTS, sampling_flags, sampling_values
 from shoal.config.engine_options import options
-from shoal.params import SamplingParams, StructuredOutputsParams
+from shoal.params import SAMPLING_TABLE, SamplingParams, StructuredOutputsParams
 
 Shoal = Callable[..., int]
 SCHEMA = {"type": "object"}
@@ -46,6 +46,8 @@ def params(*arguments: str) -> SamplingParams:
         (["--logit-bias", '{"5": -100, "6": 1.5}'], {"logit_bias": {5: -100.0, 6: 1.5}}),
         (["--no-detokenize"], {"detokenize": False}),
         (["--no-skip-special-tokens"], {"skip_special_tokens": False}),
+        (["--no-spaces-between-special-tokens"], {"spaces_between_special_tokens": False}),
+        (["--truncate-prompt-tokens", "-1"], {"truncate_prompt_tokens": -1}),
         (["--include-stop-str-in-output"], {"include_stop_str_in_output": True}),
         (["--structured-outputs", '{"regex": "a+"}'], {"structured_outputs": StructuredOutputsParams(regex="a+")}),
         (["--json-schema", json.dumps(SCHEMA)], {"structured_outputs": StructuredOutputsParams(json=SCHEMA)}),
@@ -69,8 +71,14 @@ def test_schemas_and_grammars_from_files(tmp_path: Path) -> None:
 
 def test_every_parameter_has_a_flag() -> None:
     names = {parameter.name for parameter in command.params}
-    fields = {f.name for f in dataclasses.fields(SamplingParams)}
-    assert {"sample_seed" if name == "seed" else name for name in fields} <= names
+    rows = [row for row in SAMPLING_TABLE.values() if row.flag is not None]
+    assert {row.name for row in SAMPLING_TABLE.values() if row.flag is None} == {
+        *("extra_args", "logits_processors", "thinking_token_budget")
+    }
+    assert {"sample_seed" if row.name == "seed" else row.name for row in rows} <= names
+    helps = {parameter.name: str(parameter.help) for parameter in command.params if isinstance(parameter, click.Option)}
+    for row in rows:
+        assert row.help in helps["sample_seed" if row.name == "seed" else row.name]
     assert not names & {option.name for option in options()}
     for parameter in command.params:
         assert isinstance(parameter, click.Option)
@@ -86,7 +94,7 @@ def test_every_parameter_has_a_flag() -> None:
         ("--repetition-penalty", "0", "repetition_penalty must be above 0"),
         ("--min-tokens", "-1", "min_tokens must be at least 0"),
         ("--stop", "", "stop must be a list of texts that are not empty"),
-        ("--stop-token-ids", "1,x", "'1,x' is no list of token ids"),
+        ("--stop-token-ids", "1,x", "'1,x' is not a list of token ids"),
         ("--stop-token-ids", "-1", "stop_token_ids must be a list of token ids"),
         ("--logit-bias", "{", "is not JSON"),
         ("--logit-bias", "5", "logit_bias must map token ids"),

@@ -139,7 +139,7 @@ def test_one_that_is_dismissed_is_told_to_stop(line: Line) -> None:
     assert line.hears() == [Stop()]
     assert not line.replica.has_ended
     line.says(updates(3))  # what it was at; nobody wants it any more
-    line.engine.hang_up()
+    line.engine.shut_down()
     for _ in range(600):
         if line.replica.has_ended:
             return

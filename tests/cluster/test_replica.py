@@ -157,7 +157,7 @@ class Slow:
     def stopped(self) -> bool:
         return False
 
-    def death(self, patience: float = 1.0) -> str:
+    def describe_exit(self, patience: float = 1.0) -> str:
         return "was killed"
 
     def say(self, goodbye: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Every communicator keeps the same contract: one group of each kind answers the same questions."""
+"""Tests of the contract that every communicator keeps, run with a group of each kind."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from torch import Tensor
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
-from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.comm.torch_distributed import TorchComm, c10d
 from shoal.errors import CommAborted, CommError, CommTimeout
 from support.fakes import on_threads
 
@@ -64,7 +64,7 @@ def each(comms: Sequence[Communicator], work: Callable[[Communicator], T]) -> li
 
 
 def part(rank: int, rows: int, columns: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a rank brings: different on each rank, the same at every call."""
+    """Return a rank's input: different on each rank, the same at every call."""
     generator = torch.Generator().manual_seed(rank * 1000 + rows)
     return (torch.randn(rows, columns, generator=generator) * 10).to(dtype)
 
@@ -85,7 +85,7 @@ def test_all_reduce_sums_to_the_same_bits(comms: list[Communicator], rows: int, 
     torch.testing.assert_close(total.double(), exact, rtol=tolerance, atol=tolerance * 10)
 
 
-def test_all_reduce_takes_what_is_not_contiguous(comms: list[Communicator]) -> None:
+def test_all_reduce_takes_a_tensor_that_is_not_contiguous(comms: list[Communicator]) -> None:
     total = same_everywhere(each(comms, lambda comm: comm.all_reduce(part(comm.rank, 4).t())))
     exact = sum(part(rank, 4).t().double() for rank in range(len(comms)))
     torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-5)
@@ -112,8 +112,8 @@ def test_reduce_scatter_gives_each_its_rows_of_the_sum(comms: list[Communicator]
     torch.testing.assert_close(torch.cat(shares).double(), exact, rtol=1e-6, atol=1e-5)
 
 
-def test_reduce_scatter_sums_a_row_alike_wherever_it_stands(comms: list[Communicator]) -> None:
-    """A row's bits are those of the ranks' order, in float32 where the type is narrower."""
+def test_reduce_scatter_gives_a_row_the_same_bits_at_every_index(comms: list[Communicator]) -> None:
+    """A row is summed in rank order, in float32 if its type is narrower."""
     size = len(comms)
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (1, 7):
@@ -162,10 +162,10 @@ def test_send_and_recv_keep_their_order(comms: list[Communicator]) -> None:
                 x = part(i, 2)
                 comm.send(x, 1).wait()
                 x.zero_()  # a sent tensor is the sender's again
-            on_their_way = [comm.send(part(i, 2), 1) for i in range(3)]
-            on_their_way.append(comm.send(part(9, 0), 1))
-            for each_one in on_their_way:
-                each_one.wait()
+            pending = [comm.send(part(i, 2), 1) for i in range(3)]
+            pending.append(comm.send(part(9, 0), 1))
+            for send in pending:
+                send.wait()
         if comm.rank == 1:
             return [comm.recv(torch.empty(rows, 3), 0) for rows in (2, 2, 2, 2, 2, 2, 0)]
         return []
@@ -194,7 +194,7 @@ def test_many_operations_in_a_row_do_not_mix(comms: list[Communicator]) -> None:
     assert each(comms, run) == [[size * i + size * (size - 1) / 2 for i in range(100)]] * size
 
 
-def test_traffic_is_what_goes_to_other_ranks(comms: list[Communicator]) -> None:
+def test_traffic_counts_the_bytes_sent_to_other_ranks(comms: list[Communicator]) -> None:
     size = len(comms)
     before = {name: total.sent_bytes for name, total in comms[0].progress.totals.items()}
 
@@ -227,7 +227,7 @@ def test_progress_names_the_last_operation(comms: list[Communicator]) -> None:
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_timeout_says_who_waited_where(kind: str, operation: str) -> None:
+def test_a_timeout_names_the_rank_and_the_operation(kind: str, operation: str) -> None:
     comm, _absent = connect(kind, 2, timeout_s=0.2)
     begun = time.monotonic()
     with pytest.raises(CommTimeout, match=r"rank 0\b.* waited 0.2 s") as caught:
@@ -238,7 +238,7 @@ def test_a_timeout_says_who_waited_where(kind: str, operation: str) -> None:
     assert comm.progress.operation == name
 
 
-def test_a_timeout_of_threads_names_all_who_are_missing() -> None:
+def test_a_timeout_of_threads_names_all_missing_ranks() -> None:
     comms = connect("threads", 4, timeout_s=0.2)
     with ThreadPoolExecutor(2) as pool:
         waits = [pool.submit(comms[rank].barrier) for rank in (0, 2)]
@@ -247,15 +247,15 @@ def test_a_timeout_of_threads_names_all_who_are_missing() -> None:
                 wait.result()
 
 
-def test_who_arrives_at_the_last_moment_is_not_missing() -> None:
-    """A wait that runs out looks once more: the others may have come while it took the lock back."""
+def test_a_rank_that_arrives_at_the_last_moment_is_not_missing() -> None:
+    """A wait that times out checks again: the others may have arrived while it took the lock again."""
 
-    class TooLong(threading.Condition):
+    class TimesOut(threading.Condition):
         def wait(self, timeout: float | None = None) -> bool:
             group.exchange(1, "theirs", "barrier")
             return False
 
-    group = ThreadGroup(2, 0.2, changed=TooLong())
+    group = ThreadGroup(2, 0.2, condition=TimesOut())
     assert group.exchange(0, "mine", "barrier") == ["mine", "theirs"]
 
 
@@ -266,7 +266,7 @@ def test_an_abort_on_any_rank_ends_a_wait(kind: str, operation: str, caller: int
     comms = connect(kind, 2, timeout_s=1.5)
     check_abort(comms, operation, caller)
     if kind == "gloo" and caller == 0:
-        # Rank 1 has not heard of it: it may still end this one operation, which rank 0 had entered.
+        # Rank 1 does not know of the abort yet: it may still complete this one operation, which rank 0 had entered.
         with suppress(CommAborted):
             OPERATIONS[operation](comms[1])
     for comm in comms:
@@ -284,7 +284,7 @@ def test_an_abort_ends_a_recv_between_threads() -> None:
 
 
 def check_abort(comms: Sequence[Communicator], operation: str, caller: int) -> None:
-    """A wait that ran into the communicators' own timeout instead would end in a CommTimeout."""
+    """Abort while rank 0 waits, and check its error: without the abort it would be a CommTimeout."""
     failed: list[Exception] = []
 
     def wait() -> None:
@@ -304,13 +304,13 @@ def check_abort(comms: Sequence[Communicator], operation: str, caller: int) -> N
     assert "rank 0" in str(failed[0])
 
 
-# --- a send that goes on -----------------------------------------------------------------------------------------
+# --- pending sends -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
-def test_a_send_that_is_waited_for_says_which_it_is(kind: str) -> None:
+def test_the_wait_for_a_send_names_its_number(kind: str) -> None:
     sender, _receiver = connect(kind, 2, timeout_s=0.2)
-    number = sender.progress.count + 1  # gloo counts that it has connected
+    number = sender.progress.count + 1  # gloo has counted its connect operation already
     first, _second = sender.send(torch.ones(3), 1), sender.send(torch.ones(3), 1)
     assert str(sender.progress) == f"after operation #{number + 1}"
     with pytest.raises(CommTimeout, match=rf"rank 0\b.*send #{number} waited 0.2 s"):
@@ -320,11 +320,11 @@ def test_a_send_that_is_waited_for_says_which_it_is(kind: str) -> None:
 
 def test_an_abort_ends_the_wait_of_a_send_between_threads() -> None:
     sender, receiver = connect("threads", 2, timeout_s=60)
-    sending, failed = sender.send(torch.ones(3), 1), threading.Event()
+    pending, failed = sender.send(torch.ones(3), 1), threading.Event()
 
     def wait() -> None:
         with pytest.raises(CommAborted, match="send #1"):
-            sending.wait()
+            pending.wait()
         failed.set()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -334,7 +334,7 @@ def test_an_abort_ends_the_wait_of_a_send_between_threads() -> None:
     assert failed.wait(60)
 
 
-def test_threads_take_nothing_of_another_shape() -> None:
+def test_threads_refuse_a_tensor_of_another_shape() -> None:
     sender, receiver = connect("threads", 2, timeout_s=60)
     sender.send(torch.ones(1, 3), 1)
     with pytest.raises(CommError, match=r"recv of torch.float32 \[2, 3\], but rank 0 sent torch.float32 \[1, 3\]"):
@@ -342,40 +342,40 @@ def test_threads_take_nothing_of_another_shape() -> None:
 
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
-def test_a_recv_fills_what_it_is_given(kind: str) -> None:
+def test_a_recv_fills_the_given_tensor(kind: str) -> None:
     comms = connect(kind, 2, timeout_s=60)
-    room = torch.zeros(3)
+    buffer = torch.zeros(3)
 
     def run(comm: Communicator) -> None:
         if comm.rank == 0:
             comm.send(torch.arange(3.0), 1).wait()
         else:
-            assert comm.recv(room, 0) is room
+            assert comm.recv(buffer, 0) is buffer
 
     each(comms, run)
-    assert room.tolist() == [0, 1, 2]
+    assert buffer.tolist() == [0, 1, 2]
 
 
 # --- stores that fail --------------------------------------------------------------------------------------------
 
 
 class FailingStore(c10d.Store):  # type: ignore[misc]
-    """Once it `fails`, what ranks ask and say is lost."""
+    """A store that loses the ranks' calls once `fails` is set."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fails = False
-        self.asked = threading.Event()
-        self.answers: threading.Event | None = None  # which is waited for; None: it has gone
+        self.called = threading.Event()
+        self.answers: threading.Event | None = None  # a call waits for this event; None: a call raises an error
         self._store = c10d.HashStore()
 
     def check(self, keys: Sequence[str]) -> bool:
-        self._ask()
+        self._fail()
         found: bool = self._store.check(keys)
         return found
 
     def set(self, key: str, value: bytes) -> None:
-        self._ask()
+        self._fail()
         self._store.set(key, value)
 
     def get(self, key: str) -> bytes:
@@ -385,24 +385,24 @@ class FailingStore(c10d.Store):  # type: ignore[misc]
     def wait(self, keys: Sequence[str], timeout: timedelta = timedelta(seconds=60)) -> None:
         self._store.wait(keys, timeout)
 
-    def _ask(self) -> None:
+    def _fail(self) -> None:
         if not self.fails:
             return
-        self.asked.set()
+        self.called.set()
         if self.answers is None:
             raise CommTimeout("the rendezvous has gone")
         self.answers.wait(60)
 
 
 def over_failing_store(timeout_s: float) -> tuple[FailingStore, list[Communicator]]:
-    """All connections are made already."""
+    """Return connected communicators, and their store, which fails from now on."""
     store = FailingStore()
     comms = connect("gloo", 2, timeout_s, store)
     store.fails = True
     return store, comms
 
 
-def test_a_store_that_has_gone_does_not_hide_what_happened() -> None:
+def test_a_dead_store_does_not_hide_the_error_of_an_operation() -> None:
     _store, comms = over_failing_store(0.2)
     with pytest.raises(CommTimeout, match=r"rank 0 of 2: all_reduce #2 waited 0.2 s"):
         comms[0].all_reduce(torch.ones(1))
@@ -412,14 +412,14 @@ def test_a_store_that_has_gone_does_not_hide_what_happened() -> None:
             comm.all_reduce(torch.ones(1))
 
 
-@pytest.mark.parametrize("gone", [True, False])
-def test_a_store_without_an_answer_does_not_hold_up_who_waits(gone: bool) -> None:
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_dead_or_silent_store_does_not_delay_an_operation(dead: bool) -> None:
     store, comms = over_failing_store(60)
-    store.answers = None if gone else threading.Event()
+    store.answers = None if dead else threading.Event()
 
     def run(comm: Communicator) -> list[float]:
         if comm.rank == 1:
-            assert store.asked.wait(60)
+            assert store.called.wait(60)
         found: list[float] = comm.all_reduce(torch.ones(1)).tolist()
         return found
 

@@ -1,4 +1,4 @@
-"""The bundled model: a person sees that the output is right, and it is the same in every layout."""
+"""Tests of the bundled model, whose right answers a person can check: they are the same in every layout."""
 
 from typing import Any
 

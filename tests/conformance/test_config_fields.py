@@ -1,4 +1,4 @@
-"""Fields of config.json that change the arithmetic: each family obeys what transformers obeys, and ignores the rest."""
+"""Tests of fields of config.json that change the arithmetic: each family uses the fields that transformers uses."""
 
 import json
 from pathlib import Path
@@ -108,13 +108,15 @@ def test_ropes_in_other_layouts(tmp_path: Path, options: Any, model_impl: str, r
         ("phi3", {"rope_scaling": LINEAR}, "rope scaling 'linear' is not supported for phi3"),
     ],
 )
-def test_what_transformers_can_not_run_either(tmp_path: Path, family: str, changes: dict[str, Any], says: str) -> None:
+def test_fields_that_transformers_can_not_run_are_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], says: str
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw_config(family, changes)))
     with pytest.raises(CheckpointError, match=says):
         LLM(str(tmp_path), load_format="dummy")
 
 
-# --- texts longer than the model was first made for -------------------------------------------------------------------
+# --- texts longer than the model's original length --------------------------------------------------------------------
 
 SHORT, LONG = [1.0, 1.1, 1.3, 1.7], [2.0, 3.0, 4.0, 5.0]
 LONGROPE = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}
@@ -146,7 +148,7 @@ def test_longrope_within_the_original_length(
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
 @pytest.mark.parametrize("scaling", [LINEAR, {**LLAMA3, "original_max_position_embeddings": 32}, {**YARN, "factor": 8}])
 def test_scaling_lets_texts_be_longer(tmp_path: Path, scaling: dict[str, Any], model_impl: str) -> None:
-    """Said in --hf-overrides, it is as if config.json had it; the base stays."""
+    """Scaling in --hf-overrides has the same effect as in config.json, and keeps the base."""
     positions = {"max_position_embeddings": 32, "rope_parameters": OWN_BASE}
     folder = save_raw("llama", positions, tmp_path / "model")
     said = {**positions, "rope_parameters": {**scaling, "rope_theta": 500.0}}

@@ -1,4 +1,4 @@
-"""Structured outputs of the bundled model, drawn at temperature 1: every one is what was asked for, in every layout."""
+"""Tests of structured outputs of the bundled model at temperature 1: every output is valid, in every layout."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from shoal.outputs import CompletionOutput
 from shoal.params import StructuredOutputsParams
 
 PROMPTS = ["37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->"]
-SAMPLES = 6  # of each prompt
+SAMPLES = 6  # outputs per prompt
 COLOURS = ["red", "green", "blue"]
 SCHEMA = {
     "type": "object",
@@ -45,7 +45,7 @@ def samples(llm: LLM, *, max_tokens: int = 200, seed: int | None = 7, **kind: An
 
 
 def finished(outputs: Sequence[CompletionOutput], max_tokens: int = 200) -> list[str]:
-    """Their texts. What was cut was cut by its length, and only a few are."""
+    """Return the complete texts. The others ended at their length, and are few."""
     for output in outputs:
         assert output.finish_reason in ("stop", "length")
         assert (output.finish_reason == "length") <= (len(output.token_ids) == max_tokens)
@@ -70,7 +70,7 @@ def test_every_sample_obeys_a_schema(llm: LLM) -> None:
     texts = finished(samples(llm, json=SCHEMA))
     for text in texts:
         check_person(text)
-    assert len(set(texts)) > len(texts) / 2  # they are drawn, not copied
+    assert len(set(texts)) > len(texts) / 2  # most are different, since they are sampled
 
 
 def test_a_schema_that_allows_one_text_is_that_text(llm: LLM) -> None:
@@ -78,7 +78,7 @@ def test_a_schema_that_allows_one_text_is_that_text(llm: LLM) -> None:
 
 
 def test_any_object(llm: LLM) -> None:
-    # Nothing keeps this one short: what is not finished at its length is left out.
+    # The schema sets no limit to the length; outputs that are not finished are left out.
     outputs = samples(llm, json_object=True, max_tokens=120)
     texts = [output.text for output in outputs if output.finish_reason == "stop"]
     assert all(isinstance(json.loads(text), dict) for text in texts)
@@ -99,7 +99,7 @@ def test_every_sample_is_one_of_the_choices(llm: LLM) -> None:
 
 
 def depth(text: str) -> int:
-    """How deep the parentheses of a nested sum go; fails where they do not match."""
+    """Return how deep the parentheses of a sum are nested. Fails if they do not match."""
     level = deepest = 0
     for char in text:
         level += (char == "(") - (char == ")")
@@ -121,7 +121,7 @@ def test_every_sample_obeys_a_grammar(llm: LLM) -> None:
 
 
 def test_other_seeds_give_other_outputs_and_the_same_seed_the_same(llm: LLM) -> None:
-    """A few tokens of each sample will do: it is a matter of what is drawn, not of what is complete."""
+    """The first few tokens of each output are enough for the comparison."""
     drawn = (samples(llm, max_tokens=20, json=SCHEMA, seed=seed) for seed in (1, 1, 2))
     first, again, other = ([sample.text for sample in each] for each in drawn)
     assert first == again

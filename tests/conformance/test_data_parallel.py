@@ -1,4 +1,4 @@
-"""Replicas side by side: the answers of one, whoever dies on the way."""
+"""Tests of several replicas: they give the answers of one, even if replicas die."""
 
 import os
 import signal
@@ -92,7 +92,7 @@ def test_beam_search(alone: LLM, replicas: LLM) -> None:
     assert [each.tokens for each in mine.sequences] == [each.tokens for each in theirs.sequences]
 
 
-def test_a_run_that_is_given_up_leaves_all_replicas_usable(replicas: LLM) -> None:
+def test_an_abandoned_run_leaves_all_replicas_usable(replicas: LLM) -> None:
     jobs = [replicas.prepare(i, PROMPTS[i % len(PROMPTS)], GREEDY) for i in range(40)]
     run = replicas.run(jobs)
     next(run)
@@ -103,7 +103,7 @@ def test_a_run_that_is_given_up_leaves_all_replicas_usable(replicas: LLM) -> Non
 
 
 def test_jobs_over_a_window(folder: Path) -> None:
-    """More than one replica would take at a time."""
+    """There are more jobs than one replica would accept at a time."""
     params = SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True)
     entries = [JobEntry(i, f"line {i}", prompt={"prompt_token_ids": [5 + i % 200, 7, i % 11]}) for i in range(2500)]
 
@@ -173,7 +173,7 @@ def test_a_replica_dies_half_way(
         assert len(again) == 3, "and goes on with fewer"
 
 
-def test_with_no_replica_left_what_had_finished_is_kept(
+def test_finished_outputs_are_kept_when_no_replica_is_left(
     folder: Path, expected: list[list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LLM(folder, **MANY) as llm:
@@ -218,7 +218,7 @@ def test_replicas_that_share_experts(checkpoint: Checkpoint, options: dict[str, 
         expected = tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False))
     with LLM(folder, **SIZE, **TOGETHER, **options) as llm:
         assert tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False)) == expected
-        # One has nothing to do, and takes part in every step.
+        # One replica has no work, but computes every step.
         assert tokens_of(llm.generate(PROMPTS[:1], MIXED[:1], use_tqdm=False)) == expected[:1]
         stats = llm.stats()
         assert max(replica.steps for replica in stats.replicas) - min(replica.steps for replica in stats.replicas) <= 2
@@ -226,7 +226,7 @@ def test_replicas_that_share_experts(checkpoint: Checkpoint, options: dict[str, 
         assert again.steps - stats.steps <= 2, "at rest nobody takes steps"
 
 
-def test_one_that_dies_takes_those_along_that_share_its_experts(checkpoint: Checkpoint) -> None:
+def test_the_end_of_a_replica_ends_those_that_share_its_experts(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("mixtral"), **SIZE, **TOGETHER) as llm:
         pids = [rank.pid for rank in llm.stats().ranks]
         jobs = [llm.prepare(i, prompt, GREEDY) for i, prompt in enumerate(prompts(50))]

@@ -1,4 +1,4 @@
-"""Latent attention in every way in which a sequence can be computed, and what belongs to DeepSeek's files alone."""
+"""Tests of latent attention in every way in which a sequence can be computed, and of DeepSeek's own files."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def test_budget_smaller_than_a_prompt(checkpoint: Checkpoint, name: str, tp: int
 
 @pytest.mark.parametrize("shares", [None, (1, 3, 2, 1), (9, 1, 1, 1)])
 def test_six_heads_over_four_ranks(checkpoint: Checkpoint, shares: Sequence[int] | None) -> None:
-    """Some ranks have two heads, or none and no cache."""
+    """Some ranks have two heads; a rank without heads has no cache."""
     folder = checkpoint("deepseek_v2_lite")
     outputs = generate(folder, PROMPTS, steps=8, tensor_parallel_size=4, tensor_parallel_split=shares)
     assert_same(folder, PROMPTS, outputs)
@@ -58,7 +58,7 @@ def test_guesses(checkpoint: Checkpoint) -> None:
 
 
 def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkpoint) -> None:
-    """Down to the bits of the log-probability, which latent attention's products by head must not change."""
+    """Even the bits of the log-probabilities are equal, in spite of latent attention's products per head."""
     folder = checkpoint("deepseek_v2")
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in make_prompts([5 + i for i in range(12)], seed=8)]
     params = [SamplingParams(seed=i, max_tokens=12, ignore_eos=True, logprobs=0) for i in range(12)]
@@ -72,7 +72,7 @@ def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkp
 
 
 def test_weights_that_predict_further_tokens_are_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """They stand in a layer behind the last, as on the hub."""
+    """They are in an additional layer after the last one, as in models on the hub."""
     folder = checkpoint("deepseek_v3")
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
@@ -100,7 +100,7 @@ def test_a_token_takes_its_latent_and_one_key_on_each_rank(checkpoint: Checkpoin
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_blocks_of_a_budget(checkpoint: Checkpoint, tp: int) -> None:
-    """As many with two ranks as with one: each holds the whole cache."""
+    """Two ranks have as many blocks as one, since each holds the whole cache."""
     options: Any = {"tensor_parallel_size": tp, "distributed_executor_backend": "uni" if tp == 1 else "threads"}
     with LLM(str(checkpoint("deepseek_v2")), kv_cache_memory_bytes=3 * 16 * 40 * 4 * 21 + 5, **options) as llm:
         run(llm, PROMPTS[:1], 1)

@@ -1,4 +1,4 @@
-"""Whole experts on the ranks of several replicas, which run in lockstep: the tokens of the model alone."""
+"""Tests of experts on the ranks of several replicas, which run in lockstep: they give the tokens of one replica."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ TIMEOUT_S = 120.0
 
 
 class LocalLockstep:
-    """Replicas of one process."""
+    """The lockstep of replicas in one process."""
 
     def __init__(self, counts: list[int], rank: int) -> None:
         self.counts = counts
@@ -43,7 +43,7 @@ class LocalLockstep:
     def launched(self, count: int) -> None:
         self.counts[self.rank] = count
 
-    def due(self) -> int:
+    def steps_due(self) -> int:
         return max(self.counts)
 
 
@@ -58,7 +58,7 @@ class Layout:
 
 
 class Replicas:
-    """Engines over thread ranks, driven by hand."""
+    """Engines with thread ranks, whose steps the test drives."""
 
     def __init__(self, engines: Sequence[EngineCore], executors: Sequence[RankExecutor]) -> None:
         self.engines = engines
@@ -78,14 +78,14 @@ class Replicas:
                     assert not update.error
 
     def traffic(self, replica: int) -> dict[tuple[str, str], int]:
-        """How often its first rank has done what, by axis and operation."""
+        """Return how many operations the first rank has executed, by axis and name."""
         rank = self.engines[replica].stats().ranks[0]
         return {(each.axis, each.operation): each.count for each in rank.traffic}
 
 
 @contextmanager
 def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) -> Iterator[Replicas]:
-    """Over threads; as processes if there is somewhere for them to meet."""
+    """Return executors with thread ranks, or with process ranks if there is a rendezvous for them."""
     groups = ThreadGroups(TIMEOUT_S)
     counts = [0] * layout.dp
     spec = read_spec(folder)
@@ -148,7 +148,7 @@ LAYOUTS = {
     "dp2": Layout(),
     "dp2-gathered": Layout(all2all="allgather_reducescatter", experts="round_robin"),
     "dp3": Layout(dp=3, experts="round_robin"),
-    "dp3-tp2": Layout(dp=3, tp=2),  # of five experts, one rank has none
+    "dp3-tp2": Layout(dp=3, tp=2),  # there are five experts, so one rank has none
     "dp2-tp2": Layout(tp=2, budget=16),
     "dp2-tp2-gathered": Layout(tp=2, all2all="allgather_reducescatter"),
     "dp2-pp2": Layout(stages=(1, 2)),
@@ -158,7 +158,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
 def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str, layout: Layout) -> None:
-    """One has three prompts, another a short one, others none."""
+    """One replica has three prompts, another a short one, and the others none."""
     folder = checkpoint(name)
     prompts = make_prompts([1, 40, 9, 17])
     with replicas(folder, layout) as running:
@@ -167,8 +167,8 @@ def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str,
         running.add(1, 3, prompts[3], max_tokens=2)
         running.run()
         steps = [engine.stats().steps for engine in running.engines]
-        assert len(set(steps)) == 1  # all rest, with the same number of steps behind them
-        running.add(layout.dp - 1, 4, prompts[1])  # and go on together
+        assert len(set(steps)) == 1  # all are idle after the same number of steps
+        running.add(layout.dp - 1, 4, prompts[1])  # and they continue together
         running.run()
     for seq in range(3):
         assert running.tokens[seq] == expected(folder, tuple(prompts[seq]))
@@ -204,7 +204,7 @@ def test_process_ranks_meet_at_the_rendezvous(checkpoint: Callable[[str], Path])
 
 
 def test_collectives_of_a_step(checkpoint: Callable[[str], Path]) -> None:
-    """Counts of tokens once, then for each mixture (two of the three layers) counts of rows, rows, and results."""
+    """Token counts are exchanged once a step; row counts, rows and results once for each of the two mixtures."""
     with replicas(checkpoint("qwen2_moe"), Layout()) as running:
         before = [running.traffic(replica) for replica in (0, 1)]
         running.add(0, 0, make_prompts([5])[0])
@@ -219,7 +219,7 @@ def test_collectives_of_a_step(checkpoint: Callable[[str], Path]) -> None:
 def test_a_replica_that_fails_releases_the_others(checkpoint: Callable[[str], Path]) -> None:
     with replicas(checkpoint("qwen2_moe"), Layout()) as running:
         running.add(1, 0, make_prompts([5])[0])
-        running.executors[0].launch(StepPlan(7, 0, (), released=(99,)))  # nobody knows that sequence
+        running.executors[0].launch(StepPlan(7, 0, (), released=(99,)))  # an unknown sequence
         with pytest.raises(EngineError, match="KeyError"):
             running.executors[0].poll(TIMEOUT_S)
         with pytest.raises(EngineError, match="was aborted"):
@@ -227,7 +227,7 @@ def test_a_replica_that_fails_releases_the_others(checkpoint: Callable[[str], Pa
 
 
 def test_one_replica_has_whole_experts_on_its_own_ranks(checkpoint: Callable[[str], Path]) -> None:
-    """No token travels: one all-reduce for each attention, MLP and mixture, and one for the embedding."""
+    """No token is sent: there is one all-reduce for each attention, MLP and mixture, and one for the embedding."""
     folder, prompt = checkpoint("qwen2_moe"), make_prompts([9])[0]
     with replicas(folder, Layout(dp=1, tp=3, all2all="")) as running:
         before = running.traffic(0)

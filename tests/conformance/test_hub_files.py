@@ -1,4 +1,4 @@
-"""Folders as the hub has them give transformers' greedy tokens, at one to three ranks."""
+"""Tests of model folders in the forms of the hub: with one to three ranks they give transformers' greedy tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ Checkpoint = Callable[[str], Path]
 
 HALF, BRAIN, WHOLE = torch.float16, torch.bfloat16, torch.float32
 
-# Every family, and among them every way of spelling: each format with one file and several, each type, names with and
+# Every family, and together every form of files: each format with one file and several, each type, names with and
 # without the model's prefix, heads stored or left out.
 SPELLINGS: dict[str, Spelling] = {
     "deepseek_v2": Spelling("safetensors", BRAIN, shards=4),
@@ -46,7 +46,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def spelled(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """name -> the folder as the hub has it, and one of the same weights as transformers saves it."""
+    """Make folders by name: one in a form of the hub, and one with the same weights that transformers has saved."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def get(name: str) -> tuple[Path, Path]:
@@ -75,7 +75,7 @@ def test_every_family_is_spelled(spelled: Spelled) -> None:
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_spec_is_the_same(checkpoint: Checkpoint, spelled: Spelled, name: str) -> None:
-    """But for the type: old and new keys say the same."""
+    """Old and new keys mean the same; only the type differs."""
     hub, saved = spelled(name)
     ours, theirs = read_spec(hub), read_spec(saved)
     assert ours.dtype == str(SPELLINGS[name].dtype).removeprefix("torch.")
@@ -100,7 +100,7 @@ def test_unequal_ranks(spelled: Spelled) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 def test_types_in_memory(spelled: Spelled, dtype: str) -> None:
-    """8 and 11 bits: three layers move log-probabilities by some hundredths, a wrong conversion by whole units."""
+    """With 8 or 11 bits, log-probabilities change by some hundredths; with a wrong conversion by more than 1."""
     hub, saved = spelled("llama")
     for prompt, output in zip(PROMPTS, generate(hub, PROMPTS, 1, dtype=dtype), strict=True):
         _, rows = reference(saved, tuple(prompt), 1)
@@ -111,7 +111,7 @@ def test_types_in_memory(spelled: Spelled, dtype: str) -> None:
 
 
 def test_several_ends_of_text(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The second one of generation_config.json ends an output too."""
+    """The second end-of-text token of generation_config.json ends an output too."""
     prompt = PROMPTS[2]
     expected, _ = reference(checkpoint("llama"), tuple(prompt), STEPS)
     stop = expected[4]

@@ -1,4 +1,4 @@
-"""The product of families, layouts and options: every pair of values by default, all of it with --matrix."""
+"""Tests of combinations of families, layouts and options: pairwise by default, all combinations with --matrix."""
 
 from collections.abc import Callable, Iterator
 from itertools import cycle, product
@@ -17,7 +17,7 @@ LAYOUTS: dict[str, list[Any]] = {
     "tensor_parallel_size": [1, 2, 3, 4],
     "pipeline_parallel_size": [1, 2, 3],
     "data_parallel_size": [1, 2],
-    "experts": ["cut", "linear", "round_robin"],  # of models that have some
+    "experts": ["cut", "linear", "round_robin"],  # for models with experts
 }
 OPTIONS: dict[str, list[Any]] = {
     "block_size": [4, 16],
@@ -29,11 +29,11 @@ OPTIONS: dict[str, list[Any]] = {
 }
 MIXTURES = {"mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
 MAX_MODEL_LEN = 64
-# Two that begin alike, two that are alike, and one that repeats itself.
+# Two prompts have the same beginning, two are equal, and one repeats itself.
 PROMPTS = make_prompts([1, 5, 16, 33], seed=11)
 PROMPTS += [[*PROMPTS[3][:20], 7, 8], list(PROMPTS[2]), [5, 6, 7, 8] * 5]
 STEPS = 8
-# Over processes: each axis alone, and in pairs; threads have every family.
+# Layouts of process ranks: each axis alone, and pairs of axes. Every family runs with thread ranks.
 OVER_PROCESSES: dict[str, dict[str, Any]] = {
     "opt": {"tensor_parallel_size": 3},
     "qwen3": {"pipeline_parallel_size": 3},
@@ -48,7 +48,7 @@ OVER_PROCESSES: dict[str, dict[str, Any]] = {
 
 
 def full_product() -> Iterator[dict[str, Any]]:
-    """Every layout of every family, with options in turn; every set of options, with some layouts of some families."""
+    """Return every layout of every family, with changing options, and every set of options, with some of both."""
     options, layouts = (list(_product(values)) for values in (OPTIONS, LAYOUTS))
     layouts = [layout for layout in layouts if layout["experts"] == "cut" or layout["checkpoint"] in MIXTURES]
     yield from ({**layout, **each} for layout, each in zip(layouts, cycle(options), strict=False))
@@ -84,7 +84,7 @@ def test_same_tokens_over_processes(checkpoint: Callable[[str], Path], name: str
 
 
 def layout(name: str, case: dict[str, Any]) -> dict[str, Any]:
-    """The options of a layout; experts are placed where the model has some."""
+    """Return the options of a layout, with a placement of experts if the model has any."""
     found = {axis: size for axis, size in case.items() if axis in LAYOUTS and axis.endswith("_size")}
     placement = case.get("experts", "cut")
     if placement != "cut" and name in MIXTURES:
@@ -93,7 +93,7 @@ def layout(name: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def smallest_cache(folder: Path, options: dict[str, Any]) -> int:
-    """Bytes for one request of the longest length, so that others are preempted."""
+    """Return the bytes of a KV cache for one request of the longest length, so that others are preempted."""
     ranks = open_model(str(folder), {**options, "kv_cache_memory_bytes": 2**21}).plan.ranks
     blocks: int = -(-MAX_MODEL_LEN // options["block_size"])
     return blocks * max(rank.block_bytes for rank in ranks)

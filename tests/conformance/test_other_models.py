@@ -1,4 +1,4 @@
-"""Models that no family of ours reads run as transformers' own modules, and say what transformers says."""
+"""Tests of models without a family here: they run as transformers' own modules, and give the same tokens."""
 
 import logging
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_thread_ranks(other: Other, name: str, tp: int) -> None:
     assert_same(folder, MIXED, generate(folder, MIXED, STEPS, tensor_parallel_size=tp))
 
 
-def test_it_is_said_in_the_log(other: Other, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_the_implementation(other: Other, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("shoal").setLevel(logging.INFO)
     folders = {name: other(name) for name in ("Granite", "StableLm")}
     with LLM(str(folders["Granite"]), tensor_parallel_size=2, distributed_executor_backend="threads", **SMALL):
@@ -64,7 +64,7 @@ def test_process_ranks(other: Other) -> None:
 
 @pytest.mark.parametrize("tp", [5, 9])
 def test_more_ranks_than_kv_heads_and_than_heads(other: Other, tp: int) -> None:
-    """At 9 the last rank holds no head; the module computes one all the same."""
+    """With 9 ranks the last one holds no head, but the module computes one anyway."""
     folder = other("Granite")
     assert_same(folder, MIXED[:4], generate(folder, MIXED[:4], 6, tensor_parallel_size=tp))
 
@@ -77,7 +77,7 @@ def test_unequal_shares(other: Other) -> None:
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_forced_it_says_what_our_own_family_says(checkpoint: Checkpoint, name: str, tp: int) -> None:
+def test_transformers_module_gives_the_tokens_of_our_own_family(checkpoint: Checkpoint, name: str, tp: int) -> None:
     folder = checkpoint(name)
     forced = generate(folder, MIXED, STEPS, tensor_parallel_size=tp, model_impl="transformers")
     assert_same(folder, MIXED, forced)

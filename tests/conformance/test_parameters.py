@@ -1,4 +1,4 @@
-"""Parameters that change what is drawn and what is reported: the same in every layout, and against transformers."""
+"""Tests of sampling parameters: their results are the same in every layout, and those of transformers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[tuple[int, ...]]]:
     return [[each.token_ids for each in output.outputs] for output in outputs]
 
 
-# --- what is reported ------------------------------------------------------------------------------------------------
+# --- log-probabilities -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[tuple[int, ...]]]:
     ],
 )
 def test_prompt_logprobs(checkpoint: Checkpoint, tp: int, options: dict[str, Any]) -> None:
-    """Of every token but the first, whatever the chunks, and though the prompt is cached from the time before."""
+    """Every token but the first has one, for any chunks, and even if the prompt is in the prefix cache."""
     folder = checkpoint("llama")
     with open_llm(folder, tp, **options) as llm:
         params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, ignore_eos=True)
@@ -92,7 +92,7 @@ def test_logprobs_of_the_whole_vocabulary(checkpoint: Checkpoint) -> None:
     assert sorted(each.rank or 0 for each in logprobs[0].values()) == list(range(1, 302))
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------------
+# --- draws -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_logprobs_of_the_whole_vocabulary(checkpoint: Checkpoint) -> None:
     ids=["tp2", "chunks", "guesses", "preemption"],
 )
 def test_every_parameter_draws_the_same_in_every_layout(checkpoint: Checkpoint, tp: int, options: Any) -> None:
-    """float32 sums differ by 1e-5 between layouts: a draw differs where two candidates lie that close, which these
-    seeds do not meet."""
+    """float32 sums differ by 1e-5 between layouts. A draw would differ if two candidates were so close, which does not
+    happen with these seeds."""
     folder = checkpoint("llama")
     params = SamplingParams(n=3, **EVERYTHING)
     with open_llm(folder) as llm:
@@ -142,7 +142,7 @@ def test_repetition_penalty_is_that_of_transformers(checkpoint: Checkpoint) -> N
 
 
 def test_frequency_and_presence_penalties_of_a_greedy_output(checkpoint: Checkpoint) -> None:
-    """Token by token against the model's own log-probabilities, less the penalties of what is there already."""
+    """Each token is the likeliest by the model's own log-probabilities, minus the penalties of the tokens so far."""
     folder = checkpoint("llama")
     with open_llm(folder) as llm:
         params = SamplingParams(
@@ -158,7 +158,7 @@ def test_frequency_and_presence_penalties_of_a_greedy_output(checkpoint: Checkpo
             assert float(scores.max() - scores[tokens[i]]) < NEAR_TIE
 
 
-def test_nothing_ends_an_output_before_min_tokens(checkpoint: Checkpoint) -> None:
+def test_no_output_ends_before_min_tokens(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     with open_llm(folder) as llm:
         biased: dict[str, Any] = {"logit_bias": {2: 100.0}, "temperature": 0, "max_tokens": 12}
@@ -177,7 +177,7 @@ def test_only_allowed_tokens_are_drawn(checkpoint: Checkpoint, tp: int) -> None:
     assert set(output.outputs[0].token_ids) == {7, 33, 290}
 
 
-def test_bad_words_are_not_said() -> None:
+def test_bad_words_are_not_drawn() -> None:
     with LLM(kv_cache_memory_bytes=ROOM) as llm:
         (plain,) = llm.generate("Count from 3 to 9:", SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
         params = SamplingParams(temperature=0, max_tokens=24, bad_words=["5 6"])
@@ -192,7 +192,7 @@ def test_bad_words_are_not_said() -> None:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_outputs_share_the_prompts_blocks(checkpoint: Checkpoint, prefix_caching: bool) -> None:
-    """64 prompt tokens are four blocks, whether for one output or for six; each output has blocks of its own then."""
+    """64 prompt tokens take four blocks for one output and for six; later blocks belong to one output each."""
     (prompt,) = make_prompts([64], seed=4)
     with open_llm(checkpoint("llama"), enable_prefix_caching=prefix_caching) as llm:
         all_blocks = llm.stats().free_blocks
@@ -228,7 +228,7 @@ def test_outputs_of_one_prompt_are_the_same_with_any_neighbours(checkpoint: Chec
 @pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize("draft", ["llama", "llama3"])
 def test_a_draft_model_changes_no_token(checkpoint: Checkpoint, draft: str, tp: int) -> None:
-    """Itself as its draft is right always, another model seldom: greedy and sampled tokens are the same."""
+    """The model itself as draft model is always right, another model seldom; the output tokens never change."""
     folder = checkpoint("llama")
     many = [SamplingParams(temperature=0, max_tokens=18, ignore_eos=True), SamplingParams(n=2, **EVERYTHING)]
     with open_llm(folder, tp) as llm:
@@ -240,11 +240,11 @@ def test_a_draft_model_changes_no_token(checkpoint: Checkpoint, draft: str, tp: 
     assert found == expected
     assert stats.draft_tokens > 0
     if draft == "llama":
-        # Greedy guesses are all right; sampled ones are drawn without penalties and truncation.
+        # Greedy drafts are all right; sampled drafts ignore penalties and truncation.
         assert stats.accepted_tokens / stats.draft_tokens > 0.5
 
 
-def test_ngram_guesses_save_steps_on_text_that_repeats(checkpoint: Checkpoint) -> None:
+def test_ngram_drafts_save_steps_on_text_that_repeats(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=-2, presence_penalty=-2)
     found, steps = [], []
@@ -259,7 +259,7 @@ def test_ngram_guesses_save_steps_on_text_that_repeats(checkpoint: Checkpoint) -
 
 
 def test_over_processes(checkpoint: Checkpoint) -> None:
-    """Masks, drafts and prompt log-probabilities go over the wire too."""
+    """Masks, drafts and prompt log-probabilities are sent between processes, too."""
     folder = checkpoint("llama")
     params = SamplingParams(n=2, prompt_logprobs=2, **EVERYTHING)
     with open_llm(folder) as llm:
@@ -272,8 +272,8 @@ def test_over_processes(checkpoint: Checkpoint) -> None:
         check_prompt_logprobs(folder, prompt, output)
 
 
-def test_guesses_within_a_sliding_window(checkpoint: Checkpoint) -> None:
-    """Blocks behind the window are taken by others; wrong guesses lead back to a place before them."""
+def test_drafts_within_a_sliding_window(checkpoint: Checkpoint) -> None:
+    """Blocks before the window are reused; a wrong draft moves the window back, but never to such a block."""
     folder = checkpoint("mistral")
     prompts = make_prompts([12 + i % 7 for i in range(12)], seed=9)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -286,9 +286,9 @@ def test_guesses_within_a_sliding_window(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_guesses_change_no_token_in_any_type(dtype: str) -> None:
-    """A guessed token is computed as it would have been alone, so that not even a near-tie falls otherwise. (The sum
-    over the vocabulary that log-probabilities need is cut differently for other numbers of rows.)"""
+def test_drafts_change_no_token_in_any_type(dtype: str) -> None:
+    """A draft token has the same bits as a token that is computed alone, so near-ties have the same result, too. (Not
+    so the sum over the vocabulary for log-probabilities, whose order depends on the number of rows.)"""
     prompts = [f"{a} + {b} =" for a in range(3, 60, 3) for b in (7, 11)] + ["Count from 1 to 9:", "Reverse: shoal ->"]
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
     found = []

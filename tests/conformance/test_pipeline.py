@@ -1,4 +1,4 @@
-"""Stages of a pipeline say together what the whole model says, with everything that a request can ask for."""
+"""Tests of pipeline stages: together they give the tokens of one stage, with all options of a request."""
 
 import logging
 from collections import defaultdict
@@ -43,7 +43,7 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[tuple[int, ...]]]:
     return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
-@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (3, 2)])  # all others: test_matrix.py
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (3, 2)])  # test_matrix.py has the others
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_every_family(checkpoint: Checkpoint, name: str, pp: int, tp: int) -> None:
     folder = checkpoint(name)
@@ -85,7 +85,7 @@ def test_processes(checkpoint: Checkpoint) -> None:
     assert_same(folder, MIXED, outputs)
 
 
-# --- what is in flight -------------------------------------------------------------------------------------------
+# --- steps in flight ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -97,9 +97,9 @@ def test_any_number_of_plans_in_flight_and_prompts_in_chunks(checkpoint: Checkpo
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_preempted_requests_come_back(checkpoint: Checkpoint, depth: int) -> None:
-    """What is drawn for a sequence that has gone meanwhile is nobody's next token."""
+    """A token that was drawn for a sequence that has ended meanwhile is dropped."""
     folder, prompts = checkpoint("llama"), make_prompts([20, 30, 25, 33, 8, 14], seed=3)
-    block = 2 * 2 * 16 * 4 * 8 * 4  # of the stage with two layers
+    block = 2 * 2 * 16 * 4 * 8 * 4  # bytes on the stage with two layers
     with open_llm(folder, 2, kv_cache_memory_bytes=6 * block, max_in_flight=depth, max_model_len=96) as llm:
         outputs = run(llm, prompts, steps=48)
         assert llm.stats().preemptions > 0
@@ -107,7 +107,7 @@ def test_preempted_requests_come_back(checkpoint: Checkpoint, depth: int) -> Non
 
 
 def test_one_after_the_other(checkpoint: Checkpoint) -> None:
-    """Tokens that nobody asks for any more are read in their turn all the same."""
+    """The first stage reads the tokens of ended requests, too, in the order of the steps."""
     folder = checkpoint("llama")
     with open_llm(folder, 2) as llm:
         for prompt in MIXED:
@@ -115,14 +115,14 @@ def test_one_after_the_other(checkpoint: Checkpoint) -> None:
                 assert_same(folder, [prompt], run(llm, [prompt], steps))
         stats = llm.stats()
     sent, read = (
-        next(each.count for each in rank.traffic if (each.axis, each.operation) == ("back", operation))
+        next(each.count for each in rank.traffic if (each.axis, each.operation) == ("token_return", operation))
         for rank, operation in ((stats.ranks[1], "send"), (stats.ranks[0], "recv"))
     )
-    assert 0 <= sent - read <= 3  # the plans in flight, at most
+    assert 0 <= sent - read <= 3  # at most the steps in flight
 
 
-def test_requests_that_end_while_their_steps_are_on_the_way(checkpoint: Checkpoint) -> None:
-    """By a stop token that the engine sees late, or because nobody wants them any more."""
+def test_requests_that_end_while_their_steps_are_in_flight(checkpoint: Checkpoint) -> None:
+    """They end by a stop token that the engine sees late, or because they are aborted."""
     folder = checkpoint("llama")
     with open_llm(folder, 2) as llm:
         whole = run(llm, MIXED, 12)
@@ -143,7 +143,7 @@ def test_requests_that_end_while_their_steps_are_on_the_way(checkpoint: Checkpoi
         assert_same(folder, MIXED, run(llm, MIXED, 12))
 
 
-# --- everything that a request can ask for -----------------------------------------------------------------------
+# --- options of requests -----------------------------------------------------------------------------------------
 
 
 def seeded(i: int) -> SamplingParams:
@@ -171,7 +171,7 @@ def test_draws_are_those_of_one_stage(checkpoint: Checkpoint, speculative: Any) 
 
 
 @pytest.mark.parametrize(("pp", "tp"), [(2, 1), (2, 2), (3, 1)])
-def test_a_draft_model_lives_on_the_last_stage(checkpoint: Checkpoint, pp: int, tp: int) -> None:
+def test_the_last_stage_has_the_draft_model(checkpoint: Checkpoint, pp: int, tp: int) -> None:
     folder = checkpoint("llama")
     with open_llm(folder, pp, tp) as llm:
         plain = [rank.weight_bytes for rank in llm.stats().ranks]
@@ -213,11 +213,11 @@ def test_structured_outputs() -> None:
     assert found[1:] == found[:1] * 3
 
 
-# --- who holds and says what -------------------------------------------------------------------------------------
+# --- memory and communication of each stage ----------------------------------------------------------------------
 
 
 def said(before: EngineStats, after: EngineStats) -> list[dict[tuple[str, str], int]]:
-    """By rank: (axis, operation) -> how often."""
+    """Return the number of operations of each rank, by axis and name."""
 
     def counts(stats: RankStats) -> dict[tuple[str, str], int]:
         return {(each.axis, each.operation): each.count for each in stats.traffic}
@@ -229,7 +229,7 @@ def said(before: EngineStats, after: EngineStats) -> list[dict[tuple[str, str], 
 
 
 def test_two_sums_a_layer_and_one_send_a_boundary(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: dict[int, int] = defaultdict(int)  # steps with work, by stage, of one of its ranks
+    computed: dict[int, int] = defaultdict(int)  # steps with work of one rank of each stage, by stage
     execute = Runner.execute
 
     def counting(self: Runner, plan: StepPlan) -> StepResult | None:
@@ -256,9 +256,9 @@ def test_two_sums_a_layer_and_one_send_a_boundary(checkpoint: Checkpoint, monkey
         assert (
             set(counts) - {("tp", "all_reduce"), ("pp", "send"), ("pp", "recv")}
             == {
-                0: {("back", "recv")},
+                0: {("token_return", "recv")},
                 1: set(),
-                2: {("back", "send"), ("tp", "all_gather")},  # what is drawn
+                2: {("token_return", "send"), ("tp", "all_gather")},  # drawn tokens
             }[stage]
         )
     sent = [{each.operation: each.sent_bytes for each in rank.traffic if each.axis == "pp"} for rank in after.ranks]
@@ -301,7 +301,7 @@ def test_a_stage_reads_and_holds_its_own_tensors(
 
 
 def test_the_cache_is_that_of_the_stages_layers(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what is allocated; what of it is in memory depends on where the kernel puts large pages."""
+    """This holds for allocated memory; resident memory depends on the kernel's use of large pages."""
     sizes: list[int] = []
 
     def noting(*arguments: Any) -> kv_cache.KVMemory:
@@ -318,7 +318,7 @@ def test_the_cache_is_that_of_the_stages_layers(checkpoint: Checkpoint, monkeypa
     assert (two, three) == (2 * one, 3 * one)
 
 
-def test_the_log_says_what_each_rank_has(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_shows_what_each_rank_holds(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "shoal")
     with open_llm(checkpoint("llama"), 2, 2, pipeline_layer_partition=(1, 2)):
         pass

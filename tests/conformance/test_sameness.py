@@ -1,4 +1,4 @@
-"""Every layout gives transformers' greedy tokens, in float32, but for near-ties."""
+"""Tests that every layout gives transformers' greedy tokens in float32, except for near-ties."""
 
 import math
 import random
@@ -13,7 +13,7 @@ import torch
 from shoal import LLM, RequestOutput, SamplingParams
 from support.checkpoints import MAKERS, Reference
 
-# The reference's two likeliest tokens may change places below this difference of their log-probabilities.
+# Two tokens whose log-probabilities in the reference differ by less than this may change their order.
 NEAR_TIE = 1e-3
 # float32 sums in another order: 3 layers of width 64 differ by less than 3e-5 here; 1e-4 leaves room for more ranks.
 LOGPROB_TOLERANCE = 1e-4
@@ -56,8 +56,7 @@ def rows_of(folder: Path, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> t
 
 
 def assert_same(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> None:
-    """Each token is the one that the reference would choose after the prompt and the tokens before it: so all of them
-    are its greedy continuation."""
+    """Check that the tokens are the reference's greedy continuation: each is its choice after the tokens before it."""
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = tuple(output.outputs[0].token_ids)
         rows = rows_of(folder, tuple(prompt), tokens)
@@ -82,13 +81,13 @@ def test_thread_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 3, 4])
 @pytest.mark.parametrize("name", ["llama", "llama_6_2", "gemma3", "opt_350m"])
 def test_many_prompts(checkpoint: Checkpoint, name: str, tp: int) -> None:
-    """Prefilling and decoding side by side, blocks that end and do not end with a prompt."""
+    """Prefills and decodes share steps, and some prompts end at the end of a block."""
     folder = checkpoint(name)
     assert_same(folder, MIXED, generate(folder, MIXED, tensor_parallel_size=tp))
 
 
 def test_process_ranks(checkpoint: Checkpoint) -> None:
-    """Other families, and more layouts: test_matrix.py."""
+    """test_matrix.py has other families and more layouts."""
     folder = checkpoint("phi")
     outputs = generate(folder, FEW, steps=8, tensor_parallel_size=2, distributed_executor_backend="mp")
     assert_same(folder, FEW, outputs)
@@ -114,7 +113,7 @@ def test_engine_in_a_process_of_its_own(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("tp", [7, 9])
 def test_more_ranks_than_heads(checkpoint: Checkpoint, tp: int) -> None:
-    """Some ranks hold no query head, and take part with zeros."""
+    """Ranks without query heads contribute zeros to the sums."""
     folder = checkpoint("llama_6_2")
     assert_same(folder, MIXED[:5], generate(folder, MIXED[:5], steps=8, tensor_parallel_size=tp))
 
@@ -139,14 +138,14 @@ def test_prefix_hits(checkpoint: Checkpoint, block_size: int) -> None:
         outputs = run(llm, second)
     assert_same(folder, second, outputs)
     whole = 48 // block_size * block_size
-    last = min(whole, 47)  # of a prompt that is all cached, one token is left to compute
+    last = min(whole, 47)  # the last token of a prompt is always computed
     assert [output.num_cached_tokens for output in outputs] == [whole, whole, whole, last]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_preemption(checkpoint: Checkpoint, depth: int, tp: int) -> None:
-    """A cache that holds one request of the longest length: the others make room and compute again."""
+    """The cache holds one request of the longest length: the others are preempted and computed again."""
     folder = checkpoint("llama")
     prompts = make_prompts([20, 30, 25, 33, 8, 14], seed=3)
     options: dict[str, Any] = {"tensor_parallel_size": tp, "max_in_flight": depth, "max_model_len": 96}
@@ -199,7 +198,7 @@ def test_stops_at_eos_and_at_length(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_neox", "opt_350m"])
 def test_bfloat16_stays_near_float32(checkpoint: Checkpoint, name: str) -> None:
-    """bfloat16 has 8 bits: three layers move log-probabilities by some hundredths, a wrong cast by whole units."""
+    """With 8 bits, log-probabilities change by some hundredths; with a wrong cast they would change by more than 1."""
     folder = checkpoint(name)
     for output, prompt in zip(generate(folder, MIXED, steps=4, dtype="bfloat16"), MIXED, strict=True):
         tokens = output.outputs[0].token_ids
@@ -220,7 +219,7 @@ def test_cuda(checkpoint: Checkpoint, name: str) -> None:
 
 @pytest.mark.gpu
 def test_cuda_draws_the_same_in_a_cache_that_it_measured(checkpoint: Checkpoint) -> None:
-    """More decoding sequences than one gather takes in turn, with every parameter that the sampler has."""
+    """There are more decoding sequences than attention gathers at a time, with every sampling parameter."""
     folder = checkpoint("llama")
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in make_prompts([3 + i % 40 for i in range(64)], seed=4)]
     params = SamplingParams(temperature=0.8, top_k=30, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True, logprobs=2)
@@ -230,5 +229,5 @@ def test_cuda_draws_the_same_in_a_cache_that_it_measured(checkpoint: Checkpoint)
             found.append([output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)])
             if device == "cuda":
                 assert llm.stats().num_blocks * 16 > 1_000_000
-    # float32 on both: a draw differs where two candidates lie within rounding of each other.
+    # Both use float32: a draw differs only if two candidates are closer than the rounding error.
     assert sum(a == b for a, b in zip(*found, strict=True)) >= 60

@@ -1,5 +1,7 @@
-"""A tied head that is stored all the same: what config.json ties, and the files don't, is not tied, as in transformers.
-And the type of weights of which config.json says nothing."""
+"""Tests of tied heads that are stored with other values than the embedding: they are not tied, as in transformers.
+
+Also tests of the type of weights if config.json does not name it.
+"""
 
 import json
 import logging
@@ -25,11 +27,18 @@ PROMPTS = make_prompts([1, 40], seed=5)
 STEPS = 8
 SMALL: Any = {"kv_cache_memory_bytes": 2**20, "distributed_executor_backend": "uni"}
 EMBEDDINGS = {"gpt2": "transformer.wte.weight", "opt": "model.decoder.embed_tokens.weight"}
-TIED = ["gemma2", "gpt2", "granitemoe", "llama3", "opt_350m", "qwen3"]  # three of them by their family's default
+TIED = [
+    "gemma2",
+    "gpt2",
+    "granitemoe",
+    "llama3",
+    "opt_350m",
+    "qwen3",
+]  # three of them are tied by their family's default
 
 
 def changed(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None], **config: Any) -> Path:
-    """The checkpoint with other tensors, and with these fields of config.json; None: without the field."""
+    """Copy the checkpoint with other tensors, and with these fields of config.json; None removes a field."""
     target.mkdir(parents=True)
     said = {**json.loads((source / "config.json").read_text()), **config}
     kept = {key: value for key, value in said.items() if value is not None or key not in config}
@@ -112,7 +121,7 @@ def test_a_model_that_no_family_reads(tmp_path: Path) -> None:
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS, tensor_parallel_size=2))
 
 
-def test_it_is_said_once(llama3: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_mentions_it_once(llama3: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     said = "lm_head.weight is stored and is not model.embed_tokens.weight: the stored head is used"
     with logged(caplog), LLM(str(llama3), **SMALL):
         assert caplog.text.count(said) == 1
@@ -121,7 +130,7 @@ def test_it_is_said_once(llama3: Path, checkpoint: Checkpoint, caplog: pytest.Lo
 
 
 def test_files_of_torch_save(llama3: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Where both names are one storage, as they are in these files, there is nothing to compare."""
+    """Both names have the same storage in these files, so the tensors are not compared."""
     for source, differs in ((llama3, True), (checkpoint("llama3"), False)):
         folder = tmp_path / f"differs-{differs}"
         folder.mkdir()
@@ -135,7 +144,7 @@ def test_files_of_torch_save(llama3: Path, checkpoint: Checkpoint, tmp_path: Pat
 
 
 def test_an_equal_head_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """And takes no more memory than it did."""
+    """It takes no additional memory."""
     source = checkpoint("llama3")
     folder = changed(source, tmp_path / "model", with_equal_head)
     assert planned(folder).model.spec.tie_embeddings
@@ -152,7 +161,7 @@ def test_only_the_head_is_stored(checkpoint: Checkpoint, tmp_path: Path, name: s
 
 
 def test_a_draft_model(llama3: Path, checkpoint: Checkpoint) -> None:
-    """As its own draft it is right always, whichever head was read twice."""
+    """The model itself as draft model is always right, so both have read the same head."""
     speculative = {"model": str(llama3), "num_speculative_tokens": 3}
     with LLM(str(llama3), speculative_config=speculative, **SMALL) as llm:
         assert_same(llama3, PROMPTS, run(llm, PROMPTS, STEPS))
@@ -161,8 +170,8 @@ def test_a_draft_model(llama3: Path, checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
-def test_tensors_that_nobody_needs(checkpoint: Checkpoint, tmp_path: Path, model_impl: str) -> None:
-    """Layers that predict further tokens, towers for images, tables of angles, in types that nobody computes in."""
+def test_tensors_that_are_not_needed(checkpoint: Checkpoint, tmp_path: Path, model_impl: str) -> None:
+    """They are layers that predict further tokens, image towers and rotary tables, in types that are not supported."""
 
     def more(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)
@@ -190,10 +199,10 @@ def in_type(dtype: torch.dtype, but: str = "\0") -> Callable[[dict[str, Tensor]]
 @pytest.mark.parametrize("said", [{"dtype": None, "torch_dtype": None}, {"dtype": "auto"}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
-def test_weights_say_their_type(
+def test_the_type_is_that_of_the_weights(
     checkpoint: Checkpoint, tmp_path: Path, dtype: torch.dtype, said: dict[str, Any], model_impl: str
 ) -> None:
-    """The type of most bytes: norms are often wider."""
+    """The type with the most bytes counts, since norms often have a wider type."""
     folder = changed(checkpoint("llama"), tmp_path / "model", in_type(dtype, "norm.weight"), **said)
     found = planned(folder, model_impl=model_impl).first_plan
     assert found.dtype == str(dtype).removeprefix("torch.")

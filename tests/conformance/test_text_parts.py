@@ -1,4 +1,4 @@
-"""Models that see images too are served as models of text: the same tokens as transformers' whole gives for a text."""
+"""Tests of models with image input that are served as text models: they give transformers' tokens for texts."""
 
 import json
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def mistral3() -> Any:
 
 
 def published(folder: Path) -> None:
-    """Renames the tensors, where they are called as transformers has them in memory, to what the hub has."""
+    """Rename tensors from transformers' names in memory to their names on the hub."""
     tensors = load_file(folder / "model.safetensors")
     renamed = {name.replace(SAVED, PUBLISHED): tensor for name, tensor in tensors.items()}
     if "lm_head.weight" in renamed:
@@ -95,8 +95,8 @@ def test_a_text(tmp_path: Path, make: Callable[[], Any], names: str) -> None:
         assert_same(folder, generate(folder, PROMPTS, STEPS, **options))
 
 
-def test_a_text_config_says_little(tmp_path: Path) -> None:
-    """As google/gemma-3-4b-it has it: what is left out is what transformers takes."""
+def test_a_short_text_config_gets_transformers_defaults(tmp_path: Path) -> None:
+    """The config.json of google/gemma-3-4b-it leaves most fields out."""
     text = {
         "hidden_size": 2560,
         "intermediate_size": 10240,

@@ -1,4 +1,4 @@
-"""What a host has, read from the files and listings that it would show."""
+"""Tests of the hardware of a host, as files of the kernel and listings of nvidia-smi describe it."""
 
 import os
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ MIB = 2**20
         ("0,-1,1", [("0", 81559)]),
         ("0,7,1", [("0", 81559)]),
         ("GPU-cc,0", []),
-        ("GPU-", []),  # two begin so
+        ("GPU-", []),  # the prefix of two UUIDs
         ("0,1,0", []),
         ("0,GPU-aaaa", []),
         ("MIG-1234-56,MIG-78", [("MIG-1234-56", None)]),
@@ -83,7 +83,7 @@ def test_control_groups_of_both_versions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_groups_limit_less_what_it_cannot_give_back(
+def test_available_memory_is_the_groups_limit_minus_unreclaimable_memory(
     version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     membership, folder = ("4:memory:/job\n", "memory/job") if version == 1 else ("0::/job\n", "job")
@@ -99,7 +99,7 @@ def test_a_groups_limit_less_what_it_cannot_give_back(
 
 
 def host(root: Path, membership: str, groups: Mapping[str, str], *, meminfo: bool = True) -> Path:
-    """A tree of what the kernel would show."""
+    """Write files as the kernel would show them, and return their root."""
     files = {"proc/self/cgroup": membership} | {f"sys/fs/cgroup/{name}": text for name, text in groups.items()}
     if meminfo:
         files["proc/meminfo"] = f"MemTotal: {2**20} kB\nMemAvailable: {2**19} kB\n"
@@ -120,7 +120,7 @@ V2 = "0::/pod/job\n"
         (V2, {"pod/job/cpu.max": "max 100000\n"}, None),
         (V2, {"pod/job/cpu.max": "max 100000\n", "pod/cpu.max": "50000 100000\n"}, 0.5),
         (V2, {"pod/job/cpu.max": "300000 100000\n", "pod/cpu.max": "400000 200000\n"}, 2.0),
-        ("0::/\n", {"cpu.max": "100000 100000\n"}, 1.0),  # in a container with a tree of its own
+        ("0::/\n", {"cpu.max": "100000 100000\n"}, 1.0),  # in a container with a hierarchy of its own
         ("0::/../other\n", {"cpu.max": "100000 100000\n"}, 1.0),
         (V2, {}, None),
         (V2, {"pod/job/cpu.max": "nonsense\n"}, None),
@@ -139,7 +139,7 @@ def test_the_tightest_cpu_quota_of_all_groups(
 
 @pytest.mark.parametrize(("quota", "count"), [("350000", 3), ("100000", 1), ("20000", 1), ("6400000", 6), ("max", 6)])
 def test_a_quota_counts_like_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, count: int) -> None:
-    """Devices and cores, rounded down but never to none; all processes of a group choose the same cores."""
+    """A quota is rounded down, to one core at least; all processes of a group choose the same cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7, 11, 13})
     root = host(tmp_path, V2, {"pod/job/cpu.max": f"{quota} 100000\n"})
     found = cpu.discover(root=root)
@@ -165,12 +165,12 @@ def test_containers_do_not_all_choose_the_first_core(tmp_path: Path, monkeypatch
 
 
 def test_a_host_that_does_not_show_its_memory(tmp_path: Path) -> None:
-    """As under systemd's ProcSubset=pid. A group's limit counts as ever."""
+    """This is the case under systemd's ProcSubset=pid. A control group's limit still applies."""
     root = host(tmp_path, V2, {"pod/job/memory.max": f"{64 * MIB}\n"}, meminfo=False)
     found = cpu.discover(root=root)
     assert found.host_memory == 64 * MIB >= found.host_memory_available > 0
     assert found.limits == (
-        f"{root}/proc/meminfo is not there: of available memory only what is free at all is counted",
+        f"{root}/proc/meminfo does not exist: only free memory counts as available, not reclaimable memory",
     )
 
 

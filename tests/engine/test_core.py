@@ -14,11 +14,12 @@ from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import make_drafters
-from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
+from shoal.errors import UNPROCESSABLE, ClosedError, EngineError, RankFailed, RequestError, structured_outputs_error
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 from shoal.wire.grammars import GrammarAsk, Verdict
 from shoal.wire.ranks import RankStats, SeqOut, StepPlan, StepResult, StepTimes
+from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens
 from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, begun, request, steady
 
@@ -317,7 +318,8 @@ class FakeOutput:
     def verdict(self, seq: int, drafts: Ids, *, masked: bool) -> Verdict:
         """Return rows (see `WORDS`) with the number of tokens before them. They allow all tokens, or none at an end."""
         if self.length > self.refused_at:
-            return Verdict(seq, refused=f"token {self.refused_at} is not allowed there")
+            why = structured_outputs_error(f"can't be followed: token {self.refused_at} is not allowed there")
+            return Verdict(seq, refusal=RequestRefusal.of(why))
         drafts = drafts[: self.refused_at - self.length] if masked else ()
         places = range(self.length, self.length + 1 + len(drafts))
         problem = "a dead end" if self.length >= self.problem_at and masked else ""
@@ -364,7 +366,7 @@ class FakeGrammars:
             output = self._outputs[ask.seq]
             output.length += len(ask.tokens)
             found = output.verdict(ask.seq, ask.drafts, masked=ask.masked)
-            if found.refused:
+            if found.refusal is not None:
                 del self._outputs[ask.seq]
             self._verdicts.append((self._delays(self._asked), replace_fields(found, cost_us=self._cost_us)))
 
@@ -544,7 +546,8 @@ def test_a_continued_output_that_its_grammar_does_not_allow_is_refused() -> None
     engine.add(begun(request(1, [1, 2, 3], 8), 5), "99 99 3")
     engine.drain()
     assert (engine.ends[1].finish, engine.ends[1].refusal) == (Finish.ABORT, RefusalKind.INVALID)
-    assert engine.ends[1].error == "token 3 is not allowed there"
+    assert engine.ends[1].error == "structured_outputs can't be followed: token 3 is not allowed there"
+    assert (engine.ends[1].param, engine.ends[1].code) == ("structured_outputs", UNPROCESSABLE)
     assert engine.ranks.plans == []
 
 
@@ -616,7 +619,7 @@ def test_a_masked_request_can_be_aborted_at_any_time() -> None:
 
 def test_an_engine_without_a_tokenizer_refuses_grammars() -> None:
     engine = Engine()
-    with pytest.raises(RequestError, match="need a tokenizer"):
+    with pytest.raises(RequestError, match="needs a tokenizer"):
         engine.core.add(msgspec.structs.replace(request(1, [1]), grammar="x"))
     assert not engine.core.busy
 

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from shoal.cluster.members.doors import PEERS, PeersDoor
+from shoal.cluster.members.doors import PeersDoor
 from shoal.engine import process
 from shoal.engine.process import join_lockstep
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.plan import EnginePlan, ReplicaPlace
+from shoal.wire.rendezvous import PEERS_DOOR
 
 OPTIONS = {"data_parallel_size": 2, "max_model_len": 256, "start_timeout": 60.0}
 
@@ -25,7 +26,7 @@ def log_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def rendezvous() -> Iterator[Rendezvous]:
     opened = open_model(None, OPTIONS)
     door = PeersDoor(size=2, agreement=opened.agreement)
-    with Rendezvous(key="key", doors={PEERS: door}) as found:
+    with Rendezvous(key="key", doors={PEERS_DOOR: door}) as found:
         yield found
 
 
@@ -45,7 +46,7 @@ def test_a_replica_with_other_options_is_refused(rendezvous: Rendezvous) -> None
 
 
 def test_replicas_that_share_experts_stay_connected() -> None:
-    with Rendezvous(key="key", renewing=True) as meeting:
+    with Rendezvous(key="key", reopen_rooms=True) as meeting:
         plans = [plan(meeting, number, "bundled:moe", enable_expert_parallel=True) for number in range(2)]
         found: list[object] = []
         other = threading.Thread(target=lambda: found.append(join_lockstep(plans[1])))

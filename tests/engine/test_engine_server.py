@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import pytest
 
-from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.local import LockstepMember
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.server import serve, serve_client
 from shoal.errors import ConfigError, EngineError
@@ -34,7 +34,7 @@ class Peers:
     def launched(self, count: int) -> None:
         raise NotImplementedError
 
-    def due(self) -> int:
+    def steps_due(self) -> int:
         if self.failure:
             raise EngineError(self.failure)
         return 0
@@ -42,7 +42,7 @@ class Peers:
     def fileno(self) -> int:
         raise NotImplementedError
 
-    def quiet(self) -> None:
+    def clear(self) -> None:
         raise NotImplementedError
 
     def close(self, why: str = "") -> None:
@@ -55,7 +55,7 @@ def run_failing_start(peers: Peers, error: Exception) -> tuple[int, EngineFailur
     engine = Channel(theirs)
     client.send(encode(bare_plan(place=ReplicaPlace(1, 2))))
 
-    def start(plan: EnginePlan, lockstep: Joined | None) -> EngineCore:
+    def start(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
         raise error
 
     code = serve(engine, lambda setup: peers, start)

@@ -74,7 +74,7 @@ import os, signal
 from shoal.transport.process import ChildProcess
 child = ChildProcess("shoal.server.api_process")
 os.kill(child.pid, signal.SIGKILL)
-print(child.wait(60), child.exit_code, child.death(60))
+print(child.wait(60), child.exit_code, child.describe_exit(60))
 child.kill()
 """
 
@@ -82,12 +82,15 @@ child.kill()
 def test_a_program_that_ignores_sigchld_notices_the_end_of_a_child() -> None:
     """The child must not seem to have succeeded, although the kernel reports exit code 0."""
     told = python(f"import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n{END}").stdout
-    assert told == "True 255 ended, nobody knows how: this process ignores SIGCHLD, or waits for all of its children\n"
+    assert (
+        told
+        == "True 255 ended with an unknown exit code: this process ignores SIGCHLD, or waits for all of its children\n"
+    )
 
 
 def test_a_program_that_waits_for_all_its_children() -> None:
     reaper = "signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, os.WNOHANG))"
-    assert python(f"import os, signal; {reaper}\n{END}").stdout.startswith("True 255 ended, nobody knows how")
+    assert python(f"import os, signal; {reaper}\n{END}").stdout.startswith("True 255 ended with an unknown exit code")
 
 
 def test_ignored_sigchld_is_not_inherited() -> None:
@@ -129,7 +132,7 @@ def test_ranks_of_a_process_that_is_not_dumpable() -> None:
 def test_the_first_process_of_a_container_with_little_of_proc() -> None:
     done = run(*CONTAINER, f'{PROC}"$@"', "sh", sys.executable, "-m", "shoal", *ASK)
     assert (done.returncode, done.stdout.strip()) == (0, ANSWER), done.stderr
-    assert "/proc/meminfo is not there" in done.stderr
+    assert "/proc/meminfo does not exist" in done.stderr
 
 
 # --- the first process of a container --------------------------------------------------------------------------------

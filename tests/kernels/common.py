@@ -1,4 +1,4 @@
-"""Both implementations, and how far a result may be from its formula."""
+"""The two implementations of the kernels, and the largest error that a result may have."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,25 +15,27 @@ REFERENCE = ReferenceKernels()
 needs_native = pytest.mark.skipif(NATIVE is None, reason=WHY)
 BOTH = [pytest.param(NATIVE, id="native", marks=needs_native), pytest.param(REFERENCE, id="reference")]
 TYPES = [torch.float32, torch.bfloat16]
-# Native computes float16 nowhere.
+# The native kernels do not compute in float16.
 BOTH_AND_TYPES = [pytest.param(*each.values, dtype, marks=each.marks) for each in BOTH for dtype in TYPES] + [
     pytest.param(REFERENCE, torch.float16)
 ]
 
 
 def unit(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding."""
+    """Return the largest relative error of one rounding."""
     return float(torch.finfo(dtype).eps) / 2
 
 
 def half_subnormal(dtype: torch.dtype) -> float:
-    """The largest error of rounding a number below the smallest normal one."""
+    """Return the largest error of rounding a subnormal number."""
     return float(torch.finfo(dtype).smallest_normal) * unit(dtype)
 
 
 def close(out: Tensor, wanted: Tensor, roundings: int, size: Tensor | None = None) -> None:
-    """Each rounding to the dtype may add its unit of the result, and float32 arithmetic in between four of its own
-    units of `size`, which is what was added up to give the result (by default itself)."""
+    """Assert that the error is at most one unit of the result per rounding, and four float32 units of `size`.
+
+    size: the sum of the absolute values of the terms of the result; by default the result's own absolute value.
+    """
     assert out.shape == wanted.shape
     error = (out.double() - wanted).abs()
     size = wanted.abs() if size is None else size

@@ -1,4 +1,4 @@
-"""Paged batches made at random, and attention over them by its formula."""
+"""Random paged batches, and the attention over them by its formula."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,20 +6,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, KVCache, PagedBatch, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, KVCache, PagedBatch
 
 
 @dataclass(frozen=True)
 class Case:
     q: Tensor
     heads: HeadLayout
-    scores: Scores
+    params: AttentionParams
     batch: PagedBatch
     cache: KVCache
 
 
 def make_batch(lens: Sequence[tuple[int, int]], block_size: int, generator: torch.Generator) -> tuple[PagedBatch, int]:
-    """lens: (queries, context) of each sequence, single queries first. Also gives the number of slots."""
+    """Return a batch and its number of slots. lens: (queries, context) of each sequence, single queries first."""
     counts = [-(-context // block_size) for _, context in lens]
     shuffled = torch.randperm(sum(counts) + 1, generator=generator, dtype=torch.int32)
     tables = torch.zeros(len(lens), max(counts, default=0), dtype=torch.int32)
@@ -57,7 +57,7 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     batch, slots = make_batch(lens, block_size, generator)
     heads = HeadLayout(len(q_to_kv), kv_heads, head_dim, q_to_kv)
-    # Slots that no sequence owns hold NaNs: whoever reads them shows it.
+    # Slots that no sequence owns contain NaN, which shows if a kernel reads them.
     keys, values = torch.full((2, slots, kv_heads, head_dim), torch.nan, dtype=dtype)
     for table, context in zip(batch.block_tables, batch.host_context_lens, strict=True):
         where = torch.arange(context)
@@ -65,7 +65,7 @@ def make_case(
         keys[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
         values[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
     q = torch.randn(len(batch.positions), len(q_to_kv), head_dim, generator=generator).to(dtype)
-    return Case(q, heads, Scores(head_dim**-0.5, window, softcap), batch, KVCache(keys, values))
+    return Case(q, heads, AttentionParams(head_dim**-0.5, window, softcap), batch, KVCache(keys, values))
 
 
 def rows_of_sequence(case: Case, i: int) -> slice:
@@ -74,7 +74,7 @@ def rows_of_sequence(case: Case, i: int) -> slice:
 
 
 def alone(case: Case, i: int) -> Case:
-    """Sequence i as the only one of its batch."""
+    """Return a batch of sequence i alone."""
     rows, batch = rows_of_sequence(case, i), case.batch
     queries = batch.query_lens[i]
     single = PagedBatch(
@@ -92,10 +92,9 @@ def alone(case: Case, i: int) -> Case:
 
 
 def formula(case: Case) -> tuple[Tensor, Tensor]:
-    """softmax(s) v in float64, where s = q k^T * scale, bent and cut to the window; and softmax(s) |v|, by which errors
-    are measured.
+    """Return softmax(s) v in float64, where s is q k^T * scale with softcap and window, and the scale of its errors.
 
-    [n, q_heads * head_dim] each.
+    The scale of the errors is softmax(s) |v|. Both are [n, q_heads * head_dim].
     """
     batch = case.batch
     out, size = torch.zeros(2, *case.q.shape, dtype=torch.float64)
@@ -107,11 +106,11 @@ def formula(case: Case) -> tuple[Tensor, Tensor]:
         rows = rows_of_sequence(case, i)
         positions = torch.arange(context - batch.query_lens[i], context)[:, None, None]
         seen = where <= positions
-        if case.scores.window is not None:
-            seen &= where > positions - case.scores.window
-        scores = torch.einsum("rhd,lhd->rhl", case.q[rows].double(), keys) * case.scores.scale
-        if case.scores.softcap is not None:
-            scores = case.scores.softcap * torch.tanh(scores / case.scores.softcap)
+        if case.params.window is not None:
+            seen &= where > positions - case.params.window
+        scores = torch.einsum("rhd,lhd->rhl", case.q[rows].double(), keys) * case.params.scale
+        if case.params.softcap is not None:
+            scores = case.params.softcap * torch.tanh(scores / case.params.softcap)
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
         out[rows] = torch.einsum("rhl,lhd->rhd", weights, values)
         size[rows] = torch.einsum("rhl,lhd->rhd", weights, values.abs())

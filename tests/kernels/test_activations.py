@@ -10,7 +10,7 @@ from shoal.kernels.base import Activation, Kernels
 from shoal.kernels.native import NativeKernels
 
 ACTIVATIONS: list[Activation] = ["silu", "gelu", "gelu_tanh", "relu"]
-# What they are called in a config.json.
+# The names of the activations in a config.json.
 TRANSFORMERS_NAMES: dict[Activation, str] = {
     "silu": "silu",
     "gelu": "gelu",
@@ -48,7 +48,7 @@ def test_activate(kernels: Kernels, dtype: torch.dtype, activation: Activation, 
     x = inputs(shape, dtype)
     out = kernels.activate(x.clone(), activation)
     assert out.dtype == dtype
-    # What PyTorch loses of an erf or a tanh near -1 is a part of 1, and so of x: of the erf six units.
+    # The error of PyTorch's erf and tanh near -1 is relative to 1, so it is relative to x here: six units for the erf.
     close(out, formula(x, activation), 1, 1.5 * x.double().abs())
 
 
@@ -59,7 +59,7 @@ def test_activate_gated(kernels: Kernels, dtype: torch.dtype, activation: Activa
     x = inputs((shape[0], 2 * shape[1]), dtype)
     gate, up = x.double().chunk(2, dim=-1)
     before = x.clone()
-    # The activated gate is rounded, and below the smallest normal number by more of itself than a unit.
+    # The activated gate is rounded, and the relative error of a subnormal number is more than a unit.
     rounding = half_subnormal(dtype) / unit(torch.float32)
     close(
         kernels.activate_gated(x, activation),
@@ -74,7 +74,7 @@ def test_activate_gated(kernels: Kernels, dtype: torch.dtype, activation: Activa
 def test_native_keeps_small_results(native: NativeKernels, activation: Activation) -> None:
     x = torch.linspace(-8, 8, 4001).unsqueeze(0)
     wanted = formula(x, activation)
-    # The exponent u of an exponential is off by a few units of u, and the result by as much of itself.
+    # An error of a few units in an exponent u becomes a relative error of the exponential of u times as many units.
     size = x.double().abs()
     exponents = {"silu": size, "gelu": size**2 / 2, "gelu_tanh": 2 * (size + 0.045 * size**3), "relu": 0 * size}
     slack = (8 + 2 * exponents[activation]) * unit(torch.float32)
@@ -87,7 +87,7 @@ def test_extremes(native: NativeKernels, dtype: torch.dtype, activation: Activat
     x = torch.tensor([[-1e38, -100.0, -89.0, -87.0, -86.0, -14.0, -0.0, 0.0, 14.0, 86.0, 1e38, torch.inf]]).to(dtype)
     out = native.activate_gated(torch.cat((x, torch.ones_like(x)), dim=-1), activation).double()
     wanted = torch.where(x == torch.inf, torch.inf, formula(x, activation).nan_to_num(0.0))
-    # Where an exponential overflows the result, smaller than 1e-35, is cut to zero.
+    # If an exponential overflows, the result, which is below 1e-35, becomes zero.
     assert ((out == wanted) | ((out - wanted).abs() <= wanted.abs() * 2 * unit(dtype) + 1e-35)).all()
     assert torch.isnan(native.activate(torch.full((1, 33), torch.nan, dtype=dtype), activation)).all()
 

@@ -11,14 +11,14 @@ from kernels.paged import Case, alone, formula, make_case, rows_of_sequence
 from shoal.kernels import reference as reference_module
 from shoal.kernels.base import Kernels, KVCache
 from shoal.kernels.native import MAX_SHORT_QUERIES, NativeKernels
-from shoal.kernels.reference import is_regular
+from shoal.kernels.reference import has_equal_groups
 
 GQA = (0, 0, 0, 0, 1, 1, 1, 1)
 LAYOUTS = [
     ((0, 1), 2),
     ((0, 0, 1), 2),
     ((1, 0, 1, 1, 0), 2),
-    ((0, 2), 3),  # a KV head that nobody reads
+    ((0, 2), 3),  # a KV head without query heads
     (GQA, 2),
     (tuple(i // 15 for i in range(15)), 1),  # groups of 8, 4, 2 and 1
 ]
@@ -33,7 +33,7 @@ def native() -> NativeKernels:
 
 
 def attend(kernels: Kernels, case: Case) -> Tensor:
-    return kernels.attend(case.q, case.heads, case.scores, case.batch, case.cache)
+    return kernels.attend(case.q, case.heads, case.params, case.batch, case.cache)
 
 
 def check(kernels: Kernels, case: Case) -> None:
@@ -41,14 +41,14 @@ def check(kernels: Kernels, case: Case) -> None:
     wanted, size = formula(case)
     assert out.dtype == case.q.dtype
     assert out.shape == wanted.shape
-    # Scores stay below 8 here and are off by a few 2^-23 in float32, each weight by as much of itself.
+    # Scores are below 8 here, and their float32 error is a few times 2^-23; that is the relative error of a weight.
     slack = 5e-6
     if case.q.dtype != torch.float32:
         unit = float(torch.finfo(case.q.dtype).eps) / 2
-        # The output is rounded once. PyTorch's fused attention rounds the weights too, before it multiplies them
-        # with the values; what is written out here, and the native kernels, do not.
+        # The output is rounded once. PyTorch's fused attention also rounds the weights before it multiplies them with
+        # the values; the native kernels and the attention with a softcap do not.
         fused = isinstance(kernels, NativeKernels) and max(case.batch.query_lens) <= MAX_SHORT_QUERIES
-        slack += 0 if fused or case.scores.softcap is not None else 1.01 * unit
+        slack += 0 if fused or case.params.softcap is not None else 1.01 * unit
         assert ((out.double() - wanted).abs() <= wanted.abs() * unit * 1.01 + size * slack).all()
     else:
         assert ((out.double() - wanted).abs() <= size * slack).all()
@@ -108,7 +108,7 @@ def test_keys_before_the_window_are_not_read(kernels: Kernels, window: int) -> N
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_runs_in_pieces(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+def test_multi_queries_in_several_calls(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
     monkeypatch.setattr(reference_module, "WINDOW_QUERIES", 8)
     monkeypatch.setattr(reference_module, "SCORE_BYTES", 4 * 3 * 4 * 60)
     lens = [(1, 30), (1, 50), (2, 2), (20, 20), (30, 60), (33, 100)]
@@ -117,7 +117,7 @@ def test_runs_in_pieces(monkeypatch: pytest.MonkeyPatch, softcap: float | None) 
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_singles_in_groups(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+def test_single_queries_in_groups(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
     monkeypatch.setattr(reference_module, "GATHER_BYTES", 2 * 3 * 16 * 4 * 64)
     lens = [(1, context) for context in (5, 20, 60, 100, 3, 40)]
     for window in (None, 25):
@@ -128,7 +128,7 @@ def test_singles_in_groups(monkeypatch: pytest.MonkeyPatch, softcap: float | Non
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("head_dim", [40, 576])
 def test_values_that_are_the_keys(kernels: Kernels, dtype: torch.dtype, head_dim: int) -> None:
-    """As with latents: 11 query heads over one cached row a token."""
+    """Latent attention has such a cache: here 11 query heads read one cached row per token."""
     case = make_case([(1, 5), (1, 300), (3, 270), (9, 9), (20, 60), (70, 80)], (0,) * 11, 1, head_dim, dtype)
     check(kernels, replace(case, cache=KVCache(case.cache.keys, case.cache.keys)))
 
@@ -193,7 +193,7 @@ def test_a_verified_token_has_the_bits_of_a_decoded_one(
             query_lens=(1,),
             host_context_lens=(seen,),
         )
-        decoded = native.attend(run.q[j : j + 1], run.heads, run.scores, batch, run.cache)
+        decoded = native.attend(run.q[j : j + 1], run.heads, run.params, batch, run.cache)
         assert torch.equal(decoded[0], together[j])
 
 
@@ -201,7 +201,7 @@ def test_large_scores_do_not_overflow(native: NativeKernels) -> None:
     case = make_case([(1, 600), (3, 40)], GQA, 2, 64)
     huge = replace(case, q=case.q * 300)
     out = attend(native, huge)
-    # Scores of about 1000 are off by up to 1000 * 2^-22, and the weights with them.
+    # Scores of about 1000 have an error of up to 1000 * 2^-22, which is the relative error of the weights.
     wanted, size = formula(huge)
     assert ((out.double() - wanted).abs() <= size * 2e-3).all()
 
@@ -236,11 +236,11 @@ def test_random_batches(
 
 
 @pytest.mark.parametrize(
-    ("q_to_kv", "kv_heads", "regular"),
+    ("q_to_kv", "kv_heads", "equal"),
     [((0, 0, 1, 1), 2, True), ((0, 1), 2, True), ((0, 0, 1), 2, False), ((0, 1, 0, 1), 2, False), ((), 0, False)],
 )
-def test_regular_layouts(q_to_kv: tuple[int, ...], kv_heads: int, regular: bool) -> None:
-    assert is_regular(make_case([(1, 1)], q_to_kv, kv_heads, 8).heads) is regular
+def test_equal_groups(q_to_kv: tuple[int, ...], kv_heads: int, equal: bool) -> None:
+    assert has_equal_groups(make_case([(1, 1)], q_to_kv, kv_heads, 8).heads) is equal
 
 
 def test_a_query_head_without_a_kv_head_is_refused(native: NativeKernels) -> None:

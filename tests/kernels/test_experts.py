@@ -1,4 +1,4 @@
-"""Grouped experts are the sum over each token's experts, one by one; a row's bits depend on nothing but the row."""
+"""Tests of grouped experts: they give the weighted sum over each row's experts, with the same bits in any batch."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ HIDDEN, INNER = 40, 24
 
 
 class Experts:
-    """Random ones, as this module knows them and as plain matrices."""
+    """Random experts, as `GroupedExperts` and as plain matrices."""
 
     def __init__(self, count: int, dtype: torch.dtype, kernels: Kernels) -> None:
         self.up = [(torch.randn(2 * INNER, HIDDEN) * 0.2).to(dtype) for _ in range(count)]
@@ -33,7 +33,7 @@ class Experts:
         )
 
     def one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """In float64."""
+        """Compute the experts of each row one by one in float64."""
         out = torch.zeros_like(x, dtype=torch.float64)
         for i, row in enumerate(x.double()):
             for expert, weight in zip(experts[i].tolist(), weights[i].double(), strict=True):
@@ -53,7 +53,7 @@ def chosen(rows: int, k: int, count: int) -> tuple[Tensor, Tensor]:
     rows=st.integers(0, 20), count=st.integers(1, 12), share=st.floats(0, 1), seed=st.integers(0, 2**31), data=st.data()
 )
 def test_the_sum_over_experts(rows: int, count: int, share: float, seed: int, data: st.DataObject) -> None:
-    """Whatever part of the experts is elsewhere, down to all of them."""
+    """Any part of the experts may be on other ranks, even all of them."""
     torch.manual_seed(seed)
     made = Experts(count, torch.float32, ReferenceKernels())
     experts, weights = chosen(rows, data.draw(st.integers(1, count)), count)
@@ -97,24 +97,24 @@ def test_a_row_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(5, 33), (1, 64), (0, 40), (70, 1000)])
 def test_weighted_sum(kernels: Kernels, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x = torch.randn(shape).to(dtype)
-    places = torch.randint(-1, shape[0], (9, 4))
+    indices = torch.randint(-1, shape[0], (9, 4))
     weights = torch.randn(9, 4)
-    out = kernels.weighted_sum(x, places, weights)
+    out = kernels.weighted_sum(x, indices, weights)
     terms = torch.zeros(9, 4, shape[1], dtype=torch.float64)
     for i in range(9):
         for j in range(4):
-            if places[i, j] >= 0:
-                terms[i, j] = x[places[i, j]].double() * weights[i, j].double()
+            if indices[i, j] >= 0:
+                terms[i, j] = x[indices[i, j]].double() * weights[i, j].double()
     assert out.dtype == dtype
     close(out, terms.sum(1), 1, terms.abs().sum(1))
     with threads(3):
-        assert torch.equal(kernels.weighted_sum(x, places, weights), out)
-    assert kernels.weighted_sum(x, places[:0], weights[:0]).shape == (0, shape[1])
+        assert torch.equal(kernels.weighted_sum(x, indices, weights), out)
+    assert kernels.weighted_sum(x, indices[:0], weights[:0]).shape == (0, shape[1])
 
 
 @pytest.mark.parametrize(("kernels", "dtype"), BOTH_AND_TYPES)
-def test_what_is_nowhere_adds_nothing(kernels: Kernels, dtype: torch.dtype) -> None:
-    """Not even where a weight or a row is no number."""
+def test_a_negative_index_adds_nothing(kernels: Kernels, dtype: torch.dtype) -> None:
+    """It adds nothing even if a weight or a row is infinite or NaN."""
     x = torch.full((2, 20), torch.inf).to(dtype)
     out = kernels.weighted_sum(x, torch.tensor([[-1, -1]]), torch.tensor([[torch.nan, 1.0]]))
     assert torch.equal(out, torch.zeros(1, 20, dtype=dtype))

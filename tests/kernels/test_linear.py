@@ -22,8 +22,8 @@ def test_product(dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> N
     b = torch.randn(outputs).to(dtype) if bias else None
     linear = make_linear(weight, b)
     wanted = x.double() @ weight.double().T + (0 if b is None else b.double())
-    # Terms add up to about 1 in quadrature. Float32 sums: an error that grows with the root of their length at most.
-    # Low precisions: the result is rounded once, or twice where the bias is added afterwards.
+    # The variance of a result is about 1. The error of a float32 sum grows at most with the root of its length. In low
+    # precision the result is rounded once, or twice if the bias is added afterwards.
     slack = 2.0**-24 * (4 + inputs**0.5) * 4
     unit = float(torch.finfo(dtype).eps)
     for rows in (9, 1, 0):
@@ -72,9 +72,9 @@ def test_the_weight_may_change_after_packing() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 9])
 def test_a_matrix_for_each_head(dtype: torch.dtype, heads: int, rows: int) -> None:
     weights, x = (torch.randn(heads, 24, 40) / 40**0.5).to(dtype), torch.randn(rows, heads, 60).to(dtype)
-    x = x[..., :40]  # as a part of longer heads, and the weights turned
-    turned = weights.transpose(1, 2).contiguous().transpose(1, 2)
-    for linear in (make_head_linear(weights), make_head_linear(turned), PlainHeadLinear(weights)):
+    x = x[..., :40]  # a part of longer heads
+    strided = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    for linear in (make_head_linear(weights), make_head_linear(strided), PlainHeadLinear(weights)):
         out = linear(x)
         wanted = torch.einsum("nhi,hoi->nho", x.double(), weights.double())
         assert out.dtype == dtype

@@ -1,4 +1,4 @@
-"""How the native library is found, checked and bound."""
+"""Tests of finding, checking and loading the native library."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ print(sum(Path(name).name.startswith(("libgomp", "libomp", "libiomp")) for name 
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_one_openmp_runtime() -> None:
-    """In a process of its own: other libraries that a test has loaded may bring one along."""
+    """Run in a fresh process, since libraries that other tests have loaded may bring another runtime."""
     done = subprocess.run([sys.executable, "-c", _OPENMP], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "1"
 

@@ -10,7 +10,7 @@ from shoal.kernels.base import Kernels, Norm, NormKind
 from shoal.kernels.native import NativeKernels
 
 KINDS: list[NormKind] = ["rms", "rms_wide", "layer"]
-# Kind, weight, bias.
+# (kind, has a weight, has a bias)
 VARIANTS: list[tuple[NormKind, bool, bool]] = [
     ("rms", True, False),
     ("rms", False, False),
@@ -42,7 +42,7 @@ def make_norm(kind: NormKind, size: int, dtype: torch.dtype, weight: bool = True
 
 
 def formula(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """The norm in float64, and the size of what was added up to give it."""
+    """Return the norm in float64, and the sum of the absolute values of its terms."""
     wide = x.double()
     if norm.kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
@@ -89,7 +89,7 @@ def test_add_norm(
 
 @pytest.mark.parametrize(("kernels", "dtype"), BOTH_AND_TYPES)
 def test_a_layer_norm_far_from_zero_keeps_its_variance(kernels: Kernels, dtype: torch.dtype) -> None:
-    # In float32 a difference of the mean square (1e6) and the squared mean would be off by 0.06 and more.
+    # In float32 the difference between the mean square (1e6) and the squared mean would have an error above 0.06.
     x = (1000 + 16 * torch.randn(4, 777)).to(dtype)
     norm = make_norm("layer", 777, dtype, weight=True, bias=True)
     wanted, size = formula(x, norm)
@@ -111,7 +111,7 @@ def test_the_reference_has_the_bits_of_transformers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_have_the_same_bits_in_any_batch(native: NativeKernels, dtype: torch.dtype, kind: NormKind) -> None:
-    # 200 rows go to all threads, one row to one.
+    # 200 rows are shared out to all threads; a single row is computed by one thread.
     x, residual = torch.randn(2, 200, 1000).to(dtype)
     norm = make_norm(kind, 1000, dtype, bias=kind == "layer")
     results = []
@@ -133,5 +133,5 @@ def test_rows_have_the_same_bits_in_any_batch(native: NativeKernels, dtype: torc
 )
 def test_weights_of_another_type_are_refused(native: NativeKernels, kind: NormKind, weight_dtype: torch.dtype) -> None:
     x, norm = torch.randn(2, 8, dtype=torch.bfloat16), Norm(kind, torch.ones(8, dtype=weight_dtype), None, EPS)
-    with pytest.raises(ValueError, match=f"a norm of kind {kind} over torch.bfloat16 wants its weights in"):
+    with pytest.raises(ValueError, match=f"a norm of kind {kind} over torch.bfloat16 needs weights in"):
         native.norm(x, norm)

@@ -25,7 +25,7 @@ def tables(positions: int, half: int) -> Rope:
 
 
 def rotation_inputs(heads: HeadLayout, dtype: torch.dtype, n_seqs: int = 5) -> tuple[Tensor, PagedBatch, KVCache]:
-    """qkv, and a batch and a cache for it."""
+    """Return qkv, and a batch and a cache for it."""
     lens = sorted((1 + 3 * (i % 3), 30 + i) for i in range(n_seqs))
     n = sum(queries for queries, _ in lens)
     batch, slots = make_batch(lens, 4, torch.Generator().manual_seed(1))
@@ -66,7 +66,7 @@ def check(kernels: Kernels, heads: HeadLayout, dtype: torch.dtype, norm: QKNorm 
             low, high, rest = size.split([half, half, head_dim - 2 * half], dim=-1)
             cos, sin = cos.abs(), sin.abs()
             size = torch.cat((low * cos + high * sin, high * cos + low * sin, rest), dim=-1)
-        # Two roundings of the norm at most, one of the rotation; float32 arithmetic adds a few units of its own.
+        # The norm rounds at most twice and the rotation once; float32 arithmetic adds a few of its own units.
         roundings = (0 if norm is None else 2) + (0 if rope is None else 1)
         slack = roundings * 1.01 * unit(dtype) + 5 * unit(torch.float32)
         assert ((out.double() - wanted).abs() <= size * slack + roundings * half_subnormal(dtype)).all()
@@ -100,7 +100,7 @@ def test_no_rotation(
     check(kernels, heads, dtype, norms(kind, head_dim, dtype), None)
 
 
-def test_queries_not_rotated_are_no_view_of_their_input() -> None:
+def test_queries_without_rotation_are_not_a_view_of_their_input() -> None:
     heads = HeadLayout(2, 0, 8, (0, 0))
     qkv, batch, cache = rotation_inputs(heads, torch.float32)
     q = REFERENCE.rotate_and_store(qkv, heads, None, None, batch, cache)
@@ -128,7 +128,7 @@ def test_rows_have_the_same_bits_with_any_threads_and_batch(
             results.append((native.rotate_and_store(qkv, heads, norm, rope, batch, cache), cache.keys, cache.values))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-    # The rows of the second sequence, which has one query, alone.
+    # A batch of the second sequence alone, which has one query.
     one, _ = make_batch([(1, int(batch.positions[1]) + 1)], 4, torch.Generator())
     cache = empty_cache(64, heads, dtype)
     assert torch.equal(native.rotate_and_store(qkv[1:2], heads, norm, rope, one, cache), results[0][0][1:2])

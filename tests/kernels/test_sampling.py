@@ -1,4 +1,4 @@
-"""The native sampling kernels against PyTorch's: the same tokens and values, bit by bit; sums to a few units."""
+"""Tests of the native sampling kernels against PyTorch's: equal tokens and values, and sums equal to a few units."""
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from shoal.kernels import sampling as module
 from shoal.kernels.noise import gumbel
-from shoal.kernels.sampling import TorchSampling, load_native, of_ranks, ranks_of, sampling_kernels
+from shoal.kernels.sampling import TorchSampling, load_native, pack_tokens, sampling_kernels, unpack_tokens
 from support.fakes import steady
 
 NATIVE, WHY = load_native()
 TORCH = TorchSampling()
-NEVER = float("-inf")
-SIZES = [1, 15, 16, 63, 64, 65, 1000, 4097]  # around a vector and a group, and beyond
+MINUS_INF = float("-inf")
+SIZES = [1, 15, 16, 63, 64, 65, 1000, 4097]  # around the sizes of a vector and a group, and larger
 needs_native = pytest.mark.skipif(NATIVE is None, reason=WHY)
 
 
@@ -29,11 +29,11 @@ def logits_of(kind: str, rows: int, columns: int) -> Tensor:
     if kind == "half":
         x = x.bfloat16().float()
     if kind == "holes":
-        x[torch.rand(rows, columns, generator=generator) < 0.7] = NEVER
+        x[torch.rand(rows, columns, generator=generator) < 0.7] = MINUS_INF
     if kind == "zeros":
         x = torch.where(x > 0, 0.0, -0.0)
     if kind == "nothing":
-        x = torch.full_like(x, NEVER)
+        x = torch.full_like(x, MINUS_INF)
     return x
 
 
@@ -46,14 +46,14 @@ def keys_for(rows: int) -> Tensor:
 
 @settings(steady, max_examples=200)
 @given(st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.integers(0, 2**31 - 1)), min_size=2, max_size=8))
-def test_ranks_are_in_the_order_of_tokens(tokens: list[tuple[float, int]]) -> None:
+def test_packed_tokens_have_the_order_of_tokens(tokens: list[tuple[float, int]]) -> None:
     values = torch.tensor([value for value, _ in tokens])
     ids = torch.tensor([i for _, i in tokens])
-    ranks = ranks_of(values, ids)
+    packed = pack_tokens(values, ids)
     expected = sorted(tokens, key=lambda token: (-token[0], token[1]))
-    found = [tokens[i] for i in ranks.argsort(descending=True, stable=True).tolist()]
+    found = [tokens[i] for i in packed.argsort(descending=True, stable=True).tolist()]
     assert found == expected
-    back, back_ids = of_ranks(ranks)
+    back, back_ids = unpack_tokens(packed)
     assert torch.equal(back, values)
     assert torch.equal(back_ids, ids)
 
@@ -61,14 +61,14 @@ def test_ranks_are_in_the_order_of_tokens(tokens: list[tuple[float, int]]) -> No
 @needs_native
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("columns", SIZES)
-def test_first_tokens(kind: str, columns: int) -> None:
+def test_top_tokens(kind: str, columns: int) -> None:
     assert NATIVE is not None
     logits = logits_of(kind, 6, columns)
     rows = torch.tensor([4, 0, 5])
     for count in {1, min(columns, 20), min(columns, 500), columns, columns + 9}:
-        assert torch.equal(NATIVE.first(logits, 77, rows, count), TORCH.first(logits, 77, rows, count))
-    value, ids = NATIVE.best(logits, 77)
-    expected, expected_ids = TORCH.best(logits, 77)
+        assert torch.equal(NATIVE.top(logits, 77, rows, count), TORCH.top(logits, 77, rows, count))
+    value, ids = NATIVE.argmax(logits, 77)
+    expected, expected_ids = TORCH.argmax(logits, 77)
     assert torch.equal(value, expected)
     assert torch.equal(ids, expected_ids)
 
@@ -82,7 +82,7 @@ def test_draws(kind: str, columns: int, limited: bool) -> None:
     logits, count = logits_of(kind, 40, columns), 40
     rows = torch.arange(count).flip(0)
     temperature = torch.tensor([1.0, 0.7, 3.0, 1e-5] * 10)
-    limits = ranks_of(logits[rows, columns // 2], torch.full((count,), 5 + columns // 2)) if limited else None
+    limits = pack_tokens(logits[rows, columns // 2], torch.full((count,), 5 + columns // 2)) if limited else None
     score, ids = NATIVE.draw(logits, 5, rows, temperature, keys_for(count), limits)
     expected, expected_ids = TORCH.draw(logits, 5, rows, temperature, keys_for(count), limits)
     assert torch.equal(score, expected)
@@ -91,7 +91,7 @@ def test_draws(kind: str, columns: int, limited: bool) -> None:
 
 @needs_native
 def test_draws_over_a_large_vocabulary() -> None:
-    """Among 40 000 tokens whose logits hardly differ, noise decides: every bound is put to the test."""
+    """With 40 000 nearly equal logits the noise decides, which tests every bound of the search."""
     assert NATIVE is not None
     logits = torch.randn(64, 40_000, generator=torch.Generator().manual_seed(3)) * 0.1
     rows, temperature = torch.arange(64), torch.ones(64)
@@ -106,14 +106,14 @@ def test_draws_over_a_large_vocabulary() -> None:
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("limited", [False, True])
 def test_sums(kind: str, columns: int, limited: bool) -> None:
-    """Float32 results of up to 15 from sums in two orders: 4e-6 is four units of the last place."""
+    """The results are float32 numbers up to 15, summed in two orders: 4e-6 is four units in the last place."""
     assert NATIVE is not None
     logits = logits_of(kind, 6, columns)
     rows, temperature = torch.tensor([3, 1, 0]), torch.tensor([1.0, 0.7, 3.0])
-    limits = ranks_of(logits[rows, columns // 2], torch.full((3,), 9 + columns // 2)) if limited else None
-    for floor in (torch.full((3,), NEVER), torch.tensor([-1.0, 0.5, 0.0])):
-        found = NATIVE.log_totals(logits, 9, rows, temperature, floor, limits)
-        expected = TORCH.log_totals(logits, 9, rows, temperature, floor, limits)
+    limits = pack_tokens(logits[rows, columns // 2], torch.full((3,), 9 + columns // 2)) if limited else None
+    for floor in (torch.full((3,), MINUS_INF), torch.tensor([-1.0, 0.5, 0.0])):
+        found = NATIVE.logsumexp(logits, 9, rows, temperature, floor, limits)
+        expected = TORCH.logsumexp(logits, 9, rows, temperature, floor, limits)
         torch.testing.assert_close(found, expected, rtol=4e-7, atol=4e-6)
 
 
@@ -145,16 +145,16 @@ def test_masks(columns: int, start: int) -> None:
 
 @needs_native
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_row_depends_on_no_other_and_on_no_thread(threads: int) -> None:
+def test_a_row_does_not_depend_on_other_rows_or_on_threads(threads: int) -> None:
     assert NATIVE is not None
     logits, keys = logits_of("normal", 9, 3000), keys_for(9)
-    rows, temperature, floor = torch.arange(9), torch.full((9,), 0.9), torch.full((9,), NEVER)
+    rows, temperature, floor = torch.arange(9), torch.full((9,), 0.9), torch.full((9,), MINUS_INF)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         together = (
-            NATIVE.first(logits, 0, rows, 50),
-            NATIVE.log_totals(logits, 0, rows, temperature, floor),
+            NATIVE.top(logits, 0, rows, 50),
+            NATIVE.logsumexp(logits, 0, rows, temperature, floor),
             *NATIVE.draw(logits, 0, rows, temperature, keys),
         )
     finally:
@@ -162,8 +162,8 @@ def test_a_row_depends_on_no_other_and_on_no_thread(threads: int) -> None:
     for row in range(9):
         one = slice(row, row + 1)
         alone = (
-            NATIVE.first(logits[one], 0, rows[:1], 50),
-            NATIVE.log_totals(logits[one], 0, rows[:1], temperature[:1], floor[:1]),
+            NATIVE.top(logits[one], 0, rows[:1], 50),
+            NATIVE.logsumexp(logits[one], 0, rows[:1], temperature[:1], floor[:1]),
             *NATIVE.draw(logits[one], 0, rows[:1], temperature[:1], keys[one]),
         )
         assert all(torch.equal(a, b[one]) for a, b in zip(alone, together, strict=True))
@@ -171,11 +171,11 @@ def test_a_row_depends_on_no_other_and_on_no_thread(threads: int) -> None:
 
 @needs_native
 def test_shares_are_views_of_wider_rows() -> None:
-    """Rows may be further apart than they are long."""
+    """The stride of the rows may be larger than their length."""
     assert NATIVE is not None
     part = logits_of("normal", 4, 300)[:, 50:170]
     rows = torch.arange(4)
-    assert torch.equal(NATIVE.first(part, 0, rows, 9), TORCH.first(part, 0, rows, 9))
+    assert torch.equal(NATIVE.top(part, 0, rows, 9), TORCH.top(part, 0, rows, 9))
     assert torch.equal(NATIVE.count_above(part, part[:, 3]), TORCH.count_above(part, part[:, 3]))
 
 

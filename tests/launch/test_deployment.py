@@ -50,10 +50,12 @@ def test_a_front_end_may_have_no_replicas_of_its_own() -> None:
 
 def test_an_address_may_be_an_ipv6_address() -> None:
     for given in ("fd02::1", "[fd02::1]"):
-        with pytest.raises(ConfigError, match="fd02::1 is reached from other hosts, and there is no shared key"):
+        with pytest.raises(ConfigError, match="other hosts can reach fd02::1, but there is no shared key"):
             deployment(local=1, data_parallel_address=given)
     assert str(deployment(local=1, data_parallel_address="::1").address) == f"[::1]:{DEFAULT_PORT}"
-    with pytest.raises(ConfigError, match="--data-parallel-address takes the name or the address of a host, without a"):
+    with pytest.raises(
+        ConfigError, match="--data-parallel-address must be the name or the address of a host, without a"
+    ):
         deployment(local=1, data_parallel_address="127.0.0.1:29550")
 
 
@@ -126,7 +128,7 @@ def test_several_hosts_need_an_address(options: dict[str, Any], message: str) ->
 
 def test_other_hosts_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHOAL_CLUSTER_KEY", raising=False)
-    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 is reached from other hosts, and there is no shared key"):
+    with pytest.raises(ConfigError, match=r"other hosts can reach 192\.0\.2\.1, but there is no shared key"):
         deployment(rank=1, data_parallel_address="192.0.2.1")
     monkeypatch.setenv("SHOAL_CLUSTER_KEY", "secret")
     assert deployment(rank=1, data_parallel_address="192.0.2.1").key == "secret"

@@ -44,7 +44,7 @@ class FakeProcess:
     def stopped(self) -> bool:
         return self.is_stopped
 
-    def death(self) -> str:
+    def describe_exit(self) -> str:
         return "was killed by SIGKILL"
 
     def say_goodbye(self) -> None: ...

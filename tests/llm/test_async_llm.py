@@ -32,7 +32,6 @@ from shoal.llm.async_llm import AsyncLLM, RequestStream
 from shoal.llm.deltas import Delta
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
-from shoal.server.http.errors import of_request
 from shoal.wire.base import encode
 from shoal.wire.engine import Abort, EngineRequest, EngineStats, Finish, RefusalKind, SeqUpdate, Updates
 from shoal.wire.fleet import ContextLength, FleetStatus
@@ -345,7 +344,7 @@ def test_a_priority_is_refused_with_first_come_first_served() -> None:
         for priority in (1, -1):
             with pytest.raises(RequestError, match="priority must be 0 with --scheduling-policy fcfs") as caught:
                 harness.stream(priority=priority)
-        assert (of_request(caught.value).status, of_request(caught.value).param) == (400, "priority")
+            assert caught.value.param == "priority"
         assert len(harness.line.sent) == 1
 
     run(work())
@@ -354,8 +353,8 @@ def test_a_priority_is_refused_with_first_come_first_served() -> None:
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ({"priority": 2**70}, "priority must be an integer from"),
-        ({"priority": -(2**70)}, "priority must be an integer from"),
+        ({"priority": 2**70}, "priority must be an integer in"),
+        ({"priority": -(2**70)}, "priority must be an integer in"),
         ({"replica": 2**70}, "there is no replica 1180591620717411303424"),
         ({"replica": -3}, "there is no replica -3"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.common import BOTH, NATIVE, needs_native
 from kernels.paged import make_batch
 from shoal.comm.local import LocalComm
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
 from shoal.models.layers.latent_attention import LatentAttention, LowRankLinear
 from shoal.models.layers.rope import rope_tables
@@ -81,7 +81,7 @@ def make_attention(latent: LatentSpec, weights: Weights, kernels: Kernels, dtype
         RowParallelLinear(make_linear(torch.eye(HEADS * latent.value_dim, dtype=dtype), None), None, ALONE),
         rope_tables(latent.rope, latent.cached_dim, 400, torch.device("cpu")),
         HeadLayout(HEADS, 1, latent.cached_dim, (0,) * HEADS),
-        Scores(SCALE),
+        AttentionParams(SCALE),
         kernels,
     )
 

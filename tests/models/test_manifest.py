@@ -26,7 +26,7 @@ from shoal.models.spec import (
     RoutingSpec,
     TensorNames,
 )
-from shoal.parallel.placement import place_experts
+from shoal.parallel.expert_placement import place_experts
 from support.checkpoints import MAKERS
 
 RMS = NormSpec("rms", 1e-5)

@@ -20,9 +20,9 @@ from shoal.kernels.select import make_kernels
 from shoal.models.layers.moe import ExpertRouter, MoE, SharedExperts, route, sigmoid
 from shoal.models.spec import MoESpec, RoutingSpec
 from shoal.parallel.dispatch import TensorParallelDispatch
+from shoal.parallel.expert_placement import place_experts
 from shoal.parallel.mesh import Axis
 from shoal.parallel.partition import split
-from shoal.parallel.placement import place_experts
 from support.fakes import steady
 
 HIDDEN, EXPERTS = 32, 12

@@ -1,4 +1,4 @@
-"""Overriding fields of config.json."""
+"""Tests of overriding fields of config.json."""
 
 from typing import Any
 

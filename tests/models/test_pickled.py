@@ -1,4 +1,4 @@
-"""Files of torch.save: where their tensors lie, found out without running anything of them.
+"""Tests of files of torch.save: the offsets of their tensors are found without running code from the files.
 
 Most cases ask `list_tensors`, in this process, as ranks do. What could take for ever, or end a process, goes through
 `read_pickled` and the child process that it starts; so does one case of each kind.
@@ -51,7 +51,7 @@ both = pytest.mark.parametrize("save", [zipped, legacy])
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
-    """What lies where it is said to lie, or what PyTorch has loaded, where only PyTorch can read the file."""
+    """Return a tensor from its offset in the file, or from PyTorch if only PyTorch can read the file."""
     data = file.read_bytes()
     found = {}
     for name, entry in list_tensors(file).items():
@@ -112,7 +112,7 @@ def some_tensors() -> dict[str, Tensor]:
 
 
 @both
-def test_tensors_lie_where_they_are_said_to(file: Path, save: Save) -> None:
+def test_tensors_are_at_their_offsets(file: Path, save: Save) -> None:
     tensors = some_tensors()
     save(OrderedDict(tensors), file)
     assert_read(file, tensors)
@@ -122,7 +122,7 @@ def test_tensors_lie_where_they_are_said_to(file: Path, save: Save) -> None:
     assert (found["turned"].shape, found["turned"].strides) == ((6, 4), (1, 6))
 
 
-def test_numbers_of_eight_bits(file: Path) -> None:
+def test_eight_bit_types(file: Path) -> None:
     tensors = {"a": torch.arange(6.0).to(torch.float8_e4m3fn), "b": torch.arange(6.0).to(torch.float8_e4m3fn)[3:]}
     torch.save(tensors, file)
     data = file.read_bytes()
@@ -135,21 +135,21 @@ def test_numbers_of_eight_bits(file: Path) -> None:
 
 @both
 def test_a_modules_state_dict(file: Path, save: Save) -> None:
-    """Its OrderedDict has an attribute, `_metadata`."""
+    """A state dict is an OrderedDict with an attribute `_metadata`."""
     state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).state_dict()
     save(state, file)
     assert_read(file, state)
 
 
 @both
-def test_the_child_process_says_the_same(file: Path, save: Save) -> None:
+def test_the_child_process_gives_the_same_result(file: Path, save: Save) -> None:
     save(OrderedDict(some_tensors()), file)
     assert in_child(file) == list_tensors(file) == list_here({file: FileState.of(file)})[file]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_protocols(file: Path) -> None:
-    """Of pickle PyTorch reads for strangers only its own, version 2."""
+    """For untrusted files PyTorch reads only the pickle protocol that it writes, version 2."""
     torch.save({"a": torch.ones(2)}, file, pickle_protocol=4)
     assert "Unsupported operand" in refusal(file)
 
@@ -187,7 +187,7 @@ def test_values_that_are_no_tensors_are_left_out(file: Path, save: Save) -> None
     assert_read(file, {"a": torch.ones(2)})
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------------
 
 
 class Attack:
@@ -199,7 +199,7 @@ class Attack:
 
 
 @both
-def test_nothing_is_run(file: Path, tmp_path: Path, save: Save) -> None:
+def test_no_code_is_run(file: Path, tmp_path: Path, save: Save) -> None:
     marker = tmp_path / "run"
     save({"a": torch.ones(2), "b": Attack(os.system, f"touch {marker}")}, file)
     for read in (list_tensors, in_child):
@@ -214,14 +214,14 @@ def test_nothing_is_run(file: Path, tmp_path: Path, save: Save) -> None:
 
 @both
 @pytest.mark.parametrize("name", ["torch.load", "torch._utils.eval", "collections.deque", "os.FloatStore", "a\tb.c"])
-def test_names_that_look_familiar(file: Path, save: Save, name: str) -> None:
+def test_names_similar_to_allowed_ones_are_refused(file: Path, save: Save, name: str) -> None:
     module, _, what = name.rpartition(".")
     write_program(file, save, f"c{module}\n{what}\n.".encode())
     assert "which weights do not need" in refusal(file)
 
 
 def write_program(file: Path, save: Save, program: bytes) -> None:
-    """A file that has this program in place of a pickle, and no storages."""
+    """Write a file with this pickle program and without storages."""
     if save is legacy:
         file.write_bytes(legacy_file(program, pickle.dumps([], 2), b""))
         return
@@ -240,23 +240,23 @@ def number(value: int) -> bytes:
 
 
 def bomb_of_hashes() -> bytes:
-    """A key of tuples of tuples, 60 deep: Python hashes each as often as it is reached."""
+    """Return a key of nested tuples, 60 deep: Python would compute 2**60 hashes for it."""
     return b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s."
 
 
 def bomb_of_sharing() -> bytes:
-    """A list of lists, each twice the one before: 2**60 of them, if anyone counted."""
+    """Return nested lists, each with the next one twice: 2**60 lists in all."""
     return b"\x80\x02]" + b"q\x00]h\x00ah\x00a" * 60 + b"."
 
 
 def bomb_of_copies() -> bytes:
-    """One list of pairs in the memo, and many dicts made of it: 400 KB ask for 20,000 times 20,000 entries."""
+    """Return a list of pairs in the memo and many dicts made from it: 400 KB that ask for 20,000 x 20,000 entries."""
     pairs = b"".join(number(i) + b"N\x86" for i in range(20_000))
     return b"\x80\x02](](" + pairs + b"e\x85q\x00" + b"ccollections\nOrderedDict\nh\x00R" * 20_000 + b"e."
 
 
 def bomb_of_numbers(name: str) -> bytes:
-    """Something of 8 Gi elements, made out of nothing."""
+    """Return an object of 8 Gi elements that takes only a few bytes in the file."""
     module, _, what = name.rpartition(".")
     return b"\x80\x02}" + text("a") + f"c{module}\n{what}\n".encode() + number(2**33) + b"\x85Rs."
 
@@ -265,7 +265,7 @@ def bomb_of_numbers(name: str) -> bytes:
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x80\x02Nr\xff\xff\xff\xff.",  # the largest memo index: the standard unpickler would make room for as many
+        b"\x80\x02Nr\xff\xff\xff\xff.",  # the largest memo index: the standard unpickler would allocate as much
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00.",  # bytes longer than the file
         b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",
         b"\x80\x02X\xff\xff\xff\xffab.",
@@ -275,7 +275,7 @@ def bomb_of_numbers(name: str) -> bytes:
         b"\x80\x02" + b"(" * 100_000 + b".",
         b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         b"\x80\x02N" + b"\x85" * 100_000 + b".",
-        b"\x80\x02]q\x00h\x00a.",  # a list of itself
+        b"\x80\x02]q\x00h\x00a.",  # a list that contains itself
         b"\x80\x02}q\x00K\x01h\x00s.",
         b"\x80\x02}q\x00" + text("state_dict") + b"h\x00s.",
         b"I" + b"9" * 100_000 + b"\n.",
@@ -306,7 +306,7 @@ def bomb_of_numbers(name: str) -> bytes:
     ids=lambda program: repr(program[:24]),
 )
 @both
-def test_programs_that_make_no_sense(file: Path, save: Save, program: bytes) -> None:
+def test_invalid_programs(file: Path, save: Save, program: bytes) -> None:
     write_program(file, save, program)
     refusal(file)
 
@@ -323,7 +323,7 @@ def test_programs_that_make_no_sense(file: Path, save: Save, program: bytes) -> 
     ids=["hashes", "nesting", "copies", "bytes", "tensor"],
 )
 def test_bombs(file: Path, program: bytes, message: str) -> None:
-    """What would hold up, end or fill this process does so to the child."""
+    """A program that would block, crash or fill a process does that to the child."""
     write_program(file, zipped, program)
     found = refusal(file, lambda file: in_child(file, 2 if program == bomb_of_hashes() else 60))
     assert message in found
@@ -331,8 +331,8 @@ def test_bombs(file: Path, program: bytes, message: str) -> None:
 
 
 @both
-def test_numbers_that_are_to_be_negated(file: Path, save: Save) -> None:
-    """`conj().imag` shares its numbers with what it was made of; that they are to be negated is said beside them."""
+def test_tensors_with_a_negation_flag(file: Path, save: Save) -> None:
+    """`conj().imag` shares the storage of its source; a flag beside it says that the elements must be negated."""
     tensor = torch.ones(3, dtype=torch.complex64).conj().imag
     assert tensor.is_neg()
     save({"a": tensor}, file)
@@ -357,8 +357,8 @@ def test_tensors_that_are_not_plain(file: Path, save: Save, make: Callable[[], T
     assert "save a dense copy of it" in refusal(file)
 
 
-def test_a_tensor_that_does_not_lie_in_the_file(file: Path) -> None:
-    """Its constructor is among those that PyTorch calls for a stranger's file, and takes memory of the process."""
+def test_a_tensor_without_a_storage_in_the_file(file: Path) -> None:
+    """PyTorch calls its constructor even for untrusted files, and it allocates memory of the process."""
     write_program(file, zipped, bomb_of_numbers("torch.FloatTensor").replace(number(2**33), number(6)))
     assert "the numbers of a are not in the file" in refusal(file)
 
@@ -371,7 +371,7 @@ def tensor_program(
     strides: str = "K\x03K\x01",
     view: bytes = b"",
 ) -> bytes:
-    """Of a dict of one tensor. In a legacy file a storage says too of which part of it the tensor is a view: `view`."""
+    """Return the pickle of a dict with one tensor. In a legacy file `view` is the part of the storage that it shows."""
     storage = (
         b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(count) + view + b"tQ"
     )
@@ -407,8 +407,8 @@ def tensor_program(
     ],
     ids=str,
 )
-def test_a_tensor_lies_within_its_storage(file: Path, save: Save, change: dict[str, Any]) -> None:
-    """In an archive another member follows, which none reaches into."""
+def test_a_tensor_outside_its_storage_is_refused(file: Path, save: Save, change: dict[str, Any]) -> None:
+    """In an archive another member follows, which the tensor must not reach."""
     if save is zipped:
         torch.save({"a": torch.arange(6.0), "b": torch.ones(1000)}, file)
     for program, right in ((tensor_program, True), (functools.partial(tensor_program, **change), False)):
@@ -439,7 +439,7 @@ def child_time() -> float:
 
 
 def test_one_child_reads_all_files_and_once(tmp_path: Path) -> None:
-    """To load PyTorch takes it far more time than to read small files."""
+    """Loading PyTorch takes the child far longer than reading small files."""
 
     def time_of(*files: Path) -> float:
         before = child_time()
@@ -452,7 +452,7 @@ def test_one_child_reads_all_files_and_once(tmp_path: Path) -> None:
         torch.save({file.name: torch.ones(2)}, file)
     alone = time_of(files[0])
     assert time_of(*files) < 4 * alone
-    assert time_of(*files) < alone / 2  # it is remembered
+    assert time_of(*files) < alone / 2  # the result is cached
     torch.save({files[0].name: torch.ones(2)}, tmp_path / "other")
     (tmp_path / "other").replace(files[0])
     assert time_of(*files) > alone / 2
@@ -472,7 +472,7 @@ def test_the_file_that_is_refused_is_named(tmp_path: Path) -> None:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, bytes]], None], *, compressed: str = "") -> None:
-    """The archive again, with other members."""
+    """Write the archive again, with other members."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
@@ -503,8 +503,8 @@ def archive(file: Path) -> Path:
     return file
 
 
-def test_an_archive_written_by_somebody_else(archive: Path) -> None:
-    """Without padding between members: tensors need not be aligned."""
+def test_an_archive_written_by_another_program(archive: Path) -> None:
+    """There is no padding between its members, so tensors are not aligned."""
     rewrite(archive, nothing)
     assert_read(archive, some_tensors())
 
@@ -533,7 +533,7 @@ def test_a_member_shorter_than_its_storage(archive: Path) -> None:
 
 
 def test_a_script_module(archive: Path) -> None:
-    """As torch.jit saves it, it has classes of its own."""
+    """A file of torch.jit has classes of its own."""
     rewrite(archive, with_member("data.pkl", b"c__torch__.Model\nModel\n."))
     assert "asks for '__torch__.Model.Model'" in refusal(archive)
 
@@ -551,13 +551,13 @@ KEYS = pickle.dumps(["0"], 2)
 NUMBERS = struct.pack("<q6f", 6, *range(6))
 
 
-def test_a_legacy_file_by_hand(file: Path) -> None:
+def test_a_legacy_file_made_by_hand(file: Path) -> None:
     file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS))
     assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
 
 def test_a_view_of_a_storage(file: Path) -> None:
-    """As PyTorch before 0.4 wrote it: the key of the view, its start, its size."""
+    """PyTorch before 0.4 wrote a view as its key, its start and its size."""
     view = b"(" + text("1") + b"K\x02K\x04t"
     program = tensor_program(shape="K\x02K\x02", strides="K\x02K\x01", view=view)
     file.write_bytes(legacy_file(program, KEYS, NUMBERS))
@@ -584,16 +584,16 @@ def test_legacy_files_that_are_refused(file: Path, data: bytes, message: str) ->
 
 
 def test_a_legacy_file_of_another_machine(file: Path) -> None:
-    """PyTorch writes the numbers of this format in the order of a little-endian machine, on every machine."""
+    """On every machine PyTorch writes this format in little-endian order."""
     file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS, little=False))
     assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
 
-# --- whatever comes ----------------------------------------------------------------------------------------------
+# --- random files ------------------------------------------------------------------------------------------------
 
 
 def reads_or_refuses(file: Path) -> None:
-    """Nothing else may happen. What is read, lies within the file."""
+    """Check that a file is either refused or gives tensors that are inside the file."""
     try:
         found = list_tensors(file)
     except CheckpointError:
@@ -627,7 +627,7 @@ def test_every_truncation(file: Path, samples: list[bytes], save: Save) -> None:
 @_FUZZ
 @given(st.data())
 def test_mutated_files(file: Path, samples: list[bytes], data: st.DataObject) -> None:
-    """Bytes changed, put in or left out, mostly where the pickle or the directory is."""
+    """Bytes are changed, inserted or removed, mostly in the pickle or the directory."""
     content = bytearray(data.draw(st.sampled_from(samples)))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(content) - 1))

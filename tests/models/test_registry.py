@@ -1,4 +1,4 @@
-"""Reading specs from config.json, in all spellings that are in use, and refusing malformed files."""
+"""Tests of reading specs from config.json in all spellings that are in use, and of refusing malformed files."""
 
 import contextlib
 import json
@@ -273,7 +273,7 @@ def test_one_of_several_architectures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_model_type_decides_where_no_architecture_is_named(tmp_path: Path, family: str) -> None:
+def test_model_type_decides_if_no_architecture_is_named(tmp_path: Path, family: str) -> None:
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[FAMILIES[family].model_type]()

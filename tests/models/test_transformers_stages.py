@@ -11,7 +11,7 @@ from shoal.models.spec import AttentionSpec, NormSpec
 from shoal.models.transformers.cut_plan import stage_of
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.stages import NotSplittable, ResidualStream, StageProbe, stand_ins
-from shoal.parallel.stages import stages
+from shoal.parallel.stages import make_stages
 
 LAYERS, HIDDEN, TOKENS = 3, 8, 5
 SPEC = FallbackSpec(
@@ -92,7 +92,7 @@ def watched(model: nn.Module) -> FallbackSpec:
 
 
 @pytest.mark.parametrize("in_tuple", [False, True])
-def test_the_places_where_a_module_can_be_cut_are_found_by_watching_a_run(*, in_tuple: bool) -> None:
+def test_the_cut_points_of_a_module_are_found_by_observing_a_run(*, in_tuple: bool) -> None:
     spec = watched(model_of(in_tuple=in_tuple))
     assert (spec.layers, spec.layers_give_tuples) == ("model.layers", in_tuple)
     assert spec.modules_before == (("model.tokens", HIDDEN), ("model.positions", HIDDEN), ("model.norm_in", HIDDEN))
@@ -116,7 +116,7 @@ def test_all_stages_together_compute_the_same_as_the_module(cut: tuple[int, ...]
     tokens, positions = inputs()
     expected = model_of(in_tuple=in_tuple).get_submodule("model")(tokens, positions)
     found = None
-    for stage in stages(cut):
+    for stage in make_stages(cut):
         model, stream = model_of(in_tuple=in_tuple), ResidualStream(found)
         for path, module in stand_ins(spec, model, stage, stream).items():
             parent, _, name = path.rpartition(".")

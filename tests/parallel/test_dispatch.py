@@ -1,4 +1,4 @@
-"""Tokens travel to their experts and back: every backend gives what one rank with all experts would."""
+"""Tests of expert dispatch: every backend gives the same result as one rank with all experts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from shoal.comm.base import Communicator
 from shoal.comm.threads import ThreadComm, ThreadGroup
-from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.comm.torch_distributed import TorchComm, c10d
 from shoal.config import engine_options
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
-from shoal.parallel.all2all.choose import Exchange, bytes_per_token, choose
+from shoal.parallel.all2all.choice import ExpertExchange, bytes_per_token, choose_backend
 from shoal.parallel.dispatch import Routed
+from shoal.parallel.expert_placement import place_experts
 from shoal.parallel.mesh import Mesh, make_mesh
 from shoal.parallel.partition import split
-from shoal.parallel.placement import place_experts
 from shoal.parallel.topology import Topology
 from support.fakes import on_threads, steady
 
@@ -82,7 +82,7 @@ def gloo() -> Connect:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of one replica in one step."""
+    """The tokens of one replica in one step."""
 
     x: Tensor
     experts: Tensor
@@ -101,7 +101,7 @@ def matrices(count: int) -> Tensor:
 
 
 def compute(held: Sequence[int], weights: Tensor, routed: Routed) -> Tensor:
-    """What a rank's experts give, row by row: a row's bits depend on nothing else."""
+    """Return the results of a rank's experts, computed row by row: a row's bits depend on nothing else."""
     out = torch.zeros(routed.x.shape, dtype=torch.float32)
     for row, (x, experts, shares) in enumerate(zip(routed.x.float(), routed.experts, routed.weights, strict=True)):
         for slot, share in zip(experts.tolist(), shares, strict=True):
@@ -111,13 +111,13 @@ def compute(held: Sequence[int], weights: Tensor, routed: Routed) -> Tensor:
 
 
 def reference(weights: Tensor, given_: Tokens) -> Tensor:
-    """Each token through its experts."""
+    """Return the weighted sum of each token's experts."""
     each = torch.einsum("nkij,nj->nki", weights[given_.experts], given_.x.float())
     return (given_.weights.unsqueeze(-1) * each).sum(1)
 
 
 def step(mesh: Mesh, layout: Layout, backend: str, given_: Tokens, *, partial: bool = True) -> Tensor:
-    """Two layers of one step on one rank."""
+    """Compute two layers of one step on one rank."""
     held, weights = layout.placement[mesh.ep.rank], matrices(layout.experts)
     dispatch = make_dispatch(mesh, layout.placement, backend, torch.device("cpu"))
     dispatch.begin_step(len(given_.x))
@@ -131,7 +131,7 @@ def step(mesh: Mesh, layout: Layout, backend: str, given_: Tokens, *, partial: b
 
 
 def run(layout: Layout, backend: str, connect: Connect, *, partial: bool = True) -> list[list[Tensor]]:
-    """By step and rank."""
+    """Return the results by step and rank."""
     topology = Topology.of(dp=layout.dp, tp=layout.tp)
 
     def rank(number: int) -> list[Tensor]:
@@ -146,14 +146,14 @@ def run(layout: Layout, backend: str, connect: Connect, *, partial: bool = True)
 
 
 def check(layout: Layout, backend: str, connect: Connect) -> None:
-    weights, of_shared = matrices(layout.experts), layout.tp * (layout.tp + 1) / 2
+    weights, partial_sum = matrices(layout.experts), layout.tp * (layout.tp + 1) / 2
     for i, (counts, found) in enumerate(zip(layout.steps, run(layout, backend, connect), strict=True)):
         for rank, result in enumerate(found):
             replica = rank // layout.tp
             given_ = tokens(layout, counts[replica], 100 * i + replica)
             expected = given_.x
             for _ in range(2):
-                expected = reference(weights, Tokens(expected, given_.experts, given_.weights)) + of_shared * expected
+                expected = reference(weights, Tokens(expected, given_.experts, given_.weights)) + partial_sum * expected
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
             assert torch.equal(result, found[replica * layout.tp])  # the same bits on all of a replica's ranks
 
@@ -166,7 +166,7 @@ def _one_thread() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(steady, max_examples=40)
 @given(layout=layouts())
-def test_every_layout_gives_what_one_rank_would(backend: str, layout: Layout) -> None:
+def test_every_layout_gives_the_result_of_one_rank(backend: str, layout: Layout) -> None:
     check(layout, backend, threads())
 
 
@@ -183,7 +183,7 @@ def test_over_gloo(backend: str) -> None:
 
 
 def test_backends_agree_to_the_bit() -> None:
-    """Both add what the ranks give in the ranks' order."""
+    """Both backends add the ranks' results in rank order."""
     layout = Layout(3, 2, 16, 4, "linear", ((7, 0, 9),))
     first, second = (run(layout, backend, threads(), partial=False)[0] for backend in BACKENDS)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -195,7 +195,7 @@ def test_backends_agree_to_the_bit() -> None:
 def test_a_token_has_the_same_bits_in_any_batch(
     backend: str, connect: Callable[[], Connect], dtype: torch.dtype
 ) -> None:
-    """Alone, and at several places of a batch; the other replicas have more or fewer."""
+    """The token is alone, or at several positions of a batch, beside replicas with more or fewer tokens."""
     layout = Layout(2, 2, 8, 4, "linear", ())
     topology, links = Topology.of(dp=2, tp=2), connect()
     one = tokens(layout, 1, 1, dtype)
@@ -219,7 +219,7 @@ def test_a_token_has_the_same_bits_in_any_batch(
 
 @settings(steady, max_examples=25)
 @given(layout=layouts())
-def test_a_token_travels_once_to_each_rank_that_has_one_of_its_experts(layout: Layout) -> None:
+def test_a_token_is_sent_once_to_each_rank_that_has_one_of_its_experts(layout: Layout) -> None:
     if layout.dp == 1:
         return
     topology, connect = Topology.of(dp=layout.dp, tp=layout.tp), threads()
@@ -227,7 +227,7 @@ def test_a_token_travels_once_to_each_rank_that_has_one_of_its_experts(layout: L
     owner = {expert: rank for rank, held in enumerate(layout.placement) for expert in held}
 
     def rank(number: int) -> tuple[int, int]:
-        """Bytes sent to experts, and back."""
+        """Return the bytes sent to experts, and the bytes sent back."""
         mesh = make_mesh(topology, number, lambda axis, ranks: connect(axis, ranks, number), expert_parallel=True)
         dispatch = make_dispatch(mesh, layout.placement, "all_to_all", torch.device("cpu"))
         replica = number // layout.tp
@@ -276,8 +276,8 @@ def test_the_flag_names_the_backends() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dp", "tp"), [(2, 1), (4, 1), (2, 2)])
-def test_expected_bytes_are_what_is_sent(backend: str, dp: int, tp: int) -> None:
-    """Of many tokens, routed at random."""
+def test_expected_bytes_match_the_bytes_sent(backend: str, dp: int, tp: int) -> None:
+    """Many tokens are routed at random."""
     count = 600
     layout = Layout(dp, tp, 10, 3, "linear", ())
     topology, connect = Topology.of(dp=dp, tp=tp), threads()
@@ -293,21 +293,23 @@ def test_expected_bytes_are_what_is_sent(backend: str, dp: int, tp: int) -> None
         return sum(total.sent_bytes for axis in mesh.axes for total in axis.comm.progress.totals.values()) - before
 
     sent = sum(on_threads(layout.ranks, rank))
-    exchange = Exchange(tuple(len(held) for held in layout.placement), layout.top_k, HIDDEN, 4, tp)
+    exchange = ExpertExchange(tuple(len(held) for held in layout.placement), layout.top_k, HIDDEN, 4, tp)
     expected = bytes_per_token(exchange)[backend] * count * dp
-    expected += 8 * layout.ranks * (layout.ranks - 1) if backend == "all_to_all" else 0  # counts, ahead of the tokens
+    expected += (
+        8 * layout.ranks * (layout.ranks - 1) if backend == "all_to_all" else 0
+    )  # counts, sent before the tokens
     assert math.isclose(sent, expected, rel_tol=0.02 if backend == "all_to_all" else 0)
 
 
-def test_auto_weighs_bytes() -> None:
-    """Two experts of sixteen are on few of eight ranks; eight of eight are everywhere."""
-    few, why = choose(Exchange((2,) * 8, 2, 1024, 2))
+def test_auto_compares_bytes() -> None:
+    """A token with 2 of 16 experts reaches few of eight ranks; one with 8 of 8 experts reaches all."""
+    few, why = choose_backend(ExpertExchange((2,) * 8, 2, 1024, 2))
     assert few == "all_to_all"
     assert why == (
         "2 experts of a token are on 1.7 of 7 other ranks: 6.79 KiB a token and layer where they are needed, "
         "28.11 KiB everywhere"
     )
-    assert choose(Exchange((4, 4), 8, 1024, 2))[0] == "allgather_reducescatter"
+    assert choose_backend(ExpertExchange((4, 4), 8, 1024, 2))[0] == "allgather_reducescatter"
 
 
 @pytest.mark.parametrize("experts", [1, 3, 8])
@@ -315,7 +317,7 @@ def test_all_to_all_never_sends_more(experts: int) -> None:
     for ranks in range(2, 9):
         for top_k in range(1, experts + 1):
             held = tuple(map(len, place_experts(experts, ranks, "linear")))
-            exchange = Exchange(held, top_k, 64, 4)
+            exchange = ExpertExchange(held, top_k, 64, 4)
             assert exchange.remote_ranks <= min(top_k, ranks - 1)
             sent = bytes_per_token(exchange)
             assert sent["all_to_all"] <= sent["allgather_reducescatter"]

@@ -1,4 +1,4 @@
-"""Cuts of dimensions and heads: nothing is lost, nothing is doubled, whatever the numbers."""
+"""Tests of the splits of dimensions and heads: for all sizes nothing is lost and nothing is doubled."""
 
 from fractions import Fraction
 

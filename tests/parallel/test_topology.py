@@ -1,4 +1,4 @@
-"""Ranks on a grid."""
+"""Tests of the grid of ranks and its groups."""
 
 import math
 from collections.abc import Sequence
@@ -70,6 +70,13 @@ def test_the_ends_of_a_pipeline_have_a_group_of_their_own() -> None:
         return make_mesh(Topology.of(pp=3, tp=2), rank, connect)
 
     meshes = [mesh_of(rank) for rank in range(6)]
-    assert {ranks for axis, ranks in groups if axis == "back"} == {(0, 4), (1, 5)}
-    assert [(mesh.back.rank, mesh.back.size) for mesh in meshes] == [(0, 2), (0, 2), (0, 1), (0, 1), (1, 2), (1, 2)]
+    assert {ranks for axis, ranks in groups if axis == "token_return"} == {(0, 4), (1, 5)}
+    assert [(mesh.token_return.rank, mesh.token_return.size) for mesh in meshes] == [
+        (0, 2),
+        (0, 2),
+        (0, 1),
+        (0, 1),
+        (1, 2),
+        (1, 2),
+    ]
     assert [len(mesh.axes) for mesh in meshes] == [3, 3, 2, 2, 3, 3]

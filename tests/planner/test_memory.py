@@ -24,7 +24,7 @@ from shoal.models.manifest import Shard, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import ModelSpec
 from shoal.parallel.mesh import Axis
-from shoal.parallel.stages import cut_evenly
+from shoal.parallel.stages import balance_stages
 from shoal.planner import memory
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.wire.plan import Layout
@@ -143,7 +143,7 @@ def test_a_step_of_a_stage_takes_no_more_than_planned(
     folder, tokens = checkpoint(name), 120
     spec = read_spec(folder)
     stream = tokens * spec.hidden_size * 4
-    for shard in rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, 3))):
+    for shard in rank_shards(spec, Layout(stages=balance_stages([1.0] * spec.num_layers, 3))):
         borders = (not shard.stage.first) + (not shard.stage.last)
         found = measured(folder, shard, torch.float32, tokens, tokens, 1) + borders * stream
         plan = planned(folder, shard, torch.float32, StepSize(tokens, 1))
@@ -207,7 +207,7 @@ def test_weights_are_those_that_a_rank_of_any_layout_reads(checkpoint: Checkpoin
     spec = read_spec(folder)
     (whole,) = (loaded(folder, Layout(), 0, shard) for shard in rank_shards(spec, Layout()))
     for tp, pp in ((1, 2), (1, 3), (2, 2), (3, 1)):
-        layout = Layout(tp, stages=cut_evenly([1.0] * spec.num_layers, pp))
+        layout = Layout(tp, stages=balance_stages([1.0] * spec.num_layers, pp))
         stages: dict[str, int] = {}
         for rank, shard in enumerate(rank_shards(spec, layout)):
             read = loaded(folder, layout, rank, shard)
@@ -243,7 +243,7 @@ def test_a_tied_embedding_on_a_gpu_is_on_the_first_and_the_last_stage(checkpoint
     def weights(pp: int) -> list[int]:
         params = manifest(spec, tensor_names(spec))
         sizes: Any = {"dtype": "float32", "block_size": BLOCK_SIZE, "step": StepSize(8, 8)}
-        shards = rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, pp)))
+        shards = rank_shards(spec, Layout(stages=balance_stages([1.0] * spec.num_layers, pp)))
         return [rank_memory(spec, params, shard, device="cuda", **sizes).weights for shard in shards]
 
     (one,) = weights(1)

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from shoal.errors import RequestError
 from shoal.server.api.bodies import UnreadBodies, read_body, read_json
-from shoal.server.api.schemas import CompletionBody
+from shoal.server.api.request_schemas import CompletionBody
 from shoal.server.app import make_app, openai_app
-from shoal.server.http.errors import Refusal
+from shoal.server.http.errors import HttpError, http_error
 from shoal.server.http.json_reader import JsonReader
 from shoal.server.http.limits import RequestLimits
 from shoal.server.settings import ServerSettings
@@ -22,9 +23,9 @@ from support.fakes import steady
 
 
 def refused(body: bytes, **limits: int) -> int:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises((HttpError, RequestError)) as caught:
         read_json(body, RequestLimits(**limits))
-    return caught.value.status
+    return http_error(caught.value).status
 
 
 def test_deep_json_is_refused() -> None:
@@ -171,7 +172,7 @@ def test_every_body_is_read_so() -> None:
 
 def test_bodies_that_wait_to_be_read_are_bounded_together() -> None:
     unread = UnreadBodies(100)
-    with unread.hold(500), pytest.raises(Refusal) as caught, unread.hold(1):
+    with unread.hold(500), pytest.raises(HttpError) as caught, unread.hold(1):
         pass
     assert (caught.value.status, caught.value.retry_after) == (503, 1.0)
     with unread.hold(60), unread.hold(40):
@@ -195,9 +196,9 @@ def test_bodies_that_wait_to_be_read_are_bounded_together() -> None:
     ],
 )
 def test_half_a_character_is_refused_where_it_stands(body: bytes, param: str | None) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestError) as caught:
         read_json(body)
-    assert (caught.value.status, caught.value.param) == (400, param)
+    assert caught.value.param == param
     assert "not valid Unicode" in caught.value.message
 
 
@@ -213,7 +214,7 @@ def test_a_body_is_refused_if_it_has_no_utf8_form(value: Any) -> None:
     try:
         read_json(body)
         refused = False
-    except Refusal:
+    except RequestError:
         refused = True
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()

@@ -8,11 +8,10 @@ import pytest
 from openai.types import Completion
 from starlette.testclient import TestClient
 
-from shoal.errors import QueueFull
+from shoal.errors import QueueFull, RequestError
 from shoal.params import SamplingParams
-from shoal.server.api.start_requests import check_tokens
+from shoal.server.api.request_parameters import check_tokens
 from shoal.server.app import openai_app
-from shoal.server.http.errors import Refusal
 from shoal.server.settings import ServerSettings
 from shoal.text.prompts import Job
 from support.fake_backend import FakeBackend
@@ -218,7 +217,7 @@ def test_prompts_are_bounded_over_all_outputs() -> None:
     body = {"prompt": [[5] * 500] * 40, "n": 50}
     assert ask(backend, **body, max_tokens=1).status_code == 200
     params = SamplingParams(n=2048)
-    with pytest.raises(Refusal, match="33554432 tokens over all outputs, got 33556480"):
+    with pytest.raises(RequestError, match="33554432 tokens over all outputs, got 33556480"):
         check_tokens([Job(0, None, (5,) * 16_385, params)], params)
 
 

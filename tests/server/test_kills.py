@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from openai import AsyncOpenAI
 
+from openai import AsyncOpenAI
 from support.servers import ShoalServer
 
 STREAMS = 32

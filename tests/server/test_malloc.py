@@ -10,13 +10,13 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from threading import Thread
-from shoal.process.malloc import give_back_what_is_large
+from shoal.process.malloc import return_large_blocks
 
 def resident() -> int:
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) >> 10
 
 if sys.argv[1] == "given back":
-    give_back_what_is_large()
+    return_large_blocks()
 def work() -> None:
     for _ in range(3):
         large = bytearray(b"x" * (20 << 20))

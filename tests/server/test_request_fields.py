@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from shoal.errors import RequestError, context_length_exceeded, structured_outputs_error
 from shoal.server.app import openai_app
 from shoal.server.settings import ServerSettings
 from support.fake_backend import FakeBackend
@@ -65,6 +66,44 @@ def test_a_salt_goes_with_prompts_of_ids_and_with_each_of_several() -> None:
     backend = FakeBackend()
     assert ask(COMPLETIONS, backend, prompt=[[5, 6], [7]], cache_salt="a").status_code == 200
     assert [(stream.job.tokens, stream.job.cache_salt) for stream in backend.streams] == [((5, 6), "a"), ((7,), "a")]
+
+
+# --- refusals that come from the engine ----------------------------------------------------------------------------
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+TEXT = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error", "status", "param", "message"),
+    [
+        (COMPLETIONS, {}, context_length_exceeded(9, "x"), 400, "prompt", "this model's"),
+        (CHAT, {}, context_length_exceeded(9, "x"), 400, "messages", "this model's"),
+        (RESPONSES, {}, context_length_exceeded(9, "x"), 400, "input", "this model's"),
+        (COMPLETIONS, {"guided_regex": "a"}, structured_outputs_error(": x"), 422, "guided_regex", "guided_regex: x"),
+        (CHAT, {"response_format": SCHEMA}, structured_outputs_error(": x"), 422, "response_format", "response_format"),
+        (RESPONSES, {"text": TEXT}, structured_outputs_error(": x"), 422, "text.format", "text.format: x"),
+        (CHAT, {}, RequestError("there is no replica 7", "data_parallel_rank"), 400, "data_parallel_rank", "there is"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_by_the_engine_has_the_clients_name_for_the_field(
+    path: str, body: dict[str, Any], error: RequestError, status: int, param: str, message: str, stream: bool
+) -> None:
+    answer = ask(path, FakeBackend(error=error), **body, stream=stream)
+    found = answer.json()["error"]
+    assert (answer.status_code, found["param"]) == (status, param), found
+    assert found["code"] == (error.code or "invalid_value")
+    assert found["message"].startswith(message)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_so_does_one_in_the_middle_of_a_stream(path: str) -> None:
+    backend = FakeBackend(error=structured_outputs_error("can't be obeyed: x"), fail_after=1)
+    text = ask(path, backend, guided_regex=".*", stream=True).text
+    (found,) = [chunk["error"] for chunk in chunks(text) if "error" in chunk]
+    assert (found["param"], found["code"]) == ("guided_regex", "unprocessable")
+    assert found["message"] == "guided_regex can't be obeyed: x"
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -140,6 +179,45 @@ def test_a_request_goes_over_the_flag() -> None:
     settings = ServerSettings(return_tokens_as_token_ids=True)
     answer = ask(COMPLETIONS, None, settings, logprobs=0, return_tokens_as_token_ids=False)
     assert "token_id:" not in answer.text
+
+
+# --- parameters that vLLM has -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+def test_spaces_between_special_tokens(path: str) -> None:
+    backend = FakeBackend()
+    for wanted in (None, True, False):
+        assert ask(path, backend, spaces_between_special_tokens=wanted).status_code == 200
+    kept = [stream.job.params.spaces_between_special_tokens for stream in backend.streams]
+    assert kept == [True, True, False]
+    answer = ask(path, spaces_between_special_tokens=1)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "spaces_between_special_tokens")
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"vllm_xargs": {"kv_transfer": 1}}, "`vllm_xargs` has 'kv_transfer', which Shoal does not read: leave it out"),
+        ({"vllm_xargs": [1]}, "`vllm_xargs` must be an object"),
+        ({"logits_processors": ["a.b"]}, "logits_processors is not supported: tokens are drawn in other processes"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget is not supported: Shoal does not know where"),
+    ],
+)
+def test_what_shoal_lacks_is_refused_by_name(path: str, body: dict[str, Any], message: str) -> None:
+    answer = ask(path, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, next(iter(body)))
+    assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+@pytest.mark.parametrize(
+    "body", [{"vllm_xargs": {}}, {"vllm_xargs": None}, {"logits_processors": []}, {"thinking_token_budget": None}]
+)
+def test_empty_values_of_what_shoal_lacks_are_accepted(path: str, body: dict[str, Any]) -> None:
+    assert ask(path, **body).status_code == 200
 
 
 # --- prompts that are cut --------------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import openai
 import pytest
 from openai.types.responses import Response, ResponseItem
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
+import openai
 from shoal.errors import EngineError
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.app import openai_app

@@ -11,12 +11,12 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 
 import shoal
+from shoal.errors import RequestError
+from shoal.openai.tools.tool_plan import plan_tools
 from shoal.outputs import FinishReason
 from shoal.params import StructuredOutputsParams
 from shoal.server.app import openai_app
-from shoal.server.http.errors import Refusal
 from shoal.server.settings import ServerSettings
-from shoal.server.tools.choice import plan_tools
 from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.structured_outputs import grammar_text
 from support.fake_backend import FakeBackend
@@ -62,9 +62,8 @@ def test_arguments_are_an_object_whatever_the_schema_leaves_open(parameters: Any
 @pytest.mark.parametrize("parameters", [7, False, [], "x", {"type": "string"}, {"type": ["null", "array"]}])
 def test_parameters_that_can_describe_no_object_are_refused(parameters: Any) -> None:
     tools = [{"type": "function", "function": {"name": "pick", "parameters": parameters}}]
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestError) as caught:
         plan_tools(tools, "required", None)
-    assert caught.value.status == 400
     assert caught.value.param is not None
     assert caught.value.param.startswith("tools[0].function.parameters")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher
 
+from shoal.errors import UNPROCESSABLE
 from shoal.launch.hub import BUNDLED
 from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
 from shoal.structured.pool import GrammarPool
@@ -103,6 +104,11 @@ HOSTILE = {
 }
 
 
+def refusal(verdict: Verdict) -> str:
+    assert verdict.refusal is not None
+    return verdict.refusal.message
+
+
 def test_hostile_grammars_do_not_affect_another_output() -> None:
     """All hostile grammars come at once, and an output of a harmless one still gets its verdicts."""
     client = PoolClient(replace(DEFAULT_LIMITS, compile_cpu_s=1))
@@ -112,13 +118,15 @@ def test_hostile_grammars_do_not_affect_another_output() -> None:
             client.pool.follow(seq, grammar)
         client.pool.ask([GrammarAsk(1, (A,))])
         [found] = client.wait_for(1)
-        assert (found.refused, found.problem, found.num_tokens) == ("", "", 1)
+        assert (found.refusal, found.problem, found.num_tokens) == (None, "", 1)
         for verdict in client.wait_for(*range(100, 100 + len(HOSTILE))):
-            assert verdict.refused.startswith("structured_outputs ")
-            assert "\n" not in verdict.refused
+            assert verdict.refusal is not None
+            assert (verdict.refusal.param, verdict.refusal.code) == ("structured_outputs", UNPROCESSABLE)
+            assert verdict.refusal.message.startswith("structured_outputs ")
+            assert "\n" not in verdict.refusal.message
         client.pool.ask([GrammarAsk(1, (B, EOS[0]), masked=False)])
         [found] = client.wait_for(1)
-        assert (found.refused, found.ended, found.num_tokens) == ("", (True,), 3)
+        assert (found.refusal, found.ended, found.num_tokens) == (None, (True,), 3)
     finally:
         client.pool.close()
 
@@ -126,7 +134,7 @@ def test_hostile_grammars_do_not_affect_another_output() -> None:
 def test_a_refused_grammar_is_refused_again_without_a_process(client: PoolClient) -> None:
     first = client.verdict(1, HOSTILE["a number that crashes the library"])
     before = client.processes()
-    assert client.verdict(2, HOSTILE["a number that crashes the library"]).refused == first.refused
+    assert client.verdict(2, HOSTILE["a number that crashes the library"]).refusal == first.refusal
     assert client.processes() == before
 
 
@@ -141,8 +149,8 @@ def test_a_refused_grammar_is_refused_again_without_a_process(client: PoolClient
 def test_each_limit_is_enforced_and_named_in_the_reason(limits: GrammarLimits, grammar: str, reason: str) -> None:
     client = PoolClient(limits)
     try:
-        assert reason in client.verdict(1, grammar).refused
-        assert client.verdict(2, PLAIN).refused == ""
+        assert reason in refusal(client.verdict(1, grammar))
+        assert client.verdict(2, PLAIN).refusal is None
     finally:
         client.pool.close()
 
@@ -176,7 +184,7 @@ def test_grammars_wait_while_there_are_as_many_processes_as_allowed() -> None:
             client.pool.follow(seq, grammar)
         for seq in range(len(grammars)):  # the next one starts when an earlier one is no longer needed
             [found] = client.wait_for(seq)
-            assert found.refused == ""
+            assert found.refusal is None
             client.check_at_most(2)
             client.pool.forget([seq])
     finally:
@@ -188,7 +196,7 @@ def test_an_output_can_be_followed_anew_after_its_process_was_killed(client: Poo
     [pid] = client.grammar_processes()
     os.kill(pid, signal.SIGKILL)
     [found] = client.wait_for(1)
-    assert (found.lost, found.refused) == ("its process was ended by signal 9", "")
+    assert (found.lost, found.refusal) == ("its process was ended by signal 9", None)
     client.pool.follow(1, PLAIN, (A, B))
     [again] = client.wait_for(1)
     assert (again.lost, again.num_tokens, again.ended) == ("", 2, (False,))
@@ -200,7 +208,7 @@ def test_the_host_is_started_again_after_it_was_killed(client: PoolClient) -> No
     os.kill(host, signal.SIGKILL)
     [found] = client.wait_for(1)
     assert "killed by SIGKILL" in found.lost
-    assert client.verdict(2, PLAIN).refused == ""
+    assert client.verdict(2, PLAIN).refusal is None
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
@@ -209,7 +217,7 @@ def test_a_model_without_a_usable_tokenizer_refuses_every_grammar(tmp_path: Path
         (tmp_path / "tokenizer.json").write_text(content)
     client = PoolClient(folder=tmp_path)
     try:
-        assert "tokenizer" in client.verdict(1, PLAIN).refused
+        assert "tokenizer" in refusal(client.verdict(1, PLAIN))
     finally:
         client.pool.close()
 
@@ -217,7 +225,7 @@ def test_a_model_without_a_usable_tokenizer_refuses_every_grammar(tmp_path: Path
 def test_an_output_that_its_grammar_does_not_allow_is_refused(client: PoolClient) -> None:
     client.pool.follow(1, PLAIN, (A, A))
     [found] = client.wait_for(1)
-    assert f"token {A} was drawn" in found.refused
+    assert f"token {A} was drawn" in refusal(found)
 
 
 def test_a_verdict_covers_each_valid_draft(client: PoolClient) -> None:

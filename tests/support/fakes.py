@@ -414,7 +414,7 @@ class _LockstepEnd:
         assert count == self.group.counts[self.rank] + 1
         self.group.counts[self.rank] = count
 
-    def due(self) -> int:
+    def steps_due(self) -> int:
         if self.group.failure:
             raise EngineError(self.group.failure)
         return max(self.group.counts)

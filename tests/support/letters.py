@@ -21,7 +21,9 @@ class Letters:
     def token_bytes(self, token: int) -> bytes:
         return self.token_text(token).encode()
 
-    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
+    def stream(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> TextStream:
         return _Stream(self, skip_special_tokens)
 
     def longest_token(self) -> int | None:

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from transformers import PreTrainedTokenizerFast
 
 from shoal.launch.hub import BUNDLED
 from shoal.text.detokenizer import OutputText
@@ -29,6 +31,9 @@ class Bytes:
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[*text.encode()])
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {"<e>": 256}
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces
@@ -82,6 +87,53 @@ def fallback_id(token: str) -> int:
 
 def read(stream: TextStream, tokens: Sequence[int]) -> str:
     return "".join([*(stream.push(token) for token in tokens), stream.flush()])
+
+
+SPACED = ["word_pieces", "undecoded"]  # kinds whose decoders put spaces between special tokens
+
+
+def library_of(kind: str) -> Library:
+    """Return a library with a special token, as FastTokenizer and transformers both take it."""
+    if kind == "bundled":
+        return Library.from_file(str(BUNDLED / "tokenizer.json"))
+    found: Library = made.byte_fallback(strip=False) if kind == "byte_fallback_2" else getattr(made, kind)()
+    if not found.get_added_tokens_decoder():
+        found.add_special_tokens(["<s>"])
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"slow"}))
+def test_spaces_between_special_tokens_are_those_of_transformers(kind: str) -> None:
+    """Without them, only the spaces between tokens that were added to the vocabulary go, as in vLLM."""
+    library = library_of(kind)
+    added = library.get_added_tokens_decoder()
+    special = min(added)
+    first, *others = [token for token in range(library.get_vocab_size()) if token not in added][-3:]
+    tokens = [special, first, *others, special, special, special, first, special]
+    reference = PreTrainedTokenizerFast(tokenizer_object=library)
+    whole = reference.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    found = FastTokenizer(library)
+    assert read(found.stream([], skip_special_tokens=False), tokens) == whole
+    name = added[special].content
+    unspaced = whole.replace(f"{name} {name} {name}", name * 3)
+    stream = found.stream([], skip_special_tokens=False, spaces_between_special_tokens=False)
+    assert read(stream, tokens) == unspaced
+    assert (unspaced != whole) == (kind in SPACED)
+    without = reference.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert read(found.stream([], spaces_between_special_tokens=False), tokens) == without
+
+
+def test_a_tokenizer_written_in_python_has_no_spaces_either() -> None:
+    stream = tokenizer("slow").stream([97], skip_special_tokens=False, spaces_between_special_tokens=False)
+    assert read(stream, [256, 256, 98, 256]) == "<e><e>b<e>"
+
+
+def test_a_special_token_behind_one_of_the_prompt_has_no_space_either() -> None:
+    found = tokenizer("word_pieces")
+    (special,) = found.special_ids
+    for spaces, text in ((True, " [SEP] [SEP]"), (False, "[SEP][SEP]")):
+        stream = found.stream([special], skip_special_tokens=False, spaces_between_special_tokens=spaces)
+        assert read(stream, [special, special]) == text
 
 
 @KIND
@@ -178,7 +230,9 @@ class Letters:
         borders = [0, *sorted(cuts), len(text)]
         self.pieces = [text[i:j] for i, j in pairwise(borders)]
 
-    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
+    def stream(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> TextStream:
         return FallbackStream(lambda token: self.pieces[token], prompt, strip=0)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

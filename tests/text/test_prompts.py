@@ -188,7 +188,7 @@ def test_structured_outputs_that_can_not_be_obeyed(kind: dict[str, Any], says: s
 
 def test_structured_outputs_need_a_tokenizer() -> None:
     params = SamplingParams(structured_outputs=StructuredOutputsParams(json_object=True))
-    refused("structured_outputs need a tokenizer, which this model does not have", reader().prepare, TOKENS, params)
+    refused("structured_outputs needs a tokenizer, which this model does not have", reader().prepare, TOKENS, params)
 
 
 # --- conversations -----------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
     assert tokenizer.encode("a")[-1] in tokenizer.special_ids
     assert tokenizer.decode([100, 35, 49, 1]) == "a ."
     assert tokenizer.token_text(100) == "a"
-    with pytest.raises(RequestError, match=r"need a tokenizer\.json; ByT5Tokenizer can't"):
+    with pytest.raises(RequestError, match=r"needs a tokenizer\.json; ByT5Tokenizer can't"):
         tokenizer.serialized()
 
 

@@ -1,4 +1,4 @@
-"""Frames over a socket pair."""
+"""Tests of channels: frames over a socket pair."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ def receive_all(channel: Channel, count: int) -> list[bytes]:
 
 @settings(steady, max_examples=60)
 @given(frames=st.lists(st.binary(max_size=300), max_size=8), cuts=st.lists(st.integers(1, 100), min_size=1))
-def test_frames_come_out_as_they_went_in_however_they_are_cut(frames: list[bytes], cuts: list[int]) -> None:
+def test_frames_are_received_as_sent_for_any_split_of_the_bytes(frames: list[bytes], cuts: list[int]) -> None:
     raw, theirs = socket.socketpair()
     channel = Channel(theirs)
     with raw:
@@ -55,7 +55,7 @@ def test_frames_come_out_as_they_went_in_however_they_are_cut(frames: list[bytes
     channel.close()
 
 
-def test_sending_never_blocks_though_nobody_reads(ends: tuple[Channel, Channel]) -> None:
+def test_sending_does_not_block_without_a_reader(ends: tuple[Channel, Channel]) -> None:
     ours, other = ends
     frames = [os.urandom(BIG), b"", b"small", os.urandom(BIG)]
     for frame in frames:
@@ -71,20 +71,20 @@ def test_sending_never_blocks_though_nobody_reads(ends: tuple[Channel, Channel])
     assert received == frames
 
 
-def test_waiting_writes_out_what_is_left(ends: tuple[Channel, Channel]) -> None:
+def test_waiting_writes_the_remaining_bytes(ends: tuple[Channel, Channel]) -> None:
     ours, other = ends
     ours.send(bytes(BIG))
     other.send(b"hello")
     received = list[bytes]()
     while not received:
-        assert wait([ours], 0) == [ours], "a reader's backlog hides nothing that has arrived"
+        assert wait([ours], 0) == [ours], "bytes to write do not hide bytes to read"
         received += other.receive()
     assert received == [bytes(BIG)]
     assert ours.receive() == [b"hello"]
     assert not ours.backlog
 
 
-def test_waiting_names_the_channels_with_something_to_read() -> None:
+def test_waiting_returns_the_readable_channels() -> None:
     pairs = [Channel.pair() for _ in range(3)]
     others = [Channel(theirs) for _, theirs in pairs]
     channels = [ours for ours, _ in pairs]
@@ -97,7 +97,7 @@ def test_waiting_names_the_channels_with_something_to_read() -> None:
         channel.close()
 
 
-def test_frames_are_read_before_the_end_is_told(ends: tuple[Channel, Channel]) -> None:
+def test_frames_are_returned_before_the_end_is_reported(ends: tuple[Channel, Channel]) -> None:
     ours, other = ends
     other.send(b"last words")
     other.close()
@@ -108,7 +108,7 @@ def test_frames_are_read_before_the_end_is_told(ends: tuple[Channel, Channel]) -
         ours.receive()
 
 
-def test_a_frame_cut_off_by_the_end_is_no_frame(ends: tuple[Channel, Channel]) -> None:
+def test_an_incomplete_frame_before_the_end_is_dropped(ends: tuple[Channel, Channel]) -> None:
     ours, other = ends
     os.write(other.fileno(), struct.pack("<I", 100) + b"half")
     assert ours.receive() == []
@@ -117,7 +117,7 @@ def test_a_frame_cut_off_by_the_end_is_no_frame(ends: tuple[Channel, Channel]) -
         ours.receive()
 
 
-def test_only_a_whole_frame_is_there_without_waiting(ends: tuple[Channel, Channel]) -> None:
+def test_has_frame_is_true_for_complete_frames_only(ends: tuple[Channel, Channel]) -> None:
     ours, other = ends
     for part in (b"\3", b"\0\0\0", b"ab"):
         os.write(other.fileno(), part)
@@ -130,8 +130,8 @@ def test_only_a_whole_frame_is_there_without_waiting(ends: tuple[Channel, Channe
     assert not ours.has_frame
     os.write(other.fileno(), struct.pack("<I", 0) + struct.pack("<I", 1000))
     assert ours.receive(1) == [b""]
-    ours.longest = 999
-    assert ours.has_frame, "there is something to say about it"
+    ours.max_frame_bytes = 999
+    assert ours.has_frame, "`receive` would raise an error"
     with pytest.raises(ChannelClosed, match="a frame of 1000 bytes"):
         ours.receive(1)
 
@@ -153,21 +153,21 @@ def test_a_process_may_have_many_files_open() -> None:
     other.close()
 
 
-def test_hanging_up_wakes_whoever_waits(ends: tuple[Channel, Channel]) -> None:
+def test_shutting_down_wakes_a_waiting_thread(ends: tuple[Channel, Channel]) -> None:
     ours, _ = ends
     found = list[list[Channel]]()
     waiter = threading.Thread(target=lambda: found.append(wait([ours], 60)))
     waiter.start()
-    ours.hang_up()
+    ours.shut_down()
     waiter.join(60)
     assert found == [[ours]]
     with pytest.raises(ChannelClosed):
         ours.receive()
     ours.close()
-    ours.hang_up()
+    ours.shut_down()
 
 
-def test_sending_to_nobody_is_an_error(ends: tuple[Channel, Channel]) -> None:
+def test_sending_to_a_closed_channel_is_an_error(ends: tuple[Channel, Channel]) -> None:
     ours, other = ends
     other.close()
     with pytest.raises(ChannelClosed):
@@ -176,7 +176,7 @@ def test_sending_to_nobody_is_an_error(ends: tuple[Channel, Channel]) -> None:
         ours.flush(1)
 
 
-def test_a_backlog_to_nobody_hides_no_last_words(ends: tuple[Channel, Channel]) -> None:
+def test_unsent_bytes_do_not_hide_the_last_frames_received(ends: tuple[Channel, Channel]) -> None:
     ours, other = ends
     ours.send(bytes(5_000_000))
     assert ours.backlog
@@ -188,7 +188,7 @@ def test_a_backlog_to_nobody_hides_no_last_words(ends: tuple[Channel, Channel]) 
         ours.receive()
 
 
-def test_an_own_closed_end_is_an_error(ends: tuple[Channel, Channel]) -> None:
+def test_using_a_closed_channel_is_an_error(ends: tuple[Channel, Channel]) -> None:
     ours, _ = ends
     ours.close()
     with pytest.raises(ChannelClosed):
@@ -197,7 +197,7 @@ def test_an_own_closed_end_is_an_error(ends: tuple[Channel, Channel]) -> None:
         ours.receive()
 
 
-def test_an_end_is_made_from_a_descriptor() -> None:
+def test_a_channel_can_be_made_from_a_descriptor() -> None:
     ours, theirs = Channel.pair()
     other = Channel.from_fd(theirs.detach())
     other.send(b"child")
@@ -258,7 +258,7 @@ with Rendezvous(key="key") as meeting:
         try:
             ours.send(b"stop")
         except ChannelClosed:
-            os.read(inbox, 1)  # it lives for as long as its parent
+            os.read(inbox, 1)  # run as long as the parent
             os._exit(3)
         os._exit(1)
 ours.close()
@@ -273,8 +273,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
-def test_a_forked_child_has_no_part_in_connections() -> None:
-    """It says nothing over them, and does not keep them open, nor a port."""
+def test_a_forked_child_does_not_use_the_parents_connections() -> None:
+    """It cannot send on them, and does not keep connections or ports open."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK],
         capture_output=True,

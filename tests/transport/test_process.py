@@ -1,4 +1,4 @@
-"""What is said of processes that have ended."""
+"""Tests of the descriptions of processes that have ended."""
 
 import os
 import signal
@@ -14,26 +14,26 @@ from shoal.transport.process import ChildProcess
     [
         (signal.SIGKILL, "SIGKILL"),
         (signal.SIGABRT, "SIGABRT"),
-        (signal.SIGBUS, "SIGBUS: a file that it had mapped was truncated, or there is no room in /dev/shm"),
+        (signal.SIGBUS, "SIGBUS: a file that it had mapped was truncated, or /dev/shm is full"),
         (signal.SIGRTMIN + 1, "signal 35"),
     ],
 )
-def test_the_signal_that_killed_it_is_named(number: int, name: str) -> None:
+def test_a_killed_process_names_the_signal(number: int, name: str) -> None:
     child = ChildProcess("shoal.server.api_process")
     try:
         os.kill(child.pid, number)
         assert child.wait(60)
-        assert child.death() == f"was killed by {name}"
+        assert child.describe_exit() == f"was killed by {name}"
     finally:
         child.kill()
 
 
-def test_nobody_waits_long_to_learn_how_it_ended() -> None:
+def test_a_description_waits_no_longer_than_its_patience() -> None:
     child = ChildProcess("shoal.server.api_process")
     try:
-        os.kill(child.pid, signal.SIGSTOP)  # it will not end by itself
+        os.kill(child.pid, signal.SIGSTOP)  # so that it does not end
         begun = time.monotonic()
-        assert child.death(0.0) == "closed its channel, and has not ended yet"
+        assert child.describe_exit(0.0) == "closed its channel, and has not ended yet"
         assert time.monotonic() - begun < 30
     finally:
         child.kill()

@@ -1,4 +1,4 @@
-"""A connection that is read by a thread of its own."""
+"""Tests of a connection that a relay's thread reads."""
 
 import socket
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def test_frames_go_both_ways_in_order(ends: tuple[Relay, Channel]) -> None:
         assert receive(receiver, len(frames)) == frames
 
 
-def test_everything_is_taken_while_nobody_reads(ends: tuple[Relay, Channel]) -> None:
+def test_a_relay_reads_frames_that_nobody_receives_yet(ends: tuple[Relay, Channel]) -> None:
     relay, far = ends
     for _ in range(MANY):
         far.send(FRAME)
@@ -46,7 +46,7 @@ def test_everything_is_taken_while_nobody_reads(ends: tuple[Relay, Channel]) -> 
     assert receive(relay.channel, MANY) == [FRAME] * MANY
 
 
-def test_last_words_come_before_the_end(ends: tuple[Relay, Channel]) -> None:
+def test_a_closed_relay_sends_its_last_frames(ends: tuple[Relay, Channel]) -> None:
     relay, far = ends
     relay.channel.send(b"last")
     relay.close()
@@ -56,7 +56,7 @@ def test_last_words_come_before_the_end(ends: tuple[Relay, Channel]) -> None:
         far.receive()
 
 
-def test_the_end_of_the_connection_is_seen_behind_what_came_before(ends: tuple[Relay, Channel]) -> None:
+def test_the_end_of_the_connection_comes_after_the_last_frames(ends: tuple[Relay, Channel]) -> None:
     relay, far = ends
     far.send(b"last")
     far.close()

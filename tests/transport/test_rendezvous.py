@@ -1,4 +1,4 @@
-"""Meeting: any order of start, who is refused and why, what members hear of each other."""
+"""Tests of a rendezvous: the order of starts, refusals and their reasons, and the messages between members."""
 
 import errno
 import logging
@@ -27,7 +27,7 @@ from shoal.transport import member as members_module
 from shoal.transport import rendezvous as rendezvous_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import RoomMember, connect
-from shoal.transport.rendezvous import Rendezvous, proof, require_key, watch_host
+from shoal.transport.rendezvous import Rendezvous, enable_keepalive, proof, require_key
 from shoal.wire.base import encode
 from shoal.wire.rendezvous import (
     Alive,
@@ -89,28 +89,28 @@ def test_a_member_may_come_before_the_rendezvous() -> None:
             early.result().close()
 
 
-def test_no_rendezvous_is_said_with_address_port_and_seconds() -> None:
+def test_an_error_without_a_rendezvous_names_address_port_and_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(ConfigError, match=rf"no answer from 127.0.0.1:{port} within 0.5 s \(.*refused\)"):
         connect(Address("127.0.0.1", port), KEY, timeout=0.5)
 
 
-def test_for_whoever_was_there_before_nobody_there_is_a_failure_and_no_mistake() -> None:
+def test_a_missing_rendezvous_is_an_engine_error_for_a_returning_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = Address("127.0.0.1", probe.getsockname()[1])
-        with pytest.raises(EngineError, match="did not answer in time"):  # it is stopped
+        with pytest.raises(EngineError, match="did not answer in time"):  # it is suspended
             connect(address, KEY, timeout=0.5, returning=True)
     with pytest.raises(EngineError, match=r"no answer from .* within 0.5 s \(.*refused\)"):
         connect(address, KEY, timeout=0.5, returning=True)
     with Rendezvous(key=KEY) as meeting:
         with pytest.raises(EngineError, match=r"within 1 s: rank 0 missing"):
             RoomMember(Address.parse(meeting.address), KEY, room="room", rank=1, size=2, timeout=1.0, returning=True)
-        with pytest.raises(ConfigError, match="the shared key is another one"):
+        with pytest.raises(ConfigError, match="the shared key differs"):
             connect(Address.parse(meeting.address), "another key", timeout=60.0, returning=True)
 
 
-def test_a_rendezvous_that_goes_while_others_are_awaited_has_failed() -> None:
+def test_a_rendezvous_that_ends_before_the_room_is_complete_is_an_engine_error() -> None:
     with ThreadPoolExecutor(1) as pool:
         with Rendezvous(key=KEY) as meeting:
             waiting = pool.submit(join, meeting, 1)
@@ -126,7 +126,7 @@ def test_another_program_at_the_address_is_named() -> None:
             connect(address, KEY, timeout=0.5)
 
 
-def test_who_is_hung_up_on_tries_again() -> None:
+def test_a_closed_connection_is_tried_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
         coming = pool.submit(connect, address, KEY, timeout=60.0)
@@ -136,8 +136,8 @@ def test_who_is_hung_up_on_tries_again() -> None:
         coming.result().close()
 
 
-def test_a_rendezvous_that_ends_half_way_is_awaited_anew() -> None:
-    """Its process is on its way out, and the next one will listen there."""
+def test_a_rendezvous_that_ends_during_the_handshake_is_tried_again() -> None:
+    """Its process is ending, and the next process will listen at the same address."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
         coming = pool.submit(connect, address, KEY, room="room", rank=0, size=2, timeout=60.0)
@@ -149,34 +149,34 @@ def test_a_rendezvous_that_ends_half_way_is_awaited_anew() -> None:
         coming.result().close()
 
 
-def test_whoever_only_hangs_up_is_another_program() -> None:
-    def hang_up() -> None:
+def test_an_address_that_closes_every_connection_is_another_program() -> None:
+    def shut_down() -> None:
         with suppress(OSError):
             while True:
                 listener.accept()[0].close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        pool.submit(hang_up)
-        with pytest.raises(ConfigError, match=r"hung up again and again for 0.5 s: is another program there"):
+        pool.submit(shut_down)
+        with pytest.raises(ConfigError, match=r"closed every connection for 0.5 s: is another program there"):
             connect(Address("127.0.0.1", listener.getsockname()[1]), KEY, timeout=0.5)
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_who_is_missing_is_said(meeting: Rendezvous) -> None:
+def test_the_error_names_missing_members(meeting: Rendezvous) -> None:
     with pytest.raises(ConfigError, match=r"within 1 s: ranks 0, 2 missing, arrived: rank 1 \("):
         join(meeting, 1, 3, timeout=1.0)
 
 
-def test_who_is_missing_is_logged_while_waiting(
+def test_missing_members_are_logged_during_the_wait(
     meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(members_module, "SAY_S", 0.2)
+    monkeypatch.setattr(members_module, "REPORT_S", 0.2)
     with caplog.at_level(logging.INFO, "shoal"), pytest.raises(ConfigError, match="rank 0 missing"):
         join(meeting, 1, timeout=1.0)
     assert any("rank 0 missing" in record.message for record in caplog.records)
 
 
-def test_a_number_given_twice_is_refused(meeting: Rendezvous) -> None:
+def test_a_rank_given_twice_is_refused(meeting: Rendezvous) -> None:
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(join, meeting, 0)
         arrive(meeting)
@@ -189,14 +189,16 @@ def test_a_number_given_twice_is_refused(meeting: Rendezvous) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": "another"}, "the shared key is another one"),
+        ({"key": "another"}, "the shared key differs"),
         ({"size": 3}, "it counts 3 ranks, rank 0 .* counts 2"),
         ({"agreement": {"dtype": "float32"}}, "its dtype is float32, that of rank 0 .* is bfloat16"),
         ({"agreement": {}}, "its dtype is nothing, that of rank 0 .* is bfloat16"),
         ({"rank": 7}, "rank 7 of 2 does not exist"),
     ],
 )
-def test_who_differs_is_refused_and_told_in_what(meeting: Rendezvous, options: dict[str, Any], message: str) -> None:
+def test_a_process_that_differs_is_refused_with_the_difference(
+    meeting: Rendezvous, options: dict[str, Any], message: str
+) -> None:
     agreement = {"dtype": "bfloat16"}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(join, meeting, 0, agreement=agreement)
@@ -207,13 +209,13 @@ def test_who_differs_is_refused_and_told_in_what(meeting: Rendezvous, options: d
         first.result().close()
 
 
-def test_one_that_is_started_again_alone_is_told_so(meeting: Rendezvous) -> None:
+def test_a_member_that_is_restarted_alone_is_refused(meeting: Rendezvous) -> None:
     first, second = both(meeting)
     second.close("rank 1 was killed")
     until(first, lambda: bool(first.failures()))
     with pytest.raises(
         ConfigError,
-        match=r"^rank 1 may not join at .*: the others have gone on without rank 1: start all of them anew$",
+        match=r"^rank 1 may not join at .*: the others have gone on without rank 1: restart all of them$",
     ):
         join(meeting, 1)
     first.close()
@@ -231,7 +233,7 @@ def test_posts_reach_one_or_all_others(meeting: Rendezvous) -> None:
 
 
 def host(listener: socket.socket) -> Channel:
-    """A rendezvous of one connection, by hand, at which rank 0 of 2 joins."""
+    """Play a rendezvous with one connection, at which rank 0 of 2 joins."""
     channel = Channel(listener.accept()[0])
     channel.send(encode(Challenge(bytes(32))))
     signed = next_of(channel, Signed)
@@ -251,14 +253,14 @@ def next_of(channel: Channel, kind: type) -> Any:
 
 @contextmanager
 def member_by_hand() -> Iterator[tuple[RoomMember, Channel]]:
-    """A member, and the other end of its connection."""
+    """Return a member, and the other end of its connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
         joined = pool.submit(RoomMember, address, KEY, room="room", rank=0, size=2, timeout=60.0)
         with closing(host(listener)) as channel:
             member = joined.result()
             yield member, channel
-            channel.hang_up()
+            channel.shut_down()
             member.close()
 
 
@@ -269,26 +271,26 @@ def by_hand() -> Iterator[tuple[RoomMember, Channel]]:
 
 
 @pytest.fixture
-def quick_signs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(members_module, "ALIVE_S", 0.1)
-    monkeypatch.setattr(members_module, "QUIET_S", 2.0)
+def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members_module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(members_module, "HEARTBEAT_TIMEOUT_S", 2.0)
 
 
 POSTED = encode(RoomMessage("step", 1, -1, b"5"))
 
 
-@pytest.mark.usefixtures("quick_signs")
-def test_a_frame_that_is_half_there_is_waited_for(
+@pytest.mark.usefixtures("fast_heartbeats")
+def test_an_incomplete_frame_is_waited_for(
     by_hand: tuple[RoomMember, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, channel = by_hand
     read = 0
     receive = Channel.receive
 
-    def counted(self: Channel, most: int | None = None) -> list[bytes]:
+    def counted(self: Channel, max_frames: int | None = None) -> list[bytes]:
         nonlocal read
         read += self is not channel
-        return receive(self, most)
+        return receive(self, max_frames)
 
     monkeypatch.setattr(Channel, "receive", counted)
     whole = struct.pack("<I", len(POSTED)) + POSTED
@@ -300,8 +302,8 @@ def test_a_frame_that_is_half_there_is_waited_for(
     until(member, lambda: member.latest("step") == {1: b"5"})
 
 
-@pytest.mark.usefixtures("quick_signs")
-def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[RoomMember, Channel]) -> None:
+@pytest.mark.usefixtures("fast_heartbeats")
+def test_a_slowly_sent_frame_keeps_the_connection_alive(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand
     post = encode(RoomMessage("step", 1, -1, bytes(100)))
     whole = struct.pack("<I", len(post)) + post
@@ -313,18 +315,18 @@ def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[RoomMember, Channe
     assert member.failures() == {}
 
 
-def test_why_one_is_shown_out_is_not_forgotten_when_the_connection_ends(by_hand: tuple[RoomMember, Channel]) -> None:
+def test_the_reason_for_a_removal_is_kept_after_the_end_of_the_connection(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand
     channel.send(encode(JoinRefused("it can't be done")))
-    channel.hang_up()
+    channel.shut_down()
     for thread in threads_of(member):
         thread.join(60)
     (why,) = member.failures().values()
-    assert re.fullmatch(r"the rendezvous at 127\.0\.0\.1:\d+ showed rank 0 out: it can't be done", why)
+    assert re.fullmatch(r"the rendezvous at 127\.0\.0\.1:\d+ removed rank 0: it can't be done", why)
 
 
 def test_leaving_a_rendezvous_that_does_not_listen(by_hand: tuple[RoomMember, Channel]) -> None:
-    """No thread is left that uses what is closed."""
+    """No thread is left that would use the closed channel."""
     member, _ = by_hand
     (thread,) = threads_of(member)
     member.close(patience=0.1)
@@ -335,7 +337,7 @@ def threads_of(member: RoomMember) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == f"shoal-member-{member.rank}"]
 
 
-def test_a_member_that_can_not_join_leaves_nothing_open(meeting: Rendezvous) -> None:
+def test_a_refused_member_leaves_no_descriptor_open(meeting: Rendezvous) -> None:
     def eventfds() -> int:
         links = Path("/proc/self/fd").iterdir()
         return sum("eventfd" in os.readlink(link) for link in links if link.is_symlink())
@@ -351,12 +353,12 @@ def test_a_process_may_have_many_files_open() -> None:
         channel.send(POSTED)
         channel.send(POSTED)
         until(member, lambda: bool(member.latest("step")))
-        member.quiet()
-        member.quiet()
+        member.clear()
+        member.clear()
 
 
 def arrive(meeting: Rendezvous) -> None:
-    """The first one sets what the room is."""
+    """Join as the first member, which sets the agreement of the room."""
     for _ in range(6000):
         if meeting.rooms:
             return
@@ -383,7 +385,7 @@ def test_results_are_collected_in_order(meeting: Rendezvous, size: int) -> None:
         each.close()
 
 
-def test_collecting_names_who_is_missing(meeting: Rendezvous) -> None:
+def test_collecting_names_missing_members(meeting: Rendezvous) -> None:
     found = both(meeting)
     with pytest.raises(EngineError, match=r"not all have come within 0.3 s; missing: rank 1 with prompts 3 to 5"):
         found[0].collect("out", b"", timeout=0.3, describe=lambda rank: f"rank {rank} with prompts 3 to 5")
@@ -393,7 +395,7 @@ def test_collecting_names_who_is_missing(meeting: Rendezvous) -> None:
     found[0].close()
 
 
-def test_whoever_ends_well_is_no_failure(meeting: Rendezvous) -> None:
+def test_a_member_that_leaves_after_its_work_is_no_failure(meeting: Rendezvous) -> None:
     first, second = both(meeting)
     second.close()
     with pytest.raises(EngineError, match="rank 1 ended without it"):
@@ -433,8 +435,8 @@ def test_a_rendezvous_that_ends_is_noticed(meeting: Rendezvous) -> None:
         each.close()
 
 
-def test_strangers_change_nothing(meeting: Rendezvous) -> None:
-    """Noise, a frame without end, a message that only members may send."""
+def test_unauthenticated_connections_change_nothing(meeting: Rendezvous) -> None:
+    """They send random bytes, an endless frame, and a message that only members may send."""
     address = Address.parse(meeting.address)
     for noise in (os.urandom(4096), (2**31).to_bytes(4, "little") + bytes(10000), b""):
         with socket.create_connection((address.host, address.port)) as stranger:
@@ -459,12 +461,12 @@ def test_strangers_change_nothing(meeting: Rendezvous) -> None:
         each.close()
 
 
-def test_silent_strangers_keep_nobody_out() -> None:
-    with Rendezvous(key=KEY, most_strangers=4, hello_s=600.0) as meeting:
+def test_silent_connections_do_not_keep_members_out() -> None:
+    with Rendezvous(key=KEY, max_unauthenticated=4, hello_s=600.0) as meeting:
         address = Address.parse(meeting.address)
         strangers = [socket.create_connection((address.host, address.port), timeout=60) for _ in range(4)]
         for stranger in strangers:
-            assert stranger.recv(4)  # it has been let in
+            assert stranger.recv(4)  # it was accepted
         connect(address, KEY, timeout=1.0).close()
         while strangers[0].recv(4096):
             pass
@@ -474,7 +476,7 @@ def test_silent_strangers_keep_nobody_out() -> None:
         stranger.close()
 
 
-def test_one_that_was_refused_is_not_listened_to_any_more(meeting: Rendezvous) -> None:
+def test_messages_after_a_refusal_are_ignored(meeting: Rendezvous) -> None:
     address = Address.parse(meeting.address)
     with closing(Channel(socket.create_connection((address.host, address.port)))) as channel:
         assert wait([channel], 60)
@@ -508,15 +510,15 @@ def test_without_file_descriptors_the_next_connection_is_waited_for(
     assert all(later - sooner >= 0.4 for sooner, later in pairwise(called))
 
 
-def test_a_connection_that_says_nothing_more_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By TCP itself, on both ends: that of a store says nothing unless it is asked."""
+def test_keepalive_is_enabled_on_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP notices an unreachable host: the connection of a store has no heartbeats of its own."""
     watched = list[socket.socket]()
     for module in (members_module, rendezvous_module):
-        monkeypatch.setattr(module, "watch_host", watched.append)
+        monkeypatch.setattr(module, "enable_keepalive", watched.append)
     with Rendezvous(key=KEY) as meeting, closing(connect(Address.parse(meeting.address), KEY, timeout=60.0)):
         assert len({sock.fileno() for sock in watched}) == 2
     with socket.socket() as sock:
-        watch_host(sock)
+        enable_keepalive(sock)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         idle, interval, count, unanswered_ms = (
             sock.getsockopt(socket.IPPROTO_TCP, option)
@@ -525,7 +527,7 @@ def test_a_connection_that_says_nothing_more_is_found_out(monkeypatch: pytest.Mo
     assert idle + interval * count == unanswered_ms / 1000 == 8
 
 
-def test_an_address_that_others_reach_needs_a_key() -> None:
+def test_an_address_that_other_hosts_can_reach_needs_a_key() -> None:
     with pytest.raises(ConfigError, match="set SHOAL_CLUSTER_KEY"):
         require_key("", "192.0.2.1")
     require_key("", "127.0.0.1")
@@ -533,6 +535,6 @@ def test_an_address_that_others_reach_needs_a_key() -> None:
 
 
 @pytest.mark.parametrize("text", ["host", "host:", ":1", "host:0", "host:65536", "host:x"])
-def test_addresses_that_are_none(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         Address.parse(text)

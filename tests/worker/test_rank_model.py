@@ -24,7 +24,12 @@ def test_a_stage_without_mixtures_has_no_experts_and_exchanges_nothing(
     folder = checkpoint("deepseek_v3")
     alone, shared = Axis("tp", 0, 1, LocalComm()), Axis("ep", 0, 2, LocalComm())
     mesh = Mesh(
-        Topology.of(dp=2, pp=2, tp=1), stage, pp=Axis("pp", stage, 2, LocalComm()), tp=alone, ep=shared, back=alone
+        Topology.of(dp=2, pp=2, tp=1),
+        stage,
+        pp=Axis("pp", stage, 2, LocalComm()),
+        tp=alone,
+        ep=shared,
+        token_return=alone,
     )
     layers = read_spec(folder).num_layers
     plan = engine_plan(

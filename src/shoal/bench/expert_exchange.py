@@ -62,7 +62,7 @@ def measure_experts(traffic: ExpertTraffic) -> list[dict[str, Any]]:
     children: list[ChildProcess] = []
     try:
         for rank in range(traffic.ranks):
-            pinning = cpu.pinning(cpu.cores_of_rank(cores, rank, traffic.ranks)[:1])
+            pinning = cpu.pinning_environment(cpu.cores_of_rank(cores, rank, traffic.ranks)[:1])
             arguments = ["--rank", str(rank), "--store", str(store), "--question", question]
             children.append(ChildProcess("shoal.worker.expert_exchange", arguments, pinning, [store]))
         return _summary(_collect(children))
@@ -92,7 +92,7 @@ def _receive(rank: int, child: ChildProcess) -> list[dict[str, Any]]:
     try:
         found = [json.loads(frame) for frame in child.channel.receive()]
     except ChannelClosed:
-        raise RankFailed(f"rank {rank} (process {child.pid}) {child.death()}") from None
+        raise RankFailed(f"rank {rank} (process {child.pid}) {child.describe_exit()}") from None
     for answer in found:
         if "error" in answer:
             raise EngineError(answer["error"])

@@ -181,7 +181,7 @@ class _Prompts:
             try:
                 jobs.append(prepare(preparer, entry, parameters.for_entry(entry)))
             except RequestError as error:
-                raise RequestError(f"prompt {entry.index}: {error}") from None
+                raise error.within(f"prompt {entry.index}") from None
         return jobs
 
 

@@ -13,7 +13,7 @@ def main() -> None:
     """Run the command, and exit with its code."""
     try:
         signal.signal(signal.SIGTERM, _interrupt)
-        import_path.forget_implicit_folders()
+        import_path.remove_implicit_folders()
         _open_standard_streams()
         stand_apart()
         signal.signal(
@@ -32,7 +32,7 @@ def main() -> None:
 
 def _open_standard_streams() -> None:
     """Open what stands for the standard streams that were closed: for None, `print` would write errors to stdout."""
-    open_files.occupy_standard()
+    open_files.fill_standard_descriptors()
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

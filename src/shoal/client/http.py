@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from shoal.addresses import shown
+from shoal.addresses import bracketed
 from shoal.errors import ConfigError, EngineError, Unavailable, UserError
 
 _SHOWN = 300  # the most characters of a server's error message that are shown
@@ -28,7 +28,7 @@ def base_url(url: str) -> str:
     Raises:
         ConfigError: `url` is not the address of a server.
     """
-    full = url if "://" in url else f"http://{shown(url)}"
+    full = url if "://" in url else f"http://{bracketed(url)}"
     try:
         parts = urlsplit(full)
         usable = parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port > 0)

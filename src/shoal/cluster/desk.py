@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from shoal.cluster.fleet import Fleet
-from shoal.errors import ClosedError, ConfigError, EngineError, ShoalError, UserError
+from shoal.errors import ClosedError, ConfigError, EngineError, RequestError, ShoalError, UserError
 from shoal.log import get_logger
 from shoal.process.forks import Owner
 from shoal.transport.channel import Channel, ChannelClosed
@@ -285,8 +285,10 @@ class Desk:
         group = client.in_fleet(request.group) if request.group >= 0 else -1
         try:
             self._fleet.add(replace_fields(request, seq=seq, group=group))
+        except RequestError as error:
+            client.update(SeqUpdate.invalid(seq, error))
         except ShoalError as error:
-            client.update(_refused(seq, str(error), RefusalKind.INVALID))
+            client.update(_refused(seq, str(error), RefusalKind.FAILED))
         except Exception as error:
             log.exception("request %d could not be taken", seq)
             client.requests.add(seq)

@@ -12,7 +12,7 @@ from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.timers import Timers
-from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
+from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, context_length_exceeded
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait
 from shoal.transport.waker import Waker
@@ -109,7 +109,7 @@ class Fleet:
         try:
             request = self._cut(request)
         except RequestError as error:
-            self._set.reject(request, str(error), RefusalKind.INVALID)
+            self._set.reject(request, error, RefusalKind.INVALID)
             return
         deadline = float("inf") if request.deadline is None else request.deadline
         if self._limits.timeout is not None:
@@ -126,7 +126,7 @@ class Fleet:
         if self._limits.max_wait is not None:
             self._patience.add(now + self._limits.max_wait, request.seq)
 
-    def _objection(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
+    def _objection(self, request: EngineRequest) -> tuple[RequestError | str, RefusalKind] | None:
         """Why a request is not taken, whatever else waits."""
         if self._supervisor.failure:
             return self._supervisor.failure, RefusalKind.LOST
@@ -137,7 +137,7 @@ class Fleet:
         objection = self._supervisor.objection(request.replica) if request.replica >= 0 else None
         return objection or self._too_many(request)
 
-    def _too_many(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
+    def _too_many(self, request: EngineRequest) -> tuple[RequestError | str, RefusalKind] | None:
         """Why a request can't be taken even if there is no other: one whose outputs don't fit in all."""
         held, queued = self._supervisor.most_held(request.replica), self._limits.max_queued
         if held is None or request.outputs <= held + queued:
@@ -147,7 +147,7 @@ class Fleet:
             f"replicas hold (--max-num-seqs) and {queued} that wait (--max-queued-requests); ask for fewer, or raise "
             "one of the two"
         )
-        return why, RefusalKind.INVALID
+        return RequestError(why, "n"), RefusalKind.INVALID
 
     @property
     def max_model_len(self) -> int | None:
@@ -167,9 +167,10 @@ class Fleet:
             return request
         prompt_len = request.num_prompt_tokens
         if prompt_len >= self._length:
-            raise RequestError(
-                f"{overflow(self._length)}; the prompt has {prompt_len}, and an output needs one: shorten it, or give "
-                "the replicas more memory for their KV caches"
+            raise context_length_exceeded(
+                self._length,
+                f"the prompt has {prompt_len}, and an output needs one: shorten it, or give the replicas more memory "
+                "for their KV caches",
             )
         return replace_fields(request, max_tokens=min(request.max_tokens, self._length - prompt_len))
 
@@ -321,4 +322,4 @@ class Fleet:
         channels: list[Any] = [member.channel for member in (*replicas, *self._supervisor.starting())]
         channels += [self._waker, *(source for source in self._sources if source.fileno() >= 0)]
         wait(channels, timeout)
-        self._waker.quiet()
+        self._waker.clear()

@@ -147,7 +147,7 @@ class Operations:
                 continue
             operation.before = self.activity
             if target != self.activity:
-                operation.steps.extend(self.activity.way(target))
+                operation.steps.extend(self.activity.steps_to(target))
             if operation.reset:
                 operation.steps.append(None)
             if not target.runs:  # nobody is given a request from now on

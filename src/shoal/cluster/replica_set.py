@@ -26,6 +26,7 @@ from shoal.wire.engine import (
     ResetOutcome,
     ResetPrefixCache,
     SeqUpdate,
+    error_fields,
     reset_outcome_decoder,
 )
 from shoal.wire.fleet import Operation
@@ -280,7 +281,7 @@ class ReplicaSet:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def refuse(self, seq: int, error: str, refusal: RefusalKind) -> None:
+    def refuse(self, seq: int, error: RequestError | str, refusal: RefusalKind) -> None:
         """Ends a request, wherever it is."""
         flight = self._flights.get(seq)
         if flight is None:
@@ -310,21 +311,21 @@ class ReplicaSet:
             try:
                 found = cut(flight.request)
             except RequestError as error:
-                self._end_here(seq, str(error), RefusalKind.INVALID)
+                self._end_here(seq, error)
                 continue
             if found != flight.request:
                 self._router.ended(seq)
                 flight.request = found
                 self._router.add(found)
 
-    def reject(self, request: EngineRequest, error: str, refusal: RefusalKind) -> None:
-        """Ends a request that is not taken.
+    def reject(self, request: EngineRequest, error: RequestError | str, refusal: RefusalKind) -> None:
+        """End a request that is not taken. `refusal` is the kind of an error that is given as a message.
 
         Raises:
             RequestError: its number is in use.
         """
         self._check_new(request)
-        update = SeqUpdate(request.seq, (), finish=Finish.ABORT, error=error, refusal=refusal)
+        update = SeqUpdate(request.seq, (), finish=Finish.ABORT, **error_fields(error, refusal))
         self._updates.append(update)
         if self._recorder is not None:
             self._recorder.added(request)
@@ -454,7 +455,7 @@ class ReplicaSet:
                     del self._flights[update.seq]
                     self._router.ended(update.seq)
 
-    def _end_here(self, seq: int, error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
+    def _end_here(self, seq: int, error: RequestError | str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
         """Ends a request that was aborted or can't go on, whatever a replica may still say of it."""
         flight = self._flights.pop(seq)
         self._updates.append(
@@ -463,8 +464,7 @@ class ReplicaSet:
                 (),
                 finish=Finish.ABORT,
                 cached_tokens=flight.cached_tokens or 0,
-                error=error,
-                refusal=refusal,
+                **error_fields(error, refusal),
             )
         )
         if self._recorder is not None:

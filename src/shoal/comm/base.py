@@ -1,4 +1,4 @@
-"""Tensors between ranks: what a communicator promises."""
+"""The interface through which ranks exchange tensors, and the helpers that its implementations share."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,55 +11,58 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
-class Total:
-    """Of one operation."""
+class OperationTotal:
+    """How often a rank called one operation, and how many bytes it sent in it."""
 
     count: int = 0
-    sent_bytes: int = 0  # to other ranks: the least that the operation asks of this rank
+    sent_bytes: int = 0  # to other ranks; the least that the operation needs, whatever the backend really sends
 
 
 @dataclass(slots=True)
 class Progress:
-    """What a communicator is at. Written by the rank's own thread, read by whoever reports on it."""
+    """The operation that a communicator is executing. The rank's own thread writes it; other threads may read it."""
 
     operation: str = ""  # "" between operations
-    number: int = 0  # of the one it is at, or was at last
+    number: int = 0  # of the current operation, or of the last one
     count: int = 0  # operations begun so far
-    totals: dict[str, Total] = field(default_factory=lambda: defaultdict(Total))  # by operation
+    totals: dict[str, OperationTotal] = field(default_factory=lambda: defaultdict(OperationTotal))  # by operation
 
     @contextmanager
     def during(self, operation: str, sent_bytes: int = 0) -> Iterator[None]:
+        """Count a new operation and show it as the current one until the block ends."""
         self.count += 1
         total = self.totals[operation]
         total.count += 1
         total.sent_bytes += sent_bytes
-        with self.ending(operation, self.count):
+        with self.finishing(operation, self.count):
             yield
 
     @contextmanager
-    def ending(self, operation: str, number: int) -> Iterator[None]:
-        """Of an operation that was begun before."""
+    def finishing(self, operation: str, number: int) -> Iterator[None]:
+        """Show an operation that was begun earlier as the current one until the block ends."""
         self.operation, self.number = operation, number
         yield
-        self.operation = ""  # after an error it stays: that is where the rank stopped
+        self.operation = ""  # after an error the name stays, since it shows where the rank stopped
 
     def __str__(self) -> str:
         return f"{self.operation} #{self.number}" if self.operation else f"after operation #{self.count}"
 
 
 def reduced_bytes(x: Tensor, size: int) -> int:
-    """What a rank sends in an all-reduce: the others' shares of its own tensor, and its share of the sum to them."""
+    """Bytes that a rank sends in an all-reduce: a reduce-scatter of its tensor, then an all-gather of the sum."""
     return 2 * x.nbytes * (size - 1) // size
 
 
 def bytes_to_others(x: Tensor, sizes: Sequence[int], rank: int) -> int:
-    """Of rows that go to ranks in order, `sizes[r]` to rank r."""
+    """Bytes that leave this rank when the rows of x go to the ranks in order, `sizes[r]` of them to rank r."""
     return (len(x) - sizes[rank]) * x[:1].nbytes if len(x) else 0
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
-    """The same bits wherever a row stands and whatever is beside it: parts are added one after the other,
-    half-precision types in float32. Gives a new tensor of the parts' type."""
+    """Add the parts one after the other, half-precision types in float32; returns a new tensor of their dtype.
+
+    The fixed order gives a row the same bits at every index and beside any other rows.
+    """
     dtype = parts[0].dtype
     total = parts[0].to(torch.float32 if dtype.itemsize < 4 else dtype, copy=True)
     for part in parts[1:]:
@@ -67,23 +70,23 @@ def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     return total.to(dtype)
 
 
-class Sending(Protocol):
-    """A tensor on its way."""
+class PendingSend(Protocol):
+    """A send that was begun and may not have ended."""
 
     def wait(self) -> None:
-        """Until the tensor may be used again. Raises as the operations of `Communicator`."""
+        """Block until the tensor may be used again. Raises the same errors as the operations of `Communicator`."""
 
 
 class Communicator(Protocol):
-    """One rank's end of a group. Every rank of the group calls the same operations in the same order.
+    """One rank's handle on a group. Every rank of the group calls the same operations in the same order.
 
-    Results are functional: a result may alias the input, so the input is not to be used again. Every operation
-    ends within the communicator's timeout:
+    A result may share memory with the input, so the caller must not use the input afterwards. Every operation ends
+    within the communicator's timeout:
 
     Raises:
-        CommTimeout: somebody did not arrive.
+        CommTimeout: a rank did not call the operation in time.
         CommAborted: `abort()` was called on some rank.
-        CommError: the links failed.
+        CommError: a connection failed.
     """
 
     rank: int
@@ -91,28 +94,30 @@ class Communicator(Protocol):
     progress: Progress
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, the same bits on each."""
+        """Return the sum over ranks, with the same bits on each rank."""
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
-        """Ranks' tensors side by side along `dim`; rank r brings `sizes[r]` there, which may be 0."""
+        """Concatenate the ranks' tensors along `dim`, where rank r's tensor has size `sizes[r]` (0 is allowed)."""
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The sum over ranks, of which rank r gets `sizes[r]` rows. They are added in the ranks' order, half-precision
-        types in float32: a row's bits depend on nothing else."""
+        """Sum over ranks and give `sizes[r]` rows of the sum to rank r.
+
+        The ranks' rows are added in rank order, half-precision types in float32: a row's bits depend on nothing else.
+        """
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Rows of x go to ranks in order, `send[r]` to rank r; `receive[r]` come from it."""
+        """Send the rows of x to the ranks in order, `send[r]` to rank r, and receive `receive[r]` rows from it."""
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        """The root's tensor; others bring one of its shape and dtype."""
+        """Return the root's tensor. The other ranks pass a tensor of the same shape and dtype."""
 
-    def send(self, x: Tensor, to: int) -> Sending:
-        """Begins to send; x must not change before the end of `wait`."""
+    def send(self, x: Tensor, to: int) -> PendingSend:
+        """Begin to send x, which must not change until `wait` has returned."""
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        """Fills x, which is contiguous, and returns it. What was sent has its shape and dtype."""
+        """Receive into x, which is contiguous, and return it. The sent tensor has its shape and dtype."""
 
     def barrier(self) -> None: ...
 
     def abort(self) -> None:
-        """Ends every operation of the group, now and later, from any thread. Idempotent."""
+        """End every operation of the group, current and future. Any thread may call this, and call it again."""

@@ -1,10 +1,10 @@
-"""A group of one: every operation is the identity."""
+"""A communicator for a rank that is alone in its group: every operation returns its input."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from shoal.comm.base import Progress, Sending
+from shoal.comm.base import PendingSend, Progress
 from shoal.errors import CommError
 
 
@@ -29,7 +29,7 @@ class LocalComm:
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         return x
 
-    def send(self, x: Tensor, to: int) -> Sending:
+    def send(self, x: Tensor, to: int) -> PendingSend:
         raise CommError(f"send to rank {to} in a group of one")
 
     def recv(self, x: Tensor, source: int) -> Tensor:

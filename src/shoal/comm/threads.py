@@ -1,4 +1,4 @@
-"""Ranks as threads of one process. Made for running every layout on a laptop, and for tests."""
+"""Communicators for ranks that are threads of one process: to run any layout on a laptop, and for tests."""
 
 import threading
 from collections import deque
@@ -8,31 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.base import Progress, Sending, bytes_to_others, reduced_bytes, sum_in_order
+from shoal.comm.base import PendingSend, Progress, bytes_to_others, reduced_bytes, sum_in_order
 from shoal.errors import CommAborted, CommError, CommTimeout
 
 
 class ThreadGroup:
-    """The meeting place of a group's ranks; each rank's end is a ThreadComm."""
+    """The state that the threads of one group share; each rank has a `ThreadComm` on it."""
 
-    def __init__(self, size: int, timeout_s: float, *, changed: threading.Condition | None = None) -> None:
-        """`changed` is what ranks wait with: one of `threading` unless given."""
+    def __init__(self, size: int, timeout_s: float, *, condition: threading.Condition | None = None) -> None:
+        """A test may pass the `condition` on which ranks wait."""
         self.size = size
         self.timeout_s = timeout_s
-        self._changed = threading.Condition() if changed is None else changed
+        self._changed = threading.Condition() if condition is None else condition
         self._arrived = [0] * size  # exchanges that each rank has entered
-        # Two sets of places in turn: a rank can be one exchange ahead of a slower one that still reads, never two.
-        self._places: list[list[Any]] = [[None] * size, [None] * size]
-        self._mail: dict[tuple[int, int], deque[Tensor]] = {(a, b): deque() for a in range(size) for b in range(size)}
-        self._taken = dict.fromkeys(self._mail, 0)  # how much of it
+        # Two lists in turn: a rank can be one exchange ahead of a slower rank that still reads, but never two.
+        self._values: list[list[Any]] = [[None] * size, [None] * size]
+        self._sent: dict[tuple[int, int], deque[Tensor]] = {(a, b): deque() for a in range(size) for b in range(size)}
+        self._num_received = dict.fromkeys(self._sent, 0)
         self._aborted = False
 
     def exchange(self, rank: int, value: Any, operation: str) -> list[Any]:
-        """Every rank's value, by rank, once all have arrived."""
+        """Wait until every rank has called this, and return the values of all, in rank order."""
         with self._changed:
             turn = self._arrived[rank]
-            places = self._places[turn % 2]
-            places[rank] = value
+            values = self._values[turn % 2]
+            values[rank] = value
             self._arrived[rank] += 1
             if min(self._arrived) > turn:
                 self._changed.notify_all()
@@ -43,38 +43,38 @@ class ThreadGroup:
                 )
             if self._aborted:
                 raise CommAborted(f"rank {rank}: {operation} #{turn + 1} was aborted")
-            return list(places)
+            return list(values)
 
-    def post(self, source: int, to: int, x: Tensor) -> int:
-        """The receiver copies it; gives the number that `taken` asks for."""
+    def send(self, source: int, to: int, x: Tensor) -> int:
+        """Offer x to the receiver, which copies it. Returns the number of this send, for `wait_until_received`."""
         with self._changed:
             if self._aborted:
                 raise CommAborted(f"rank {source}: send to rank {to} was aborted")
-            mail = self._mail[source, to]
-            mail.append(x)
+            queue = self._sent[source, to]
+            queue.append(x)
             self._changed.notify_all()
-            return self._taken[source, to] + len(mail)
+            return self._num_received[source, to] + len(queue)
 
-    def taken(self, source: int, to: int, number: int, operation: str) -> None:
-        """Waits until the receiver has so many."""
+    def wait_until_received(self, source: int, to: int, number: int, operation: str) -> None:
+        """Wait until the receiver has copied the tensor of the send with this number."""
         with self._changed:
-            self._until(lambda: self._taken[source, to] >= number, f"rank {source}: {operation}", to)
+            self._wait_until(lambda: self._num_received[source, to] >= number, f"rank {source}: {operation}", to)
 
-    def collect(self, source: int, to: int, x: Tensor) -> None:
-        mail = self._mail[source, to]
+    def receive(self, source: int, to: int, x: Tensor) -> None:
+        queue = self._sent[source, to]
         with self._changed:
-            self._until(lambda: len(mail) > 0, f"rank {to}: recv", source)
-        found = mail[0]
+            self._wait_until(lambda: len(queue) > 0, f"rank {to}: recv", source)
+        found = queue[0]
         if (found.shape, found.dtype) != (x.shape, x.dtype):
             wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (x, found))
             raise CommError(f"rank {to}: recv of {wanted}, but rank {source} sent {got}")
         x.copy_(found)
         with self._changed:
-            mail.popleft()
-            self._taken[source, to] += 1
+            queue.popleft()
+            self._num_received[source, to] += 1
             self._changed.notify_all()
 
-    def _until(self, done: Callable[[], bool], who: str, other: int) -> None:
+    def _wait_until(self, done: Callable[[], bool], who: str, other: int) -> None:
         if not self._changed.wait_for(lambda: done() or self._aborted, self.timeout_s):
             raise CommTimeout(f"{who} waited {self.timeout_s:g} s for rank {other}")
         if self._aborted:
@@ -87,7 +87,7 @@ class ThreadGroup:
 
 
 class ThreadGroups:
-    """Groups by name: whoever asks first makes one."""
+    """All groups of a process by name. The first rank that asks for a group creates it."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -100,7 +100,10 @@ class ThreadGroups:
 
 
 class ThreadComm:
-    """Tensors change hands by reference, so every result is a new tensor or one that nobody writes."""
+    """One thread's communicator.
+
+    Threads exchange references to tensors, so each result is a new tensor or one that no thread writes to.
+    """
 
     def __init__(self, group: ThreadGroup, rank: int) -> None:
         self.rank = rank
@@ -135,14 +138,14 @@ class ThreadComm:
         found: Tensor = self._exchange(x, "broadcast", sent_bytes)[root].clone()
         return found
 
-    def send(self, x: Tensor, to: int) -> Sending:
+    def send(self, x: Tensor, to: int) -> PendingSend:
         with self.progress.during("send", x.nbytes):
-            sent = self._group.post(self.rank, to, x)
-        return _ThreadSend(self._group, self.progress, self.rank, to, sent)
+            number = self._group.send(self.rank, to, x)
+        return _PendingThreadSend(self._group, self.progress, self.rank, to, number)
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         with self.progress.during("recv"):
-            self._group.collect(source, self.rank, x)
+            self._group.receive(source, self.rank, x)
         return x
 
     def barrier(self) -> None:
@@ -152,13 +155,15 @@ class ThreadComm:
         self._group.abort()
 
 
-class _ThreadSend:
-    def __init__(self, group: ThreadGroup, progress: Progress, rank: int, to: int, sent: int) -> None:
+class _PendingThreadSend:
+    def __init__(self, group: ThreadGroup, progress: Progress, rank: int, to: int, number: int) -> None:
         self._group = group
         self._progress = progress
-        self._number = progress.number
-        self._mail = rank, to, sent
+        self._operation = progress.number
+        self._rank = rank
+        self._to = to
+        self._number = number  # among the sends of this rank to rank `to`
 
     def wait(self) -> None:
-        with self._progress.ending("send", self._number):
-            self._group.taken(*self._mail, f"send #{self._number}")
+        with self._progress.finishing("send", self._operation):
+            self._group.wait_until_received(self._rank, self._to, self._number, f"send #{self._operation}")

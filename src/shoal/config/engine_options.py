@@ -333,7 +333,7 @@ def strange_variables() -> list[str]:
     ]
     known = settings + [name.upper() for name in names]
     warnings = []
-    for name in env.unread(names):
+    for name in env.unknown_variables(names):
         plain = name.removeprefix(env.PREFIX)
         near = closest(plain, known)
         hint = f"did you mean {env.PREFIX}{near}?" if near else "docs/flags.md lists those that are"

@@ -1,4 +1,4 @@
-"""What a CPU host offers, read from the kernel. Free of torch."""
+"""The cores and the memory that this process may use, as the kernel shows them. This module is free of torch."""
 
 import contextlib
 import math
@@ -14,14 +14,16 @@ MEMORY, MEMBERSHIP, GROUPS = Path("proc/meminfo"), Path("proc/self/cgroup"), Pat
 
 
 def discover(num_devices: int | None = None, root: Path = ROOT) -> Hardware:
-    """Counts each core as a device unless told otherwise; cores are shared by any number of ranks. Those count that
-    this process may run on, and no more of them than its control groups give it time for.
+    """Return the hardware of a CPU host, on which any number of ranks may share a core.
+
+    The cores are those on which this process may run, reduced to the CPU quota of its control groups.
 
     Args:
-        root: where proc and sys/fs/cgroup are.
+        num_devices: the number of devices; by default each core counts as one.
+        root: the folder that contains proc and sys/fs/cgroup.
 
     Raises:
-        ConfigError: the kernel does not say how much memory there is.
+        ConfigError: the kernel does not show the size of the memory.
     """
     allowed = tuple(sorted(os.sched_getaffinity(0)))
     quota = cpu_quota(root)
@@ -44,34 +46,37 @@ def _limits(allowed: int, used: int, quota: float | None, root: Path) -> tuple[s
     if quota is not None and used < allowed:
         found.append(f"{used} of {allowed} CPU cores are used: the CPU quota of the control group is {quota:g}")
     if not (root / MEMORY).exists():
-        found.append(f"{root / MEMORY} is not there: of available memory only what is free at all is counted")
+        found.append(f"{root / MEMORY} does not exist: only free memory counts as available, not reclaimable memory")
     return tuple(found)
 
 
 def _share(cores: tuple[int, ...], count: int, membership: str) -> tuple[int, ...]:
-    """`count` neighbours, which all processes of one control group choose alike, and others perhaps differently: ranks
-    are bound to them, and several containers on the first core would share it."""
+    """Choose `count` neighbouring cores by a hash of the control group.
+
+    All processes of a control group choose the same cores, and other groups probably others. Ranks are bound to their
+    cores, so several containers that all chose the first core would have to share it.
+    """
     start = zlib.crc32(f"{os.uname().nodename} {membership}".encode()) % len(cores)
     return tuple(sorted((cores[start:] + cores[:start])[:count]))
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """How many CPUs' time this process may use by the tightest of its control groups; None: as much as there is."""
+    """Return the lowest CPU quota of this process's control groups, in CPUs; None if there is no limit."""
     quotas = []
     for group in control_groups(_read(root / MEMBERSHIP), root / GROUPS, "cpu"):
         two = _read(group / "cpu.max").split()
         quota, period = two if len(two) == 2 else map(_read, (group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"))
-        with contextlib.suppress(ValueError):  # "max", or no such file
-            if int(quota) > 0 and int(period) > 0:  # in version 1, -1 is no limit
+        with contextlib.suppress(ValueError):  # "max", or the file does not exist
+            if int(quota) > 0 and int(period) > 0:  # in version 1, -1 means no limit
                 quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
 
 
 def memory(root: Path = ROOT) -> tuple[int, int]:
-    """(total, available) bytes: the machine's, or the control group's where that is less.
+    """Return total and available memory in bytes: of the machine, or of the control group if that has less.
 
     Raises:
-        ConfigError: the kernel does not say.
+        ConfigError: the kernel does not show it.
     """
     total, available = _machine_memory(root)
     for group in control_groups(_read(root / MEMBERSHIP), root / GROUPS, "memory"):
@@ -83,7 +88,10 @@ def memory(root: Path = ROOT) -> tuple[int, int]:
 
 
 def _machine_memory(root: Path) -> tuple[int, int]:
-    """From /proc/meminfo, which is not there where proc is mounted with subset=pid (systemd's ProcSubset=pid)."""
+    """Return the machine's total and available memory in bytes.
+
+    /proc/meminfo has both, but is missing if proc is mounted with subset=pid (systemd's ProcSubset=pid).
+    """
     try:
         info = dict(line.split(":", 1) for line in (root / MEMORY).read_text().splitlines())
         return int(info["MemTotal"].split()[0]) * 1024, int(info["MemAvailable"].split()[0]) * 1024
@@ -95,24 +103,24 @@ def _machine_memory(root: Path) -> tuple[int, int]:
         total = free = -1
     if total <= 0 or free < 0:
         raise ConfigError(
-            f"{root / MEMORY} can't be read, and nothing else says how much memory this host has: mount all of proc "
+            f"{root / MEMORY} can't be read, and nothing else shows how much memory this host has: mount all of proc "
             "(systemd: ProcSubset=all)"
         )
     return total * page, free * page
 
 
 def control_groups(membership: str, root: Path, controller: str) -> list[Path]:
-    """The folders of this process's groups, innermost first: a limit of any of them counts.
+    """Return the folders of this process's control groups, innermost first. The limits of all of them apply.
 
-    `membership` is /proc/self/cgroup: lines of `id:controllers:path`, without controllers for version 2. In a
-    container the path may lead out of what is mounted; the mounted root is looked at in any case.
+    `membership` is the content of /proc/self/cgroup: lines of `id:controllers:path`, without controllers for version 2.
+    In a container the path may not exist in the mounted hierarchy; the mounted root is always included.
     """
     folders: list[Path] = []
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        # Version 1 has a folder for each set of controllers, with links by the name of each but in some containers.
+        # Version 1 has a folder for each set of controllers, and usually a link with the name of each controller.
         bases = [root] if not controllers else [root / name for name in dict.fromkeys((controller, controllers))]
         for base in bases:
             folder = base / path.lstrip("/")
@@ -121,7 +129,7 @@ def control_groups(membership: str, root: Path, controller: str) -> list[Path]:
 
 
 def _read(file: Path) -> str:
-    """ "" where it can't be read."""
+    """Return the text of a file, or "" if it can't be read."""
     try:
         return file.read_text()
     except (OSError, ValueError):
@@ -129,7 +137,7 @@ def _read(file: Path) -> str:
 
 
 def _used(group: Path) -> int:
-    """Bytes of a group that can't be had back: file pages that the kernel would drop are not counted."""
+    """Return the bytes of a control group that are not reclaimable: without file pages that the kernel would drop."""
     used = _number(group / "memory.current", group / "memory.usage_in_bytes") or 0
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -140,7 +148,7 @@ def _used(group: Path) -> int:
 
 
 def _number(*files: Path) -> int | None:
-    """What the first of the files that can be read says, None for "max"."""
+    """Return the number in the first file that contains one, or None ("max" means no limit)."""
     for file in files:
         try:
             return int(file.read_text())
@@ -150,7 +158,7 @@ def _number(*files: Path) -> int | None:
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that no file backs (RssAnon)."""
+    """Return this process's anonymous memory (RssAnon) in bytes: memory that no file backs."""
     for line in _read(Path("/proc/self/status")).splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -158,7 +166,7 @@ def anonymous_memory() -> int:
 
 
 def cores_of_rank(cores: tuple[int, ...], rank: int, ranks: int) -> tuple[int, ...]:
-    """The cores that a rank keeps to itself; with more ranks than cores, the one core it shares."""
+    """Return the cores of a rank: its own, or with more ranks than cores the one core that it shares."""
     if ranks > len(cores):
         return (cores[rank % len(cores)],)
     whole, rest = divmod(len(cores), ranks)
@@ -166,9 +174,9 @@ def cores_of_rank(cores: tuple[int, ...], rank: int, ranks: int) -> tuple[int, .
     return cores[start : start + whole + (rank < rest)]
 
 
-def pinning(cores: tuple[int, ...]) -> dict[str, str]:
-    """Variables that bind each OpenMP thread to a core of its own; read when torch is loaded.
+def pinning_environment(cores: tuple[int, ...]) -> dict[str, str]:
+    """Return environment variables that bind each OpenMP thread to a core of its own. torch reads them when it loads.
 
-    Unbound, two threads of one matrix product end up on the same core often enough to cost a factor of ten.
+    Without them two threads of a matrix product share a core so often that it may take ten times as long.
     """
     return {"GOMP_CPU_AFFINITY": " ".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}

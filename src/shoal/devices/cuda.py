@@ -1,4 +1,4 @@
-"""What GPUs are here, without loading torch. ROCm's devices look the same to torch and differ only here."""
+"""The GPUs of this host, found without torch. ROCm would differ only here: to torch its devices look the same."""
 
 import importlib.util
 import re
@@ -16,26 +16,27 @@ _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noh
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """`name` is what CUDA_VISIBLE_DEVICES calls it, else its index; `memory` in bytes, None where it isn't told."""
+    """A visible GPU."""
 
-    name: str
-    memory: int | None
+    name: str  # its name in CUDA_VISIBLE_DEVICES, or its index if that is not set
+    memory: int | None  # in bytes; None if it is not known
 
 
 def discover(num_devices: int | None = None) -> Hardware | None:
-    """None where there is no GPU. CUDA_VISIBLE_DEVICES is honoured: ranks count the visible ones from 0.
+    """Return the hardware of a host with GPUs, or None if there is no GPU.
+
+    Only GPUs in CUDA_VISIBLE_DEVICES count, if that is set; ranks number them from 0.
 
     Raises:
-        ConfigError: `num_devices` is more than there are; a GPU can't pose as two.
+        ConfigError: `num_devices` is more than the number of GPUs.
     """
     variable = env.visible_cuda_devices()
-    gpus = visible_gpus(_ask(), variable)
+    gpus = visible_gpus(_query_gpus(), variable)
     if not gpus:
         return None
     if num_devices is not None and num_devices > len(gpus):
-        raise ConfigError(
-            f"--num-devices {num_devices}: this host shows {len(gpus)} GPUs{because_of(variable)}; or use --device cpu"
-        )
+        found = f"this host shows {len(gpus)} GPUs{describe_visibility(variable)}"
+        raise ConfigError(f"--num-devices {num_devices}: {found}; or use --device cpu")
     host = cpu.discover()
     memories = [gpu.memory for gpu in gpus if gpu.memory is not None]
     return Hardware(
@@ -52,13 +53,13 @@ def discover(num_devices: int | None = None) -> Hardware | None:
     )
 
 
-def because_of(variable: str | None) -> str:
-    """How a message about too few GPUs goes on, where CUDA_VISIBLE_DEVICES has this value."""
+def describe_visibility(variable: str | None) -> str:
+    """Return a part of a message about too few GPUs that shows the value of CUDA_VISIBLE_DEVICES, if it is set."""
     return "" if variable is None else f" under CUDA_VISIBLE_DEVICES={variable!r}"
 
 
 def torch_has_cuda() -> bool:
-    """Was the installed PyTorch built for GPUs? Read from its version file: loading it takes seconds."""
+    """Tell whether the installed PyTorch was built for GPUs. Reads its version file, since loading it takes seconds."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return False
@@ -67,12 +68,11 @@ def torch_has_cuda() -> bool:
 
 
 def visible_gpus(listing: str, variable: str | None) -> list[Gpu]:
-    """The GPUs in the order in which ranks count them, as CUDA would have it.
+    """Return the visible GPUs by the rules of CUDA, in the order in which ranks number them.
 
-    `listing` has lines of index, UUID and MiB; `variable` is CUDA_VISIBLE_DEVICES: indices, beginnings of UUIDs, or
-    names of MIG instances, of which a process sees the first alone. What comes after a name that is none is not seen,
-    and a GPU named twice hides all.
-    (CUDA C++ Programming Guide, on environment variables.)
+    `listing` has lines of index, UUID and MiB; `variable` is the value of CUDA_VISIBLE_DEVICES: indices, prefixes of
+    UUIDs, or names of MIG instances, of which a process sees only the first. Names after an invalid one are ignored,
+    and a GPU that is named twice hides all GPUs. (CUDA C++ Programming Guide, on environment variables.)
     """
     rows = [[part.strip() for part in line.split(",")] for line in listing.splitlines()]
     gpus = [(row[0], row[1], int(row[2]) * 2**20) for row in rows if len(row) == 3 and row[2].isdigit()]
@@ -93,7 +93,8 @@ def visible_gpus(listing: str, variable: str | None) -> list[Gpu]:
     return list(found.values())
 
 
-def _ask() -> str:
+def _query_gpus() -> str:
+    """Return the output of nvidia-smi, or "" if it cannot be run."""
     try:
         return subprocess.run(_QUERY, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

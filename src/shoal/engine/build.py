@@ -51,7 +51,7 @@ def build_engine(
     first = plan.ranks[0]
     alone = in_this_process and len(plan.ranks) == 1 and first.device == "cpu"
     if alone and own_process and plan.bind_cores and "torch" not in sys.modules:
-        env.prefer(cpu.pinning(first.cores))
+        env.set_defaults(cpu.pinning_environment(first.cores))
     links = start_ranks(plan.executor, setups, groups)
     launched = time.monotonic() - begun
     shortest = plan.asked_model_len or plan.block_size

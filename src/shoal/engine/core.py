@@ -157,7 +157,7 @@ class EngineCore:
     @property
     def _is_behind(self) -> bool:
         """Return whether other replicas have launched steps that this replica has not launched yet."""
-        return self._lockstep is not None and self._lockstep.due() > self._scheduler.num_steps
+        return self._lockstep is not None and self._lockstep.steps_due() > self._scheduler.num_steps
 
     def _root_cause(self, error: EngineError) -> EngineError:
         """Return the error to report. If another replica has failed, `error` follows from that failure."""

@@ -6,6 +6,7 @@ after the last known token. With it the request can be planned, and the token dr
 
 from dataclasses import dataclass
 
+from shoal.errors import RequestError, structured_outputs_error
 from shoal.wire.base import Ids
 from shoal.wire.grammars import Verdict
 
@@ -35,8 +36,8 @@ class Constraint:
         assert verdict is not None
         return verdict.masks[: places * (len(verdict.masks) // len(verdict.ended))]
 
-    def why_forbidden(self, place: int, token: int) -> str:
-        """Return why the output may not have `token`, which was drawn after `place` drafts; "" if it may.
+    def objection(self, place: int, token: int) -> RequestError | None:
+        """Return why the output may not have a token that was drawn after `place` drafts; None if it may.
 
         Ranks draw a token that is not allowed if the mask and the other parameters together allow none.
         """
@@ -45,8 +46,10 @@ class Constraint:
         row = self.verdict.masks[place * size : (place + 1) * size]
         allowed = token // 8 < size and row[token // 8] >> token % 8 & 1
         if allowed:
-            return ""
-        return "structured_outputs can't be obeyed: the request's other parameters forbid every token that may follow"
+            return None
+        return structured_outputs_error(
+            "can't be obeyed: the request's other parameters forbid every token that may follow"
+        )
 
     def is_complete_behind(self, place: int) -> bool:
         """Return whether the output is complete after the first `place` drafts."""

@@ -6,11 +6,10 @@ import signal
 import click
 
 from shoal.addresses import Address
-from shoal.cluster.lockstep.local import Joined
-from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
-from shoal.cluster.members.doors import PEERS
 from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.local import LockstepMember
+from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.engine.server import serve
 from shoal.log import configure_logging
 from shoal.process import garbage_collector
@@ -19,6 +18,7 @@ from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import EnginePlan
+from shoal.wire.rendezvous import PEERS_DOOR
 
 
 @click.command()
@@ -52,7 +52,7 @@ def join_lockstep(plan: EnginePlan) -> RendezvousLockstep | None:
     connect(
         Address.parse(place.rendezvous),
         place.key,
-        room=PEERS,
+        room=PEERS_DOOR,
         rank=place.rank,
         size=place.size,
         agreement=plan.agreement,
@@ -62,12 +62,12 @@ def join_lockstep(plan: EnginePlan) -> RendezvousLockstep | None:
     return None
 
 
-def start_engine(plan: EnginePlan, lockstep: Joined | None) -> EngineCore:
+def start_engine(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
     if isinstance(lockstep, RendezvousLockstep):
         place = replace_fields(plan.place, address=lockstep.host_address, meeting=lockstep.formation)
         plan = replace_fields(plan, place=place)
     engine = build_engine(plan, own_process=True, lockstep=lockstep)
-    garbage_collector.settle()
+    garbage_collector.freeze()
     return engine
 
 

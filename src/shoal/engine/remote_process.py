@@ -12,9 +12,8 @@ import time
 import click
 
 from shoal.addresses import Address
-from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
-from shoal.cluster.members.doors import FRONT_END
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.engine.process import join_lockstep, start_engine
 from shoal.engine.server import receive_first, report_failure, report_to_replicas, serve_client
 from shoal.errors import EngineError
@@ -27,6 +26,7 @@ from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import to_engine
 from shoal.wire.hosts import HeadlessSetup, PlanReceived, headless_setup_decoder
 from shoal.wire.plan import EnginePlan
+from shoal.wire.rendezvous import FRONT_END_DOOR
 
 log = get_logger("replica")
 
@@ -109,7 +109,7 @@ class FrontEnd:
         channel = connect(
             self.address,
             setup.place.key,
-            room=FRONT_END,
+            room=FRONT_END_DOOR,
             rank=setup.place.rank,
             size=setup.place.size,
             agreement=setup.agreement,

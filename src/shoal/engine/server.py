@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.local import LockstepMember
 from shoal.errors import EngineError, RequestError, ShoalError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, encode
@@ -14,8 +14,6 @@ from shoal.wire.engine import (
     ControlReply,
     EngineFailure,
     EngineRequest,
-    Finish,
-    RefusalKind,
     ResetPrefixCache,
     SeqUpdate,
     SetActivity,
@@ -34,8 +32,8 @@ _RANK_STATS_PERIOD_S = 5.0  # busy ranks answer between two steps, so they are a
 _POLL_S = 0.5
 _FLUSH_TIMEOUT_S = 1.0
 
-JoinLockstep = Callable[[EnginePlan], Joined | None]
-StartEngine = Callable[[EnginePlan, Joined | None], EngineCore]
+JoinLockstep = Callable[[EnginePlan], LockstepMember | None]
+StartEngine = Callable[[EnginePlan, LockstepMember | None], EngineCore]
 
 
 def serve(channel: Channel, join: JoinLockstep, start: StartEngine) -> int:
@@ -88,7 +86,7 @@ def _receive_plan(channel: Channel) -> EnginePlan:
 
 
 def serve_client(
-    channel: Channel, engine: EngineCore, lockstep: Joined | None, supervisor: Channel | None = None
+    channel: Channel, engine: EngineCore, lockstep: LockstepMember | None, supervisor: Channel | None = None
 ) -> None:
     """Serve a client until the client or the supervisor ends the engine.
 
@@ -117,7 +115,7 @@ def serve_client(
                     return
                 _handle_message(channel, engine, message)
         if lockstep is not None:
-            lockstep.quiet()
+            lockstep.clear()
         if engine.busy and (updates := engine.updates(_POLL_S)):
             channel.send(encode(Updates(tuple(updates))))
 
@@ -162,8 +160,7 @@ def _handle_message(channel: Channel, engine: EngineCore, message: ToEngine) -> 
             try:
                 engine.add(message)
             except RequestError as error:  # only this request ends
-                refused = SeqUpdate(message.seq, (), finish=Finish.ABORT, error=str(error), refusal=RefusalKind.INVALID)
-                channel.send(encode(Updates((refused,))))
+                channel.send(encode(Updates((SeqUpdate.invalid(message.seq, error),))))
         case Abort():
             engine.abort(message.seqs)
         case StatsQuery():
@@ -186,17 +183,17 @@ def _execute(engine: EngineCore, message: SetActivity | ResetPrefixCache) -> Con
     return ControlReply(message.id)
 
 
-def _root_cause(error: Exception, lockstep: Joined | None) -> Exception:
+def _root_cause(error: Exception, lockstep: LockstepMember | None) -> Exception:
     """Return the failure of another replica if one is known, since `error` follows from it; else return `error`."""
     try:
         if lockstep is not None:
-            lockstep.due()
+            lockstep.steps_due()
     except EngineError as theirs:
         return theirs
     return error
 
 
-def report_to_replicas(error: Exception, lockstep: Joined | None, place: ReplicaPlace) -> Exception:
+def report_to_replicas(error: Exception, lockstep: LockstepMember | None, place: ReplicaPlace) -> Exception:
     """Leave the lockstep and tell the other replicas of a failure. Return the error to report to the client.
 
     The replicas are told first, since the client may end this process when it hears of the failure.

@@ -45,7 +45,7 @@ class ProcessLinks:
     def _start(self, setups: Sequence[RankSetup]) -> None:
         for setup in setups:
             arguments = ["--rank", str(setup.rank), "--size", str(self.world_size), "--store", str(self._store)]
-            environment = cpu.pinning(setup.rank_plan.cores) if setup.plan.bind_cores else {}
+            environment = cpu.pinning_environment(setup.rank_plan.cores) if setup.plan.bind_cores else {}
             self._children.append(ChildProcess("shoal.worker", arguments, environment, [self._store]))
 
     def send(self, message: ToRank, rank: int | None = None) -> None:
@@ -92,7 +92,7 @@ class ProcessLinks:
                 raise RankFailed(f"rank {rank} ({self.describe(rank)}) {why}; its last message was {quiet:.1f} s ago")
 
     def _raise_death(self, rank: int) -> None:
-        raise RankFailed(f"rank {rank} ({self.describe(rank)}) {self._children[rank].death()}")
+        raise RankFailed(f"rank {rank} ({self.describe(rank)}) {self._children[rank].describe_exit()}")
 
     def describe(self, rank: int) -> str:
         heartbeat = self._heartbeats[rank]

@@ -101,7 +101,7 @@ def parse_line(index: int, where: str, line: object) -> JobEntry:
         raise RequestError(f"it has {' and '.join(f'`{name}`' for name in given)}: give one of them")
     sampling = line.get("sampling_params")
     if sampling is not None and not isinstance(sampling, dict):
-        raise RequestError("`sampling_params` must be a JSON object")
+        raise RequestError("`sampling_params` must be a JSON object", "sampling_params")
     return JobEntry(
         index,
         where,
@@ -126,10 +126,11 @@ def parse_prompt(kind: str, value: object) -> Prompt:
     """
     if kind == "prompt":
         if not isinstance(value, str):
-            raise RequestError(f"`prompt` must be a text, got {_short(value)}; token ids go into `prompt_token_ids`")
+            why = f"`prompt` must be a text, got {_short(value)}; token ids go into `prompt_token_ids`"
+            raise RequestError(why, "prompt")
         return value
     if not isinstance(value, list):
-        raise RequestError(f"`prompt_token_ids` must be a list of integers, got {_short(value)}")
+        raise RequestError(f"`prompt_token_ids` must be a list of integers, got {_short(value)}", "prompt_token_ids")
     return {"prompt_token_ids": value}
 
 
@@ -140,7 +141,8 @@ def parse_messages(value: object) -> list[Message]:
         RequestError: it is not a list of objects.
     """
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise RequestError(f"`messages` must be a list of objects with `role` and `content`, got {_short(value)}")
+        why = f"`messages` must be a list of objects with `role` and `content`, got {_short(value)}"
+        raise RequestError(why, "messages")
     return value
 
 

@@ -11,7 +11,7 @@ from shoal.errors import RequestError
 from shoal.jobs.entries import Endpoint, JobEntry, find_ids, parse_messages, parse_prompt
 from shoal.openai import parameters
 from shoal.openai.answers import chat_choice, completion_choice, usage
-from shoal.openai.parameters import sampling_of
+from shoal.openai.parameters import read_sampling
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
 
@@ -32,20 +32,21 @@ def parse_request(index: int, where: str, line: Mapping[str, Any]) -> JobEntry:
     """
     url, body = line.get("url"), line["body"]
     if line.get("method", "POST") != "POST":
-        raise RequestError(f"`method` must be POST, got {line['method']!r}")
+        raise RequestError(f"`method` must be POST, got {line['method']!r}", "method")
     if url not in ENDPOINTS:
-        raise RequestError(f"`url` must be {' or '.join(ENDPOINTS)}, got {url!r}")
+        raise RequestError(f"`url` must be {' or '.join(ENDPOINTS)}, got {url!r}", "url")
     if not isinstance(line.get("custom_id"), str):
-        raise RequestError(f"a request of a batch needs a text `custom_id`, got {line.get('custom_id')!r}")
+        why = f"a request of a batch needs a text `custom_id`, got {line.get('custom_id')!r}"
+        raise RequestError(why, "custom_id")
     if not isinstance(body, dict):
-        raise RequestError("`body` must be a JSON object")
+        raise RequestError("`body` must be a JSON object", "body")
     chat = url == _CHAT
     return JobEntry(
         index,
         where,
         prompt=None if chat else _prompt(body.get("prompt")),
         messages=parse_messages(body.get("messages")) if chat else None,
-        sampling=sampling_of(body, chat=chat, read=_SHOWN, inside="body."),
+        sampling=read_sampling(body, chat=chat, read=_SHOWN, inside="body."),
         ids=find_ids({"custom_id": line["custom_id"]}),
         endpoint=cast(Endpoint, url),
         model=body["model"] if isinstance(body.get("model"), str) else None,
@@ -73,7 +74,7 @@ def refused_entry(index: int, where: str, line: Mapping[str, Any], why: str) -> 
 def _read_bool(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise RequestError(f"`body.{name}` must be true or false, got {value!r}")
+        raise RequestError(f"`body.{name}` must be true or false, got {value!r}", f"body.{name}")
     return bool(value)
 
 
@@ -86,7 +87,7 @@ def _prompt(prompt: object) -> Any:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt):
-        raise RequestError(f"`prompt` has {len(prompt)} prompts: write each into a separate line")
+        raise RequestError(f"`prompt` has {len(prompt)} prompts: write each into a separate line", "prompt")
     return parse_prompt("prompt_token_ids" if isinstance(prompt, list) else "prompt", prompt)
 
 

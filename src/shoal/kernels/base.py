@@ -1,7 +1,7 @@
-"""The arithmetic behind one interface: what a model computes between its linear layers.
+"""The interface of the kernels: the operations of a model that are not linear layers.
 
-Two implementations exist. `reference` is PyTorch, right on every device; `native` is C++ for the CPU. Both keep the
-contract below, and `tests/kernels` holds them against each other.
+There are two implementations: `reference` is PyTorch and runs on every device; `native` is C++ for the CPU. Both keep
+the contract below, and `tests/kernels` compares them.
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """The tokens of one step, and where their keys and values live.
+    """The tokens of one step, and the slots of their keys and values in the KV cache.
 
-    `n` tokens of `b` sequences. The queries of a sequence are consecutive; sequences with one query come first, so
-    that the first `num_single` rows of every per-token tensor are exactly those sequences.
+    There are `n` tokens (queries) of `b` sequences. The queries of a sequence are consecutive. Sequences with a single
+    query come first, so the first `num_single` rows of every per-token tensor belong to these.
     """
 
     positions: Tensor  # int64 [n]: each token's position in its sequence
-    slots: Tensor  # int64 [n]: block * block_size + offset, where the token's key and value are written
-    query_starts: Tensor  # int32 [b + 1]: first row of each sequence, then n
-    context_lens: Tensor  # int32 [b]: cached tokens a sequence's last query sees, its own included
+    slots: Tensor  # int64 [n]: the slot for the token's key and value, which is block * block_size + offset
+    query_starts: Tensor  # int32 [b + 1]: the first row of each sequence, then n
+    context_lens: Tensor  # int32 [b]: the number of tokens that a sequence's last query attends to, its own included
     block_tables: Tensor  # int32 [b, max_blocks]: rows are padded with 0
     block_size: int
     num_single: int
-    query_lens: tuple[int, ...]  # the same facts on the host, for loops that launch work
-    host_context_lens: tuple[int, ...]
+    query_lens: tuple[int, ...]  # on the host: the number of queries of each sequence
+    host_context_lens: tuple[int, ...]  # on the host: the same as `context_lens`
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,10 @@ class HeadLayout:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary tables, [max_positions, rotary_dim / 2] in float32; halves are rotated against each other (NeoX style).
+    """Rotary tables, float32 [max_positions, rotary_dim / 2].
 
-    `rotary_dim` may be smaller than the head: the rest of the head passes through.
+    Element i of a head is rotated with element i + rotary_dim / 2 (NeoX style). `rotary_dim` may be smaller than the
+    head, whose other elements do not change.
     """
 
     cos: Tensor
@@ -66,29 +67,32 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class Norm:
     """A norm over the last dimension, with weights of its size.
 
-    rms: the normalized row is rounded to x's dtype before the weight, in x's dtype, is applied (Llama).
-    rms_wide: weight in float32, all of it computed in float32 and rounded once (Gemma; its 1 + w is in the weight).
-    layer: LayerNorm (Ba et al., 2016); weight and bias, if there are any, in x's dtype.
+    rms: RMSNorm. The normalized row is rounded to x's dtype, then multiplied with the weight in that dtype (Llama).
+    rms_wide: RMSNorm with a float32 weight, computed in float32 and rounded once (Gemma; the weight includes its 1 +).
+    layer: LayerNorm (Ba et al., 2016). Weight and bias are optional, and have x's dtype.
     """
 
     kind: NormKind
     weight: Tensor | None  # None: ones
-    bias: Tensor | None  # of `layer` alone
+    bias: Tensor | None  # only for `layer`
     eps: float
 
 
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """Norms over each query head and each key head, [head_dim] weights, applied before the rotation."""
+    """Norms of each query head and each key head, with weights [head_dim]. They are applied before the rotation."""
 
     q: Norm
     k: Norm
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """How the scores of an attention are made: `scale` times the product, bent into (-softcap, softcap) by a tanh, and
-    a query sees itself and the `window - 1` tokens before it; None: all of them."""
+class AttentionParams:
+    """The parameters of an attention layer.
+
+    A score is `scale` times the product of query and key, and with a softcap softcap * tanh(score / softcap). A query
+    attends to itself and the `window - 1` tokens before it, or to all tokens before it without a window.
+    """
 
     scale: float
     window: int | None = None
@@ -96,25 +100,28 @@ class Scores:
 
 
 class Kernels(Protocol):
-    """Results are new tensors unless said otherwise; sums, norms and softmax are computed in float32."""
+    """The operations between linear layers.
+
+    Results are new tensors unless the docstring says otherwise. Sums, norms and softmax are computed in float32.
+    """
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
-        """x: [n, hidden]."""
+        """Normalize each row of x: [n, hidden]."""
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual), the sum rounded to x's dtype. May write either input."""
+        """Return norm(x + residual) and x + residual, the sum rounded to x's dtype. May overwrite both inputs."""
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
-        """x: [n, m], and so the result. May write x."""
+        """Apply the activation to each element of x: [n, m]. May overwrite x."""
 
     def activate_gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """gate_up: [n, 2 * m], gates first. activation(gate) * up: [n, m]."""
+        """Return activation(gate) * up: [n, m]. gate_up: [n, 2 * m], the gates first."""
 
-    def weighted_sum(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        """Row i of the result is the sum of weights[i, j] * x[places[i, j]], added up in the order of j.
+    def weighted_sum(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Return, as row i, the sum of weights[i, j] * x[indices[i, j]] over j, added in the order of j.
 
-        x: [p, m]. places: int64 [n, k], below 0 for none; weights: float32 [n, k]. Gives [n, m], summed up in float32
-        and rounded once.
+        x: [p, m]. indices: int64 [n, k]; negative ones are left out. weights: float32 [n, k]. Gives [n, m], summed in
+        float32 and rounded once.
         """
 
     def rotate_and_store(
@@ -126,13 +133,15 @@ class Kernels(Protocol):
         batch: PagedBatch,
         cache: KVCache,
     ) -> Tensor:
-        """Normalizes and rotates queries and keys, writes keys and values into the cache.
+        """Normalize and rotate queries and keys, write keys and values into the cache, and return the queries.
 
-        qkv: [n, (q_heads + 2 * kv_heads) * head_dim], queries, keys, values. Gives queries [n, q_heads, head_dim].
+        qkv: [n, (q_heads + 2 * kv_heads) * head_dim]: queries, keys, values. Gives [n, q_heads, head_dim].
         """
 
-    def attend(self, q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, cache: KVCache) -> Tensor:
-        """Causal attention over the paged cache, which holds this step's keys already.
+    def attend(
+        self, q: Tensor, heads: HeadLayout, params: AttentionParams, batch: PagedBatch, cache: KVCache
+    ) -> Tensor:
+        """Compute causal attention over the paged KV cache, which already contains this step's keys and values.
 
         q: [n, q_heads, head_dim]. Gives [n, q_heads * head_dim].
         """

@@ -1,4 +1,4 @@
-"""The experts of one rank, computed in groups: all rows of an expert in one product, whoever they belong to."""
+"""The experts of one rank. All rows of the batch that are routed to one expert are computed in one product."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,10 +10,10 @@ from shoal.kernels.linear import Linear
 
 
 class GroupedExperts:
-    """Each expert is an MLP: `up`, which with a gate gives gates and values side by side, `activate`, and `down`.
+    """A group of experts, each an MLP: `up`, `activate` and `down`. In a gated MLP `up` gives gates, then values.
 
-    A row's result has the same bits whatever else is in the batch: its products are rows of linear layers, and they
-    are summed in the order in which the row names its experts.
+    A row's result has the same bits in any batch: its products are rows of linear layers, and they are summed in the
+    order in which the row lists its experts.
     """
 
     def __init__(
@@ -25,22 +25,22 @@ class GroupedExperts:
         self.kernels = kernels
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """x: [m, hidden]. experts: int64 [m, k], each one's number here, -1 for none. weights: float32 [m, k].
+        """Return the weighted sum of the results of each row's experts: [m, hidden], zeros for a row without experts.
 
-        Gives [m, hidden]: the weighted sum of what a row's experts made of it, zeros for a row without any.
+        x: [m, hidden]. experts: int64 [m, k], numbers of this rank's experts, -1 for none. weights: float32 [m, k].
         """
-        pairs = experts.flatten()
+        pairs = experts.flatten()  # of a row and an expert
         absent, *counts = torch.bincount(pairs + 1, minlength=len(self.up) + 1).tolist()
         if absent == len(pairs):
             return torch.zeros_like(x)
         order = pairs.argsort(stable=True)
-        places = order.argsort() - absent  # of each pair among the rows below; where there is no expert, below 0
-        rows_of_groups = order[absent:] // experts.shape[1]
-        inner = self.activate(_in_groups(self.up, x.index_select(0, rows_of_groups), counts))
-        return self.kernels.weighted_sum(_in_groups(self.down, inner, counts), places.view(experts.shape), weights)
+        indices = order.argsort() - absent  # the row of each pair in the results below; negative without an expert
+        rows_by_expert = order[absent:] // experts.shape[1]
+        inner = self.activate(_apply_grouped(self.up, x.index_select(0, rows_by_expert), counts))
+        return self.kernels.weighted_sum(_apply_grouped(self.down, inner, counts), indices.view(experts.shape), weights)
 
 
-def _in_groups(linears: Sequence[Linear], rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """rows: first those of the first layer, `counts[0]` of them, and so on."""
+def _apply_grouped(linears: Sequence[Linear], rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Apply each layer to its rows: the first `counts[0]` rows are those of the first layer, and so on."""
     groups = zip(linears, rows.split(counts), counts, strict=True)
     return torch.cat([linear(group) for linear, group, count in groups if count])

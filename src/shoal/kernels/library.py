@@ -1,14 +1,14 @@
-"""Finding and opening the libraries that `setup.py` builds from `csrc/`."""
+"""Finds and opens the libraries that `setup.py` builds from `csrc/`."""
 
 import ctypes
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch  # noqa: F401  (brings the OpenMP runtime that the libraries bind to)
+import torch  # noqa: F401  (loads the OpenMP runtime that the libraries bind to)
 
 
 def open_library(folder: Path, name: str, version_function: str, version: int) -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None, and one line that says which one was opened or why there is none."""
+    """Return the library, or None, and one line that names the opened file or says why there is none."""
     candidates = [folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
@@ -19,7 +19,7 @@ def open_library(folder: Path, name: str, version_function: str, version: int) -
     except (OSError, AttributeError) as error:
         return None, f"{path.name} cannot be loaded: {error}"
     if found != version:
-        return None, f"{path.name} is stale: it has interface {found}, this version needs {version}; build it again"
+        return None, f"{path.name} is stale: its interface is version {found}, but {version} is needed; build it again"
     return library, f"{path.name}"
 
 
@@ -27,8 +27,8 @@ def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError:
-        # A library names no OpenMP runtime and takes the one in the process. PyTorch usually makes its own visible to
-        # libraries loaded later; where it did not, opening the loaded file again does.
+        # The library is not linked to an OpenMP runtime but uses the one in the process. Usually the symbols of
+        # PyTorch's runtime are visible to libraries that are loaded later; if not, opening it again makes them visible.
         runtime = _loaded_openmp()
         if runtime is None:
             raise

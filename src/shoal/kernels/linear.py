@@ -1,4 +1,4 @@
-"""Linear layers whose weights are laid out once for the machine that multiplies with them."""
+"""Linear layers. On a CPU their weights are packed once into the layout that oneDNN multiplies fastest."""
 
 from typing import Protocol
 
@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 class Linear(Protocol):
-    """x: [n, in_features], n may be 0. Gives [n, out_features]."""
+    """A linear layer."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [n, in_features], n may be 0. Gives [n, out_features]."""
 
 
 class PlainLinear:
-    """PyTorch's own product, on the weight as it is: [out_features, in_features]."""
+    """A linear layer that PyTorch computes with the weight as it is: [out_features, in_features]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
@@ -25,25 +26,26 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """oneDNN's product on a copy of the weight in oneDNN's blocked layout; the weight passed in is not kept.
+    """A linear layer that oneDNN computes, with a copy of the weight in oneDNN's blocked layout.
 
-    A row's result has the same bits whatever the number of rows. For bfloat16 oneDNN sees to that; for float32 it takes
-    another path for one row alone (a matrix-vector product), so that one row is computed as two.
+    It keeps no reference to the weight that is passed in. A row's result has the same bits for any number of rows. For
+    bfloat16 oneDNN guarantees that; for float32 it computes a single row differently (as a matrix-vector product), so a
+    single row is computed as two.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._out_features = weight.shape[0]
-        # The second argument is the batch size to tune for. Layouts for other sizes differ little in speed.
+        # The second argument is the batch size to tune for. Layouts for other sizes have nearly the same speed.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         self._bias = bias
-        self._fewest_rows = 2 if weight.dtype == torch.float32 else 1
+        self._min_rows = 2 if weight.dtype == torch.float32 else 1
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if rows == 0:
             return x.new_empty((0, self._out_features))
-        if rows < self._fewest_rows:
-            return self._multiply(x.expand(self._fewest_rows, -1).contiguous())[:rows]
+        if rows < self._min_rows:
+            return self._multiply(x.expand(self._min_rows, -1).contiguous())[:rows]
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -52,9 +54,10 @@ class PackedLinear:
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | PlainLinear:
-    """weight: [out_features, in_features], either of which may be 0; bias: [out_features].
+    """Return a packed linear layer if oneDNN supports the weight, else a plain one.
 
-    The caller should let go of the weight: where it has been packed it would be held twice.
+    weight: [out_features, in_features], either of which may be 0; bias: [out_features]. The caller should drop the
+    weight: if it was packed there are two copies of it.
     """
     return PackedLinear(weight, bias) if _can_pack(weight) else PlainLinear(weight, bias)
 
@@ -68,13 +71,14 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 class HeadLinear(Protocol):
-    """A matrix for each head. x: [n, heads, in_features], n may be 0. Gives [n, heads, out_features]."""
+    """A linear layer with a matrix of its own for each head."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [n, heads, in_features], n may be 0. Gives [n, heads, out_features]."""
 
 
 class PlainHeadLinear:
-    """PyTorch's batched product, on the weights as they are: [heads, out_features, in_features]."""
+    """A linear layer per head by PyTorch's batched product, with the weights as they are: [heads, out, in]."""
 
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
@@ -84,7 +88,7 @@ class PlainHeadLinear:
 
 
 class PackedHeadLinear:
-    """Each head's product by itself, packed like any other: so a row's bits don't depend on the number of rows."""
+    """A packed linear layer for each head, so that a row's bits do not depend on the number of rows."""
 
     def __init__(self, weights: Tensor) -> None:
         self._out_features = weights.shape[1]
@@ -98,5 +102,5 @@ class PackedHeadLinear:
 
 
 def make_head_linear(weights: Tensor) -> PackedHeadLinear | PlainHeadLinear:
-    """weights: [heads, out_features, in_features], any of which may be 0. As with `make_linear`, let go of them."""
+    """Do the same as `make_linear` for each head. weights: [heads, out_features, in_features], any may be 0."""
     return PackedHeadLinear(weights) if _can_pack(weights) else PlainHeadLinear(weights)

@@ -1,7 +1,7 @@
 """The kernels in C++ for the CPU (`csrc/rows.cpp`, `csrc/attention.cpp`), called through ctypes.
 
-A row's result has the same bits whatever else is in the batch and however many threads compute it, for all operations
-and for the attention of sequences with at most `MAX_SHORT_QUERIES` queries. Longer runs go through PyTorch.
+A row's result has the same bits in any batch and with any number of threads. The exception is the attention of
+sequences with more than `MAX_SHORT_QUERIES` queries, which PyTorch computes.
 """
 
 import ctypes
@@ -12,12 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import Activation, HeadLayout, KVCache, Norm, NormKind, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.base import (
+    Activation,
+    AttentionParams,
+    HeadLayout,
+    KVCache,
+    Norm,
+    NormKind,
+    PagedBatch,
+    QKNorm,
+    Rope,
+)
 from shoal.kernels.library import open_library
-from shoal.kernels.reference import ReferenceKernels, attend_runs
+from shoal.kernels.reference import ReferenceKernels, attend_multi_queries
 
 ABI_VERSION = 3
-MAX_SHORT_QUERIES = 8  # beyond, the matrix products of a prefill beat rereading the keys from cache for every query
+MAX_SHORT_QUERIES = 8  # with more queries PyTorch's matrix products are faster than reading the keys for every query
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NORM_CODES: dict[NormKind, int] = {"rms": 0, "rms_wide": 1, "layer": 2}
@@ -44,9 +54,9 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 class NativeKernels:
-    """`shoal.kernels.base.Kernels` on the CPU, for float32 and bfloat16; `load_native` makes one.
+    """The C++ implementation of `shoal.kernels.base.Kernels` for float32 and bfloat16; `load_native` makes one.
 
-    Threads may share one object. All tensors of a call have one dtype, but for the rotary tables and the weights of
+    Threads may share one object. All tensors of a call have the same dtype, except the rotary tables and the weights of
     rms_wide, which are float32.
     """
 
@@ -115,14 +125,14 @@ class NativeKernels:
         )
         return out
 
-    def weighted_sum(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        x, places, weights = x.contiguous(), places.contiguous(), weights.contiguous()
-        rows, k = places.shape
+    def weighted_sum(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        x, indices, weights = x.contiguous(), indices.contiguous(), weights.contiguous()
+        rows, k = indices.shape
         out = x.new_empty((rows, x.shape[1]))
         self._weighted_sum(
             _TYPE_CODES[x.dtype],
             x.data_ptr(),
-            places.data_ptr(),
+            indices.data_ptr(),
             weights.data_ptr(),
             out.data_ptr(),
             rows,
@@ -168,9 +178,11 @@ class NativeKernels:
         )
         return out
 
-    def attend(self, q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, cache: KVCache) -> Tensor:
+    def attend(
+        self, q: Tensor, heads: HeadLayout, params: AttentionParams, batch: PagedBatch, cache: KVCache
+    ) -> Tensor:
         if heads.head_dim > self._max_head_dim:
-            return self._reference.attend(q, heads, scores, batch, cache)
+            return self._reference.attend(q, heads, params, batch, cache)
         q = q.contiguous()
         out = torch.empty_like(q)
         if out.numel() > 0:
@@ -190,27 +202,28 @@ class NativeKernels:
                 heads.q_heads,
                 heads.kv_heads,
                 heads.head_dim,
-                self._grouped(heads),
-                _NO_WINDOW if scores.window is None else scores.window,
-                scores.scale,
-                scores.softcap or 0.0,
+                self._head_groups(heads),
+                _NO_WINDOW if params.window is None else params.window,
+                params.scale,
+                params.softcap or 0.0,
                 _threads(),
             )
             if status == _OUT_OF_MEMORY:
-                raise MemoryError("no memory for the partial results of attention")
+                raise MemoryError("out of memory for the partial results of attention")
             if status != 0:
-                raise RuntimeError(f"the native attention refused its arguments (status {status})")
+                raise RuntimeError(f"the native attention kernel refused its arguments (status {status})")
             if len(batch.query_lens) > batch.num_single:
-                attend_runs(q, heads, scores, batch, cache, out, shortest=MAX_SHORT_QUERIES + 1)
+                attend_multi_queries(q, heads, params, batch, cache, out, min_queries=MAX_SHORT_QUERIES + 1)
         return out.view(out.shape[0], heads.q_heads * heads.head_dim)
 
-    def _grouped(self, heads: HeadLayout) -> "ctypes.Array[ctypes.c_int32]":
-        """The query heads ordered by KV head: where each KV head's begin and end ([kv_heads + 1]), then the heads."""
+    def _head_groups(self, heads: HeadLayout) -> "ctypes.Array[ctypes.c_int32]":
+        """Return the query heads ordered by KV head: first the start of each KV head's group ([kv_heads + 1]), then
+        the query heads ([q_heads])."""
         key = (heads.q_to_kv, heads.kv_heads)
         groups = self._groups.get(key)
         if groups is None:
             if any(not 0 <= kv < heads.kv_heads for kv in heads.q_to_kv) or len(heads.q_to_kv) != heads.q_heads:
-                raise ValueError(f"a query head without a KV head of its rank in {heads}")
+                raise ValueError(f"a query head without a KV head on its rank: {heads}")
             order = sorted(range(heads.q_heads), key=heads.q_to_kv.__getitem__)
             starts = [sum(kv < head for kv in heads.q_to_kv) for head in range(heads.kv_heads + 1)]
             groups = (ctypes.c_int32 * (len(starts) + len(order)))(*starts, *order)
@@ -219,7 +232,7 @@ class NativeKernels:
 
 
 def load_native() -> tuple[NativeKernels | None, str]:
-    """The native kernels, or None, and one line that says which library was loaded or why there is none."""
+    """Return the native kernels, or None, and one line that names the loaded library or says why there is none."""
     library, reason = open_library(Path(__file__).parent, "_native", "shoal_abi_version", ABI_VERSION)
     if library is None:
         return None, reason
@@ -234,14 +247,15 @@ def _function(library: ctypes.CDLL, name: str, restype: Any = None) -> Callable[
 
 
 def _addresses(norm: Norm, dtype: torch.dtype) -> tuple[int | None, int | None]:
-    """Where weight and bias of a norm of rows of `dtype` lie. Of another type they would be read as what they are not.
+    """Return the addresses of a norm's weight and bias, for rows of `dtype`.
 
-    Raises ValueError.
+    Raises:
+        ValueError: C++ would misread the weights, since they have another dtype.
     """
     wanted = torch.float32 if norm.kind == "rms_wide" else dtype
     weight, bias = norm.weight, norm.bias
     if (weight is not None and weight.dtype is not wanted) or (bias is not None and bias.dtype is not wanted):
-        raise ValueError(f"a norm of kind {norm.kind} over {dtype} wants its weights in {wanted}")
+        raise ValueError(f"a norm of kind {norm.kind} over {dtype} needs weights in {wanted}")
     return weight if weight is None else weight.data_ptr(), bias if bias is None else bias.data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch: the yardstick for every other implementation, and what runs where none other does."""
+"""The kernels in plain PyTorch: the reference for other implementations, and the fallback on every other device."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.kernels.base import Activation, HeadLayout, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.base import Activation, AttentionParams, HeadLayout, KVCache, Norm, PagedBatch, QKNorm, Rope
 
-GATHER_BYTES = 256 * 2**20  # keys and values that decoding sequences gather at a time; one sequence may take more
-SCORE_BYTES = 32 * 2**20  # float32 scores of a run that are held at a time where they are written out (softcap)
-WINDOW_QUERIES = 256  # queries of a run taken together under a window: each reads this many keys in vain at most
+GATHER_BYTES = 256 * 2**20  # limit for the keys and values gathered at once for decoding; one sequence may exceed it
+SCORE_BYTES = 32 * 2**20  # limit for the float32 scores that attention with a softcap keeps in memory at once
+WINDOW_QUERIES = 256  # queries per call of attention with a window; each reads at most this many keys for nothing
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class ReferenceKernels:
-    """`shoal.kernels.base.Kernels` on any device, for float32, bfloat16 and float16."""
+    """The implementation of `shoal.kernels.base.Kernels` for any device, and float32, bfloat16 and float16."""
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         if norm.kind == "layer":
@@ -45,12 +45,12 @@ class ReferenceKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return _ACTIVATIONS[activation](gate) * up
 
-    def weighted_sum(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        total = torch.zeros((len(places), x.shape[1]), device=x.device)
+    def weighted_sum(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros((len(indices), x.shape[1]), device=x.device)
         if len(x):
-            for place, weight in zip(places.unbind(1), weights.unbind(1), strict=True):
-                term = x.index_select(0, place.clamp(min=0)).float() * weight.unsqueeze(1)
-                total += term.masked_fill_((place < 0).unsqueeze(1), 0)  # the row at 0 may have no number
+            for index, weight in zip(indices.unbind(1), weights.unbind(1), strict=True):
+                term = x.index_select(0, index.clamp(min=0)).float() * weight.unsqueeze(1)
+                total += term.masked_fill_((index < 0).unsqueeze(1), 0)  # masked, since row 0 or the weight may be NaN
         return total.to(x.dtype)
 
     def rotate_and_store(
@@ -72,171 +72,202 @@ class ReferenceKernels:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         cache.keys.index_copy_(0, batch.slots, k)
         cache.values.index_copy_(0, batch.slots, v)
-        # Neither normalized nor rotated, the queries would be a view of qkv.
+        # Without norm and rotation the queries are a view of qkv, which the caller may change.
         return q.clone(memory_format=torch.contiguous_format) if norm is None and rope is None else q
 
-    def attend(self, q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, cache: KVCache) -> Tensor:
+    def attend(
+        self, q: Tensor, heads: HeadLayout, params: AttentionParams, batch: PagedBatch, cache: KVCache
+    ) -> Tensor:
         out = q.new_empty(q.shape)
         if out.numel() > 0:
             if batch.num_single > 0:
-                out[: batch.num_single] = attend_singles(q[: batch.num_single], heads, scores, batch, cache)
-            attend_runs(q, heads, scores, batch, cache, out, shortest=2)
+                out[: batch.num_single] = attend_single_queries(q[: batch.num_single], heads, params, batch, cache)
+            attend_multi_queries(q, heads, params, batch, cache, out, min_queries=2)
         return out.flatten(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [n, heads, head_dim]; cos, sin: [n, 1, rotary_dim / 2]. Computes in float32, rounds once."""
+    """Rotate heads by the angles of their positions, in float32, rounded once.
+
+    x: [n, heads, head_dim]; cos, sin: [n, 1, rotary_dim / 2].
+    """
     half = cos.shape[-1]
     low, high = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
-    return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), dim=-1)
+    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
 
 
-def attend_singles(q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, cache: KVCache) -> Tensor:
-    """The first `num_single` sequences, one query each. q: [b, q_heads, head_dim], and so the result.
+def attend_single_queries(
+    q: Tensor, heads: HeadLayout, params: AttentionParams, batch: PagedBatch, cache: KVCache
+) -> Tensor:
+    """Compute the attention of the first `num_single` sequences, which have one query each.
 
-    Their keys are gathered side by side, padded to the longest: as many sequences at a time as GATHER_BYTES hold.
+    q: [b, q_heads, head_dim], and so the result. The keys of several sequences are gathered together, padded to the
+    longest context: of as many sequences as fit into GATHER_BYTES.
     """
     token_bytes = 2 * max(heads.kv_heads, heads.q_heads) * heads.head_dim * q.element_size()
-    if scores.softcap is not None and q.dtype != torch.float32:
-        token_bytes += token_bytes // q.element_size() * 4  # copies in float32
+    if params.softcap is not None and q.dtype != torch.float32:
+        token_bytes += token_bytes // q.element_size() * 4  # for copies in float32
     results, start = [], 0
     while start < batch.num_single:
         stop, longest = start, 0
         while stop < batch.num_single:
-            longest = max(longest, _tokens_seen(batch.host_context_lens[stop], scores))
+            longest = max(longest, _num_visible(batch.host_context_lens[stop], params))
             if stop > start and (stop + 1 - start) * longest * token_bytes > GATHER_BYTES:
                 break
             stop += 1
-        results.append(_attend_group(q[start:stop], heads, scores, batch, slice(start, stop), cache))
+        results.append(_attend_group(q[start:stop], heads, params, batch, slice(start, stop), cache))
         start = stop
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _attend_group(
-    q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, rows: slice, cache: KVCache
+    q: Tensor, heads: HeadLayout, params: AttentionParams, batch: PagedBatch, rows: slice, cache: KVCache
 ) -> Tensor:
-    """Sequences `rows` of a batch, one query each."""
-    longest = max(_tokens_seen(context, scores) for context in batch.host_context_lens[rows])
+    """Compute the attention of the sequences `rows` of a batch, which have one query each."""
+    longest = max(_num_visible(context, params) for context in batch.host_context_lens[rows])
     contexts = batch.context_lens[rows].long().unsqueeze(1)
-    firsts = torch.zeros_like(contexts) if scores.window is None else (contexts - scores.window).clamp(min=0)
-    where = firsts + torch.arange(longest, device=q.device)
-    visible = where < contexts
-    # Behind the end of a context its first visible token stands in: it is finite, where a slot never written may hold
-    # a NaN, which a masked weight of zero would not silence.
-    where = torch.where(visible, where, firsts)
-    blocks = batch.block_tables[rows].long().gather(1, where // batch.block_size)
-    slots = blocks * batch.block_size + where % batch.block_size
+    firsts = torch.zeros_like(contexts) if params.window is None else (contexts - params.window).clamp(min=0)
+    positions = firsts + torch.arange(longest, device=q.device)
+    visible = positions < contexts
+    # The padding reads the first visible token, whose value is finite: an unused slot may contain NaN, and NaN times a
+    # masked weight of zero is NaN.
+    positions = torch.where(visible, positions, firsts)
+    blocks = batch.block_tables[rows].long().gather(1, positions // batch.block_size)
+    slots = blocks * batch.block_size + positions % batch.block_size
     keys, values = (rows.transpose(1, 2) for rows in _gather(cache, slots))  # [b, kv_heads, L, d]
     mask = visible[:, None, None, :]
-    if is_regular(heads):
-        # The query heads of one KV head can pose as several queries of it: no key is copied for them.
-        return _attention(q.unflatten(1, (heads.kv_heads, -1)), keys, values, mask, scores).flatten(1, 2)
+    if has_equal_groups(heads):
+        # Attention treats the query heads of one KV head as several queries of one head: no key has to be copied.
+        return _attention(q.unflatten(1, (heads.kv_heads, -1)), keys, values, mask, params).flatten(1, 2)
     index = torch.tensor(heads.q_to_kv, device=q.device)
     keys, values = keys.index_select(1, index), values.index_select(1, index)
-    return _attention(q.unsqueeze(2), keys, values, mask, scores).squeeze(2)
+    return _attention(q.unsqueeze(2), keys, values, mask, params).squeeze(2)
 
 
-def _tokens_seen(context: int, scores: Scores) -> int:
-    return context if scores.window is None else min(context, scores.window)
+def _num_visible(context: int, params: AttentionParams) -> int:
+    return context if params.window is None else min(context, params.window)
 
 
-def attend_runs(
-    q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, cache: KVCache, out: Tensor, shortest: int
+def attend_multi_queries(
+    q: Tensor,
+    heads: HeadLayout,
+    params: AttentionParams,
+    batch: PagedBatch,
+    cache: KVCache,
+    out: Tensor,
+    min_queries: int,
 ) -> None:
-    """Sequences with at least `shortest` queries, one after the other. Writes their rows of out, which is like q."""
+    """Compute the attention of sequences with at least `min_queries` queries, one sequence after the other.
+
+    Writes their rows of `out`, which has the shape of q.
+    """
     start = 0
     for i, (length, context) in enumerate(zip(batch.query_lens, batch.host_context_lens, strict=True)):
-        if length >= shortest:
-            step = _queries_at_a_time(length, context, heads, scores)
+        if length >= min_queries:
+            step = _queries_per_call(length, context, heads, params)
             for first in range(0, length, step):
                 end = min(first + step, length)
                 rows, seen = slice(start + first, start + end), context - (length - end)
-                out[rows] = attend_run(q[rows], heads, scores, batch.block_tables[i], batch.block_size, seen, cache)
+                out[rows] = attend_sequence(
+                    q[rows], heads, params, batch.block_tables[i], batch.block_size, seen, cache
+                )
         start += length
 
 
-def _queries_at_a_time(length: int, context: int, heads: HeadLayout, scores: Scores) -> int:
-    """How many queries of a run `attend_run` gets at once."""
+def _queries_per_call(length: int, context: int, heads: HeadLayout, params: AttentionParams) -> int:
+    """Return how many queries of a sequence `attend_sequence` gets per call."""
     step, keys = length, context
-    if scores.window is not None and scores.window < context:
+    if params.window is not None and params.window < context:
         step = min(step, WINDOW_QUERIES)
-        keys = min(context, scores.window + step - 1)
-    if scores.softcap is not None:
+        keys = min(context, params.window + step - 1)
+    if params.softcap is not None:
         step = min(step, max(1, SCORE_BYTES // (4 * heads.q_heads * keys)))
     return step
 
 
-def attend_run(
-    q: Tensor, heads: HeadLayout, scores: Scores, block_table: Tensor, block_size: int, context: int, cache: KVCache
+def attend_sequence(
+    q: Tensor,
+    heads: HeadLayout,
+    params: AttentionParams,
+    block_table: Tensor,
+    block_size: int,
+    context: int,
+    cache: KVCache,
 ) -> Tensor:
-    """The queries of one sequence, which are the last of `context` tokens. q: [m, q_heads, head_dim], as the result."""
+    """Compute the attention of queries of one sequence, which are the last of `context` tokens.
+
+    q: [m, q_heads, head_dim], and so the result.
+    """
     length = q.shape[0]
-    window = scores.window if scores.window is not None and scores.window < context else None
+    window = params.window if params.window is not None and params.window < context else None
     first = 0 if window is None else max(0, context - length - window + 1)
-    where = torch.arange(first, context, device=q.device)
-    slots = block_table[where // block_size].long() * block_size + where % block_size
+    key_positions = torch.arange(first, context, device=q.device)
+    slots = block_table[key_positions // block_size].long() * block_size + key_positions % block_size
     keys, values = (rows.transpose(0, 1) for rows in _gather(cache, slots))  # [kv_heads, L, d]
     q = q.transpose(0, 1)
-    mask = None  # as causal as can be: the kernels that know so need none
-    if length < context or window is not None or scores.softcap is not None:
+    mask = None  # a plain causal mask, which PyTorch's fused kernels have built in
+    if length < context or window is not None or params.softcap is not None:
         positions = torch.arange(context - length, context, device=q.device).unsqueeze(1)
-        mask = where <= positions
+        mask = key_positions <= positions
         if window is not None:
-            mask &= where > positions - window
-    if mask is not None and _heads_pose(length, heads, scores):
-        posing = q.reshape(heads.kv_heads, -1, heads.head_dim)
+            mask &= key_positions > positions - window
+    if mask is not None and _can_fold_heads(length, heads, params):
+        folded = q.reshape(heads.kv_heads, -1, heads.head_dim)
         mask = mask.repeat(heads.q_heads // heads.kv_heads, 1)
-        result = _attention(posing.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, scores).view(q.shape)
+        result = _attention(folded.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, params).view(q.shape)
     else:
-        # With a mask the fused kernels of some devices want as many key heads as query heads: keys are copied for them,
-        # but a single one is only said to be so many.
+        # With a mask the fused kernels of some devices need as many KV heads as query heads, so keys and values are
+        # copied; a single KV head is only expanded, without a copy.
         if heads.kv_heads == 1:
             keys, values = (rows.expand(heads.q_heads, -1, -1) for rows in (keys, values))
-        elif heads.q_to_kv != tuple(range(heads.kv_heads)) and not (mask is None and is_regular(heads)):
+        elif heads.q_to_kv != tuple(range(heads.kv_heads)) and not (mask is None and has_equal_groups(heads)):
             index = torch.tensor(heads.q_to_kv, device=q.device)
             keys, values = keys.index_select(0, index), values.index_select(0, index)
-        result = _attention(q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, scores).squeeze(0)
+        result = _attention(q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, params).squeeze(0)
     return result.transpose(0, 1)
 
 
 def _gather(cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, which may be the same."""
+    """Return the keys and values in these slots. Both are one tensor if the cache has one tensor for both."""
     keys = cache.keys[slots]
     return keys, keys if cache.values is cache.keys else cache.values[slots]
 
 
-def _heads_pose(length: int, heads: HeadLayout, scores: Scores) -> bool:
-    """Whether the query heads of one KV head pose as more queries of it, so that no key is copied for them.
+def _can_fold_heads(length: int, heads: HeadLayout, params: AttentionParams) -> bool:
+    """Tell whether the query heads of a KV head should be computed as more queries of one head, without copied keys.
 
-    The mask grows with them: for short runs it stays smaller than the keys that would be copied, and where scores are
-    written out it is small beside those.
+    The mask grows by that. With few queries it stays smaller than the copied keys would be, and with a softcap it is
+    small compared with the scores, which are kept in memory anyway.
     """
-    if not is_regular(heads):
+    if not has_equal_groups(heads):
         return False
-    return scores.softcap is not None or length * (heads.q_heads // heads.kv_heads) <= heads.head_dim
+    return params.softcap is not None or length * (heads.q_heads // heads.kv_heads) <= heads.head_dim
 
 
-def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """q: [.., q_heads, m, d]; keys, values: [.., kv_heads, L, d]; mask, true where a key is seen: broadcasts to
-    [.., heads, m, L]. Without one the queries are those of the keys, each sees itself and the keys before it, and the
-    query heads may be a multiple of the KV heads; a softcap needs a mask."""
-    if scores.softcap is None or mask is None:
+def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, params: AttentionParams) -> Tensor:
+    """Compute attention with PyTorch.
+
+    q: [.., q_heads, m, d]; keys, values: [.., kv_heads, L, d]. mask: true for a visible key, broadcast to
+    [.., heads, m, L]. Without a mask m is L, attention is causal, and q_heads may be a multiple of kv_heads. A softcap
+    needs a mask.
+    """
+    if params.softcap is None or mask is None:
         return F.scaled_dot_product_attention(
             q,
             keys,
             values,
             attn_mask=mask,
             is_causal=mask is None,
-            scale=scores.scale,
+            scale=params.scale,
             enable_gqa=mask is None and q.shape[-3] != keys.shape[-3],
         )
-    products = (q.float() * (scores.scale / scores.softcap)) @ keys.float().transpose(-1, -2)
-    products.tanh_().mul_(scores.softcap).masked_fill_(~mask, -torch.inf)
+    products = (q.float() * (params.scale / params.softcap)) @ keys.float().transpose(-1, -2)
+    products.tanh_().mul_(params.softcap).masked_fill_(~mask, -torch.inf)
     return (torch.softmax(products, dim=-1) @ values.float()).to(q.dtype)
 
 
-def is_regular(heads: HeadLayout) -> bool:
-    """Whether consecutive query heads share a KV head, equally many each, in order."""
+def has_equal_groups(heads: HeadLayout) -> bool:
+    """Tell whether the KV heads have equal groups of consecutive query heads, in the same order."""
     group, rest = divmod(heads.q_heads, heads.kv_heads) if heads.kv_heads else (0, 1)
     return rest == 0 and all(kv == i // group for i, kv in enumerate(heads.q_to_kv))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shoal import env
-from shoal.addresses import Address, host_of, refuse_hidden_loopback
+from shoal.addresses import Address, parse_host, refuse_loopback_name
 from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.transport.rendezvous import require_key
@@ -54,8 +54,8 @@ class Deployment:
                 f"{_summary(mode, local, size)}, and --data-parallel-address is missing: give it the same value on all "
                 "hosts, an address of the host that " + ("has replica 0" if mode is Mode.PEERS else "serves")
             )
-        host = host_of(hosts.data_parallel_address, "--data-parallel-address")
-        refuse_hidden_loopback(host, "--data-parallel-address")
+        host = parse_host(hosts.data_parallel_address, "--data-parallel-address")
+        refuse_loopback_name(host, "--data-parallel-address")
         address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
         key = env.cluster_key()
         require_key(key, address.host)

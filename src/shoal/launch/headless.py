@@ -109,7 +109,7 @@ class HeadlessProcess(Protocol):
 
     def stopped(self) -> bool: ...
 
-    def death(self) -> str: ...
+    def describe_exit(self) -> str: ...
 
     @property
     def exit_code(self) -> int | None: ...
@@ -160,8 +160,8 @@ class _ReplicaProcess:
     def stopped(self) -> bool:
         return self._child.stopped()
 
-    def death(self) -> str:
-        return self._child.death()
+    def describe_exit(self) -> str:
+        return self._child.describe_exit()
 
     @property
     def exit_code(self) -> int | None:
@@ -282,7 +282,7 @@ class HeadlessHost:
         if goes_on and not stopped:
             return
         replica.process = None
-        why = "is stopped (SIGSTOP or a debugger)" if stopped else process.death()
+        why = "is stopped (SIGSTOP or a debugger)" if stopped else process.describe_exit()
         process.end(time.monotonic())
         if process.failure is None and process.exit_code == 0:
             log.info("replica %d was taken out by the front end", replica.number)

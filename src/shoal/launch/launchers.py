@@ -2,11 +2,11 @@
 
 from collections.abc import Container, Sequence
 
-from shoal.cluster.lockstep.local import Joined, LocalLockstep
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
 from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.local import LocalLockstep, LockstepMember
 from shoal.engine.server import serve
 from shoal.executors.table import thread_groups
 from shoal.launch.deployment import place_of
@@ -77,18 +77,18 @@ class ThreadLauncher:
         self._model = model
         self._together = model.plan.layout.shares_experts
         self._generation = -1
-        self._locksteps: list[Joined] = []
+        self._locksteps: list[LockstepMember] = []
         self._groups = thread_groups(model.plan.timeouts.comm_s)
 
     def __call__(self, number: int, generation: int = 0) -> Replica:
         """Start a replica. Arguments and errors are those of `ProcessLauncher`."""
         if generation != self._generation or not self._together:
             self._generation = generation
-            self._locksteps = [*LocalLockstep.of(self._model.plan.layout.replicas)] if self._together else []
+            self._locksteps = [*LocalLockstep.make_all(self._model.plan.layout.replicas)] if self._together else []
             self._groups = thread_groups(self._model.plan.timeouts.comm_s)
         locksteps, groups = self._locksteps, self._groups
 
-        def start(plan: EnginePlan, lockstep: Joined | None) -> EngineCore:
+        def start(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
             return build_engine(plan, lockstep=lockstep, groups=groups)
 
         def run(channel: Channel) -> None:

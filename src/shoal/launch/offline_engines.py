@@ -5,10 +5,10 @@ import secrets
 from contextlib import ExitStack, suppress
 
 from shoal.addresses import Address
-from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.replica import EngineProcess, Replica, close_all
 from shoal.cluster.replica_set import ReplicaSet, await_ready
 from shoal.engine.build import build_engine
+from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import AddressInUse
 from shoal.launch.launchers import (
     ENGINE_PROCESS,

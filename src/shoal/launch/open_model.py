@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal import env
-from shoal.addresses import joined, refuse_hidden_loopback
+from shoal.addresses import join_host_port, refuse_loopback_name
 from shoal.config import vllm_options
 from shoal.config.engine_options import EngineOptions, refuse_online
 from shoal.errors import ConfigError
@@ -221,7 +221,7 @@ def read_options(
     Raises:
         ConfigError: an option is unknown, or has a value that it can't have; or options contradict each other.
     """
-    open_files.occupy_standard()  # before anything opens a socket, which would get one of these descriptors
+    open_files.fill_standard_descriptors()  # before anything opens a socket, which would get one of these descriptors
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
     given = {name: os.fspath(each) if isinstance(each, PathLike) else each for name, each in given.items()}
@@ -274,7 +274,7 @@ def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
             "variables set, each replica is a process that you start"
         )
     if found.size_local < found.size:
-        refuse_hidden_loopback(found.master_ip, "SHOAL_DP_MASTER_IP")
+        refuse_loopback_name(found.master_ip, "SHOAL_DP_MASTER_IP")
     if found.local_assumed:
         log.warning(
             "rank %d assumes that no other rank runs on this host: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if "
@@ -286,7 +286,7 @@ def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
         found.size,
         local_rank=found.rank_local,
         local_size=found.size_local,
-        rendezvous=joined(found.master_ip, found.master_port),
+        rendezvous=join_host_port(found.master_ip, found.master_port),
         key=env.cluster_key(),
     )
 

@@ -5,13 +5,14 @@ from contextlib import ExitStack
 
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.doors import FRONT_END, PEERS, FleetDoor, PeersDoor
+from shoal.cluster.members.doors import FleetDoor, PeersDoor
 from shoal.launch.deployment import Deployment, Mode
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
 from shoal.launch.offline_engines import KEY_BYTES
 from shoal.launch.open_model import OpenModel
 from shoal.protocols import Recorder
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.rendezvous import FRONT_END_DOOR, PEERS_DOOR
 
 
 def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
@@ -78,15 +79,15 @@ def _open_rendezvous(
     If the rendezvous belongs to this process, it is opened here and closed with the `stack`. Both texts are empty if
     the replicas need not meet.
     """
-    doors: dict[str, FleetDoor | PeersDoor] = {} if door is None else {FRONT_END: door}
+    doors: dict[str, FleetDoor | PeersDoor] = {} if door is None else {FRONT_END_DOOR: door}
     if deployment.address is None:
         if not model.plan.layout.shares_experts or model.plan.executor == "threads":
             return "", ""
         key = secrets.token_hex(KEY_BYTES)
-        return stack.enter_context(Rendezvous(key=key, renewing=True)).address, key
+        return stack.enter_context(Rendezvous(key=key, reopen_rooms=True)).address, key
     if deployment.listens:
         if deployment.mode is Mode.PEERS:
-            doors[PEERS] = PeersDoor(size=deployment.size, agreement=model.agreement)
+            doors[PEERS_DOOR] = PeersDoor(size=deployment.size, agreement=model.agreement)
         host, port, key = deployment.address.host, deployment.address.port, deployment.key
-        stack.enter_context(Rendezvous(host, port, key=key, doors=doors, renewing=True))
+        stack.enter_context(Rendezvous(host, port, key=key, doors=doors, reopen_rooms=True))
     return str(deployment.address), deployment.key

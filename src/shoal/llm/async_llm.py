@@ -49,7 +49,7 @@ _RETRY_S = {  # seconds after which a client should try again, by the kind of th
     RefusalKind.ASLEEP: 10.0,
 }
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # the integers that a message can hold
-_MOST_REPLICAS = 1 << 31
+_MAX_REPLICAS = 1 << 31
 
 
 class AsyncLLM(PauseAndSleep):
@@ -221,11 +221,14 @@ class AsyncLLM(PauseAndSleep):
             ClosedError: this object was closed.
         """
         if not isinstance(priority, int) or priority not in _PRIORITIES:
-            raise RequestError(f"priority must be an integer from -2**63 to 2**63 - 1, got {shown(priority)}")
+            raise RequestError.about("priority", f"must be an integer in [-2^63, 2^63), got {shown(priority)}")
         if priority and self.options.scheduler.scheduling_policy == "fcfs":
-            raise RequestError(f"priority must be 0 with --scheduling-policy fcfs, got {priority}: leave it out")
-        if replica is not None and not 0 <= replica < _MOST_REPLICAS:
-            raise RequestError(f"there is no replica {shown(replica)}: replicas are numbered from 0")
+            raise RequestError.about(
+                "priority", f"must be 0 with --scheduling-policy fcfs, got {priority}: leave it out"
+            )
+        if replica is not None and not 0 <= replica < _MAX_REPLICAS:
+            why = f"there is no replica {shown(replica)}: replicas are numbered from 0"
+            raise RequestError(why, "data_parallel_rank")
         self._bind_loop()
         if self._closed:
             raise ClosedError(_CLOSED)
@@ -308,7 +311,8 @@ class AsyncLLM(PauseAndSleep):
         name = f"request-{stream.number}" if request_id is None else request_id
         try:
             if name in self._named:
-                raise RequestError(f"request {name!r} exists already: give each request a request_id of its own")
+                why = f"request {name!r} exists already: give each request a request_id of its own"
+                raise RequestError(why, "request_id")
             self._named[name] = stream
             async for _ in stream:
                 yield stream.output(name)
@@ -632,7 +636,7 @@ class RequestStream:
 def _error_of(update: SeqUpdate) -> ShoalError:
     match update.refusal:
         case RefusalKind.INVALID:
-            return RequestError(update.error)
+            return update.request_error()
         case RefusalKind.FULL:
             return QueueFull(update.error, _RETRY_S[update.refusal])
         case RefusalKind.LATE:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import RequestError
+from shoal.errors import CONTEXT_LENGTH_EXCEEDED, RequestError
 from shoal.outputs import BeamSearchOutput, BeamSearchSequence, FinishReason
 from shoal.params import BeamSearchParams
 from shoal.text.tokenizer import Tokenizer
@@ -71,11 +71,13 @@ class _BeamSearch:
 
     def __init__(self, prompt: Ids, params: BeamSearchParams, eos: frozenset[int], max_model_len: int) -> None:
         if not prompt:
-            raise RequestError("beam search needs a prompt with at least one token")
+            raise RequestError("beam search needs a prompt with at least one token", "prompt")
         if len(prompt) >= max_model_len:
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens leaves no room for an output: prompt and output may have "
-                f"{max_model_len} tokens together"
+                f"{max_model_len} tokens together",
+                "prompt",
+                CONTEXT_LENGTH_EXCEEDED,
             )
         self._prompt_len = len(prompt)
         self._last_len = min(len(prompt) + params.max_tokens, max_model_len)

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from shoal import env
-from shoal.addresses import Address, refuse_hidden_loopback
+from shoal.addresses import Address, refuse_loopback_name
 from shoal.errors import ConfigError, EngineError
 from shoal.log import get_logger
 from shoal.process.forks import Owner
@@ -54,7 +54,7 @@ class DataParallelRank:
         self._gathered = 0
         address = Address(place.master_ip, place.master_port)
         if place.size_local < place.size:
-            refuse_hidden_loopback(place.master_ip, "SHOAL_DP_MASTER_IP")
+            refuse_loopback_name(place.master_ip, "SHOAL_DP_MASTER_IP")
         self._rendezvous = Rendezvous(address.host, address.port, key=key) if self.rank == 0 else None
         self._total = 0
         try:

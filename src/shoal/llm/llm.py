@@ -331,13 +331,17 @@ class LLM:
         if given is None or isinstance(given, SamplingParams):
             return [given or self.default_sampling_params()] * count
         if isinstance(given, str | bytes) or not isinstance(given, Sequence):
-            raise RequestError(f"sampling_params must be SamplingParams or a list of them, got {shown(given)}")
+            raise RequestError.about("sampling_params", f"must be SamplingParams or a list of them, got {shown(given)}")
         for each in given:
             if not isinstance(each, SamplingParams):
-                raise RequestError(f"sampling_params must be SamplingParams or a list of them, got {shown(each)} in it")
+                raise RequestError.about(
+                    "sampling_params", f"must be SamplingParams or a list of them, got {shown(each)} in it"
+                )
         if len(given) != count:
             raise RequestError(
-                f"there are {count} prompts, but {len(given)} sampling_params: give one for all prompts or one for each"
+                f"there are {count} prompts, but {len(given)} sampling_params: give one for all prompts, or one for "
+                "each",
+                "sampling_params",
             )
         return given
 
@@ -348,13 +352,15 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, dict):
         return [prompts]
     if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts must be a prompt or a list of them, got {shown(prompts)}")
+        raise RequestError.about("prompts", f"must be a prompt or a list of them, got {shown(prompts)}")
     return list(prompts)
 
 
 def _conversations(messages: Any) -> list[Sequence[Message]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise RequestError(f"messages must be a list of messages, or a list of such lists, got {shown(messages)}")
+        raise RequestError.about(
+            "messages", f"must be a list of messages, or a list of such lists, got {shown(messages)}"
+        )
     return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
 
 
@@ -367,4 +373,4 @@ def _prepare_numbered(index: int, prepare: Callable[..., Job], *arguments: Any, 
     try:
         return prepare(index, *arguments, **template)
     except RequestError as error:
-        raise RequestError(f"prompt {index}: {error}") from None
+        raise error.within(f"prompt {index}") from None

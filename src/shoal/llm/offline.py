@@ -139,7 +139,7 @@ class OfflineRunner:
             self._abort_given_up_runs(client)
             if run.sequences and not run.ended:  # otherwise another run has received what this one waits for
                 self._dispatch_updates(client, run, timeout)
-            if interrupts.came:
+            if interrupts.pending:
                 # Abort this run before the KeyboardInterrupt is raised: a second Ctrl-C could prevent it later.
                 self._given_up.append(run)
                 self._abort_given_up_runs(client)

@@ -64,6 +64,7 @@ class Completion:
                 stop=job.stop_texts,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
                 min_tokens=params.min_tokens,
                 offsets=self._token_offsets,
             )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import EngineError
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
 from shoal.models.checkpoint.loader import Weights
@@ -206,9 +206,9 @@ class _Builder:
         norm = None
         if spec.qk_norm is not None:
             norm = QKNorm(self.norm(f"{at}q_norm", spec.qk_norm), self.norm(f"{at}k_norm", spec.qk_norm))
-        scores = Scores(kind.scale, kind.window, kind.softcap)
+        params = AttentionParams(kind.scale, kind.window, kind.softcap)
         rope = None if kind.rope is None else self.rope(kind.rope)
-        return Attention(qkv, self.row(f"{at}out"), norm, rope, self.heads, scores, self.kernels)
+        return Attention(qkv, self.row(f"{at}out"), norm, rope, self.heads, params, self.kernels)
 
     def latent_attention(self, latent: LatentSpec, kind: AttentionSpec, at: str) -> LatentAttention:
         return LatentAttention(
@@ -221,7 +221,7 @@ class _Builder:
             self.row(f"{at}out"),
             self.rope(latent.rope),
             self.heads,
-            Scores(kind.scale, kind.window, kind.softcap),
+            AttentionParams(kind.scale, kind.window, kind.softcap),
             self.kernels,
         )
 

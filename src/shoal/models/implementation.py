@@ -17,8 +17,8 @@ from shoal.models.spec import ModelSpec, Unsupported
 from shoal.models.transformers import fallback_spec
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.read_spec import read_fallback_spec
-from shoal.parallel.placement import place_experts
-from shoal.parallel.stages import stages
+from shoal.parallel.expert_placement import place_experts
+from shoal.parallel.stages import make_stages
 from shoal.wire.plan import Layout
 
 
@@ -91,7 +91,7 @@ def rank_shards(spec: ModelSpec, layout: Layout) -> tuple[Shard, ...]:
     shares = _with_experts(spec, shards_of(spec, layout.tp, layout.tp_split or None), layout)
     return tuple(
         dataclasses.replace(share, stage=stage)
-        for stage in stages(layout.stages or (spec.num_layers,))
+        for stage in make_stages(layout.stages or (spec.num_layers,))
         for share in shares
     )
 

@@ -1,4 +1,4 @@
-"""Moving tokens to the ranks that hold their experts, and back. One interface; a backend is one file."""
+"""The interface that moves tokens to the ranks that hold their experts, and back. Each backend is one file."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,10 +10,10 @@ from shoal.parallel.mesh import Axis
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Tokens as a rank's experts get them.
+    """The tokens that reach one rank's experts.
 
-    x: [m, hidden]. experts: int64 [m, k], which of the rank's experts (numbered from 0), -1 where the expert is on
-    another rank. weights: float32 [m, k].
+    x: [m, hidden]. experts: int64 [m, k], numbers of this rank's experts from 0 on, or -1 for an expert of another
+    rank. weights: float32 [m, k].
     """
 
     x: Tensor
@@ -22,38 +22,46 @@ class Routed:
 
 
 class Dispatch(Protocol):
-    """Every rank of the group calls the same methods in the same order, also with no tokens at all."""
+    """Moves tokens to their experts and the results back.
+
+    Every rank of the group calls the same methods in the same order, even if it has no tokens.
+    """
 
     def begin_step(self, tokens: int) -> None:
-        """Before the first layer of a step: tells the group how many tokens this replica computes."""
+        """Tell the group how many tokens this replica computes in this step. Called before the first layer."""
 
     def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> Routed:
-        """x: [n, hidden], the replica's tokens, the same on each of its tensor-parallel ranks. experts: int64 [n, k],
-        numbers of the model's experts; weights: float32 [n, k]."""
+        """Return the tokens that reach this rank, with their experts here; a token may have none here.
+
+        x: [n, hidden], the replica's tokens, equal on its tensor-parallel ranks. experts: int64 [n, k], numbers of the
+        model's experts; weights: float32 [n, k].
+        """
 
     def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
-        """What all experts of a token gave, summed: [n, hidden], the same on each tensor-parallel rank.
+        """Return the sum of the results of each token's experts: [n, hidden], equal on each tensor-parallel rank.
 
-        out: [m, hidden], for each row of `routed` the weighted sum of what this rank's experts gave. partial: [n,
-        hidden], this rank's part of something else that is summed over the tensor-parallel ranks and added.
+        out: [m, hidden], for each row of `routed` the weighted sum of the results of this rank's experts. partial:
+        [n, hidden], this rank's term of another sum over the tensor-parallel ranks, which is added to the result.
         """
 
 
 class TensorParallelDispatch:
-    """All tokens are on every rank that holds a part of an expert, or some of the experts: nothing travels, and the
-    results are summed over the tensor-parallel ranks. Two cases: every expert is cut (`slots` None), or a replica alone
-    holds whole experts."""
+    """Dispatch within one replica, whose tensor-parallel ranks all have all tokens.
 
-    def __init__(self, tp: Axis, slots: Tensor | None = None) -> None:
-        """slots: int64 [experts], a number among this rank's experts or -1; None: this rank has a part of each."""
+    No token is sent; the results are summed over the tensor-parallel ranks. Either each rank has a part of every
+    expert, or each expert is whole on one rank.
+    """
+
+    def __init__(self, tp: Axis, expert_map: Tensor | None = None) -> None:
+        """expert_map: see `make_expert_map`; None if this rank has a part of every expert."""
         self.tp = tp
-        self.slots = slots
+        self.expert_map = expert_map
 
     def begin_step(self, tokens: int) -> None:
         pass
 
     def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> Routed:
-        return Routed(x, experts if self.slots is None else self.slots[experts], weights)
+        return Routed(x, experts if self.expert_map is None else self.expert_map[experts], weights)
 
     def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
         return self.tp.comm.all_reduce(out if partial is None else out + partial)

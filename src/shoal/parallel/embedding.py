@@ -1,4 +1,4 @@
-"""The token embedding, its rows cut over a tensor-parallel axis."""
+"""The token embedding, whose rows are split over a tensor-parallel axis."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from shoal.parallel.mesh import Axis
 
 
 class VocabParallelEmbedding:
-    """Each rank looks up the tokens whose rows it has, and the results are summed."""
+    """A token embedding: each rank looks up the tokens whose rows it holds, and the results are summed."""
 
     def __init__(self, weight: Tensor, rows: range, tp: Axis) -> None:
         self.weight = weight
@@ -14,7 +14,7 @@ class VocabParallelEmbedding:
         self.tp = tp
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [n]. Gives [n, hidden]."""
+        """Return the embeddings [n, hidden] of tokens, int64 [n]."""
         if self.tp.size == 1:
             return nn.functional.embedding(tokens, self.weight)
         if not self.rows:

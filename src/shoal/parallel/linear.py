@@ -1,4 +1,4 @@
-"""Linear layers cut over a tensor-parallel axis (Megatron-LM, Shoeybi et al., 2019)."""
+"""Linear layers that are split over a tensor-parallel axis (Megatron-LM, Shoeybi et al., 2019)."""
 
 from torch import Tensor
 
@@ -7,9 +7,9 @@ from shoal.parallel.mesh import Axis
 
 
 class RowParallelLinear:
-    """Each rank has some of the input columns; the partial results are summed over the axis.
+    """A linear layer whose input features are split over ranks; the partial results are summed over the axis.
 
-    The bias is added once, to the sum: every rank adds the same one to the same sum.
+    The bias is added after the all-reduce, once: every rank adds the same bias to the same sum.
     """
 
     def __init__(self, inner: Linear, bias: Tensor | None, tp: Axis) -> None:
@@ -23,7 +23,7 @@ class RowParallelLinear:
 
 
 class RowParallelSum:
-    """The sum of two row-parallel layers on inputs of their own, with one reduction for both."""
+    """The sum of two row-parallel layers, each with an input of its own, with one all-reduce for both."""
 
     def __init__(self, first: RowParallelLinear, second: RowParallelLinear) -> None:
         self.first = first

@@ -1,4 +1,4 @@
-"""A rank's place among the others, handed to whoever is split; nobody asks a global."""
+"""A rank's view of the grid of ranks, passed to every layer that is split; there is no global state."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from shoal.parallel.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One direction of the grid as one rank sees it. A size of 1 carries a LocalComm."""
+    """One rank's group along one axis of the grid. For a size of 1 `comm` is a LocalComm."""
 
     name: str
     rank: int
@@ -20,11 +20,13 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """`ep`: the ranks that hold a stage's experts together: a second view of its dp x tp ranks.
+    """All groups of one rank.
 
-    `back`: the first and the last stage's rank of `pp`, between which drawn tokens travel. It is a group of its own,
-    since a GPU's backend does what two ranks say to each other in one order for both directions; between stages there
-    is nobody in it.
+    `ep` has the ranks that together hold a stage's experts: a second view of the stage's dp x tp ranks.
+
+    `token_return` has the first and the last rank of `pp`: the last one sends the sampled tokens to the first. It is a
+    group of its own, since NCCL executes the operations between two ranks in one order for both directions. A rank of
+    an inner stage is alone in it.
     """
 
     topology: Topology
@@ -32,12 +34,12 @@ class Mesh:
     pp: Axis
     tp: Axis
     ep: Axis
-    back: Axis
+    token_return: Axis
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Those that lead to other ranks."""
-        axes = [self.pp, self.back, self.tp]
+        """The axes with more than one rank, each group once."""
+        axes = [self.pp, self.token_return, self.tp]
         if self.ep.comm is not self.tp.comm:
             axes.append(self.ep)
         return tuple(axis for axis in axes if axis.size > 1)
@@ -50,10 +52,10 @@ def make_mesh(
     *,
     expert_parallel: bool = False,
 ) -> Mesh:
-    """`connect(axis, ranks)` opens the communicator of a group; it is asked only for groups of two and more.
+    """Return the mesh of a rank. `connect(axis, ranks)` makes the communicator of a group of at least two ranks.
 
-    Ranks of different replicas are connected if the model is `expert_parallel`. A replica alone has its experts on its
-    tensor-parallel ranks, and no group for them.
+    With `expert_parallel` the ranks of different replicas are connected. A replica that shares its experts with no
+    other has them on its tensor-parallel ranks, and needs no group for them.
     """
 
     def axis(name: str, group: Sequence[int]) -> Axis:
@@ -69,5 +71,5 @@ def make_mesh(
         pp=axis("pp", stages),
         tp=tp,
         ep=axis("ep", topology.plane(("dp", "tp"), rank)) if across else Axis("ep", tp.rank, tp.size, tp.comm),
-        back=axis("back", ends),
+        token_return=axis("token_return", ends),
     )

@@ -1,18 +1,18 @@
-"""Which layers a pipeline stage has. Free of torch."""
+"""The split of a model's layers into pipeline stages. This module is free of torch."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-# Residual streams of steps that a stage has sent and keeps, since the next one may not have taken them: a stage that is
-# further ahead waits. More would only stand in a queue, as there are about as many steps in flight as stages.
-STREAMS_ON_WAY = 2
+# How many residual streams a stage may have sent before the next stage has received them. A stage that is further
+# ahead waits. A larger number would gain nothing: about as many steps are in flight as there are stages.
+MAX_PENDING_SENDS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Contiguous layers of a model; the first stage has the embedding too, the last one norm and head."""
+    """A contiguous range of a model's layers. The first stage also has the embedding, the last one norm and head."""
 
     number: int
     count: int
@@ -27,8 +27,8 @@ class Stage:
         return self.number == self.count - 1
 
 
-def stages(layers: Sequence[int]) -> tuple[Stage, ...]:
-    """`layers`: how many each stage has."""
+def make_stages(layers: Sequence[int]) -> tuple[Stage, ...]:
+    """Return the stages of a model; `layers` has the number of layers of each stage."""
     ends = list(accumulate(layers))
     return tuple(
         Stage(number, len(ends), range(end - count, end))
@@ -36,36 +36,37 @@ def stages(layers: Sequence[int]) -> tuple[Stage, ...]:
     )
 
 
-def cut_evenly(costs: Sequence[float], count: int, *, before: float = 0.0, behind: float = 0.0) -> tuple[int, ...]:
-    """Layers of each stage, at least one, so that the dearest stage is as cheap as can be.
+def balance_stages(
+    costs: Sequence[float], count: int, *, first_extra: float = 0.0, last_extra: float = 0.0
+) -> tuple[int, ...]:
+    """Return the number of layers of each of `count` stages, such that the most expensive stage costs the least.
 
-    costs: of each layer; `before` is what the first stage computes besides, `behind` what the last one does. Of equally
-    good cuts the one whose stages are nearest to each other is taken (least sum of squares), and of these the one whose
-    first stages have more layers.
-    `count` is at most the number of layers.
+    costs: the cost of each layer; `first_extra` is added to the first stage, `last_extra` to the last one. Each stage
+    has at least one layer, so `count` is at most the number of layers. Among equally good splits the least sum of
+    squared stage costs wins, and then the split with more layers in the first stages.
     """
     sums = [0.0, *accumulate(costs)]
 
     def cost(number: int, start: int, stop: int) -> float:
-        return sums[stop] - sums[start] + before * (number == 0) + behind * (number == count - 1)
+        return sums[stop] - sums[start] + first_extra * (number == 0) + last_extra * (number == count - 1)
 
-    def best(join: Callable[[float, float], float], most: float) -> tuple[float, tuple[int, ...]]:
-        """Of the cuts with no stage dearer than `most`, the one whose costs, joined, are least; and that sum."""
-        found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by how many layers the stages so far have
+    def best(join: Callable[[float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
+        """Return the least joined cost, and its split, of all splits in which no stage costs more than `limit`."""
+        found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the number of layers assigned so far
         for number in range(count):
             found = {
                 stop: min(
                     (
                         (join(joined, cost(number, start, stop)), (*cut, stop - start))
                         for start, (joined, cut) in found.items()
-                        if start < stop and cost(number, start, stop) <= most
+                        if start < stop and cost(number, start, stop) <= limit
                     ),
                     key=lambda each: (each[0], [-layers for layers in each[1]]),
                 )
                 for stop in range(number + 1, len(costs) - (count - number - 1) + 1)
-                if any(start < stop and cost(number, start, stop) <= most for start in found)
+                if any(start < stop and cost(number, start, stop) <= limit for start in found)
             }
         return found[len(costs)]
 
-    dearest, _ = best(max, math.inf)
-    return best(lambda joined, each: joined + each * each, dearest)[1]
+    highest_cost, _ = best(max, math.inf)
+    return best(lambda joined, each: joined + each * each, highest_cost)[1]

@@ -1,4 +1,4 @@
-"""Ranks as a grid of named axes; groups are slices of it."""
+"""The grid of ranks: it has named axes, and communication groups are slices of it."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """`axes` are (name, size), outermost first. Neighbouring ranks differ in the last axis."""
+    """A grid of ranks.
+
+    `axes` has (name, size) of each axis, the outermost first. Consecutive ranks differ in the last axis.
+    """
 
     axes: tuple[tuple[str, int], ...]
 
@@ -22,7 +25,7 @@ class Topology:
         return dict(self.axes)[axis]
 
     def coord(self, rank: int) -> dict[str, int]:
-        """Where a rank stands: axis -> index."""
+        """Return the rank's index on each axis, by the name of the axis."""
         found: dict[str, int] = {}
         for name, size in reversed(self.axes):
             rank, found[name] = divmod(rank, size)
@@ -35,11 +38,11 @@ class Topology:
         return rank
 
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ranks that differ from `rank` in `axis` alone, itself included, in the axis' order."""
+        """Return `rank` and the ranks that differ from it in `axis` alone, in the order of that axis."""
         return self.plane((axis,), rank)
 
     def plane(self, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
-        """The ranks that differ from `rank` in these axes alone, itself included, in rising order."""
+        """Return `rank` and the ranks that differ from it in these axes alone, in ascending order."""
         coord = self.coord(rank)
         fixed = {name: index for name, index in coord.items() if name not in axes}
         return tuple(other for other in range(self.world_size) if fixed.items() <= self.coord(other).items())

@@ -1,8 +1,8 @@
 """The choice of the backend that takes tokens to experts on ranks of other replicas."""
 
 from shoal.models.manifest import ITEM_BYTES
-from shoal.parallel.all2all.choose import Exchange, choose
-from shoal.parallel.placement import place_experts
+from shoal.parallel.all2all.choice import ExpertExchange, choose_backend
+from shoal.parallel.expert_placement import place_experts
 
 
 def choose_all2all(
@@ -16,4 +16,4 @@ def choose_all2all(
         tp: how many of the ranks belong to one replica.
     """
     held = tuple(map(len, place_experts(experts, ranks, "linear")))  # the counts are the same for every strategy
-    return choose(Exchange(held, top_k, hidden_size, ITEM_BYTES[dtype], tp))
+    return choose_backend(ExpertExchange(held, top_k, hidden_size, ITEM_BYTES[dtype], tp))

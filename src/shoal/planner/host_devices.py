@@ -27,7 +27,7 @@ def discover(options: EngineOptions) -> Hardware:
         )
     found = cuda.discover(count) if wanted != "cpu" and cuda.torch_has_cuda() else None
     if found is None and wanted == "cuda":
-        hidden = cuda.because_of(env.visible_cuda_devices())
+        hidden = cuda.describe_visibility(env.visible_cuda_devices())
         raise ConfigError(f"--device cuda: this host shows no CUDA device{hidden}; use --device cpu")
     return found or cpu.discover(count)
 
@@ -107,7 +107,7 @@ def check_devices(
         warnings.append(f"{product} ranks share {count} {kind}: they are oversubscribed, and steps will be slow")
     else:
         asked = " x ".join(f"{flag} {size}" for flag, size in named.items())
-        shown = cuda.because_of(hardware.visible_devices)
+        shown = cuda.describe_visibility(hardware.visible_devices)
         less = f"Use {next(iter(named))} {count} or fewer" if len(named) == 1 else f"Lower them to {count} or fewer"
         way_out = "raise --num-devices" if hardware.device == "cpu" else "use --device cpu"
         raise ConfigError(

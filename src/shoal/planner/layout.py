@@ -7,7 +7,7 @@ from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
 from shoal.models.implementation import params_of
 from shoal.models.spec import ModelSpec
-from shoal.parallel.stages import cut_evenly
+from shoal.parallel.stages import balance_stages
 from shoal.planner.costs import draft_cost, token_cost
 from shoal.wire.plan import Layout, ReplicaPlace
 
@@ -78,7 +78,7 @@ def _stages(options: EngineOptions, spec: ModelSpec, draft: ModelSpec | None, re
     if draft is not None and speculative is not None:
         last_extra += draft_cost(draft, params_of(draft), speculative.num_speculative_tokens)
         why += ", with the draft model on the last one"
-    layers = given or cut_evenly(cost.layers, count, before=cost.first_extra, behind=last_extra)
+    layers = given or balance_stages(cost.layers, count, first_extra=cost.first_extra, last_extra=last_extra)
     why = "as --pipeline-layer-partition asks" if given else why
     reasons.append(f"{count} stages of {_listed(layers)} layers: {why}")
     return layers

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.spec import LatentSpec, ModelSpec, MoESpec
 from shoal.models.transformers.fallback_spec import FallbackSpec
-from shoal.parallel.stages import STREAMS_ON_WAY
+from shoal.parallel.stages import MAX_PENDING_SENDS
 
 SCORE_BYTES = 32 * 2**20  # the most attention scores that exist at a time; the same as in kernels.reference
 PROMPT_ROWS = 64  # the most prompt tokens whose logits exist at a time; the same as in worker.runner
@@ -97,7 +97,7 @@ def _activations(spec: ModelSpec, shard: Shard, item: int, step: StepSize, devic
     mixture = 0
     if spec.moe is not None and any(spec.moe.layers[i] for i in stage.layers):
         mixture = 2 * spec.hidden_size * item + _mixture_token_bytes(spec, spec.moe, shard, item, replicas)
-    borders = spec.hidden_size * ((not stage.first) + STREAMS_ON_WAY * (not stage.last))
+    borders = spec.hidden_size * ((not stage.first) + MAX_PENDING_SENDS * (not stage.last))
     scores = SCORE_BYTES if any(spec.attention_of(i).softcap for i in stage.layers) else 0
     inside = step.tokens * max(values * item + _float32_token_bytes(spec, shard), mixture) + 3 * scores
     logits = (step.sampled + min(step.tokens, PROMPT_ROWS)) * _logit_row_bytes(shard, item, device) if stage.last else 0

@@ -1,4 +1,4 @@
-"""What belongs to one process: a child that it forks neither uses it nor ends it."""
+"""Objects that belong to one process: a child that it forks must neither use them nor end them."""
 
 import os
 import weakref
@@ -8,9 +8,10 @@ from shoal.errors import ClosedError
 
 
 class Owner:
-    """The process that has made something."""
+    """The process that created an object; it alone may use the object."""
 
     def __init__(self, what: str) -> None:
+        """`what`: the kind of the object, for the error."""
         self._what = what
         self._pid = os.getpid()
 
@@ -19,7 +20,8 @@ class Owner:
         return os.getpid() == self._pid
 
     def check(self) -> None:
-        """
+        """Check that this process may use the object.
+
         Raises:
             ClosedError: this process was forked from the owner.
         """
@@ -31,25 +33,28 @@ class Owner:
 
 
 class Shared(Protocol):
-    """Something whose copy in a forked child reaches what the parent has: a connection, a listening socket."""
+    """An object whose copy in a forked child is still connected to the parent's: a connection, a listening socket."""
 
-    def let_go(self) -> None:
-        """Closes the child's copy, so that nothing said or ended there is felt in the parent, and the parent's own end
-        of it is noticed on the other side at once. May wait for no lock: who held it is not there any more."""
+    def close_in_child(self) -> None:
+        """Close the copy in a forked child.
+
+        The child can then not write to the parent's connection, and when the parent closes it, the other side notices
+        that immediately. This must not wait for a lock: the thread that holds it does not exist in the child.
+        """
 
 
 _shared: "weakref.WeakSet[Shared]" = weakref.WeakSet()
 
 
-def let_go_in_children(each: Shared) -> None:
-    """Has `let_go` called in every child that this process forks from now on."""
-    _shared.add(each)
+def close_in_children(shared: Shared) -> None:
+    """Call `close_in_child` of an object in every child that this process forks from now on."""
+    _shared.add(shared)
 
 
-def _let_go() -> None:
-    for each in list(_shared):
-        each.let_go()
+def _close_in_child() -> None:
+    for shared in list(_shared):
+        shared.close_in_child()
     _shared.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,9 +1,9 @@
-"""Where modules are imported from: in this program, and in the Pythons that it starts.
+"""The folders from which modules are imported: in this program, and in the Python processes that it starts.
 
-Python looks first in the working directory (`python -m`, `python -c`) or in the script's folder. A file there that is
-called like a module, `queue.py` beside a model or somebody's own `torch.py`, would be run in place of it. So what is
-started has neither on its path, whoever put it there. It loads Shoal from where this process has it, and everything
-else from the other folders that this process imports from, in the same order.
+Python looks first in the working directory (`python -m`, `python -c`) or in the script's folder. A file there with the
+name of a module, such as `queue.py` beside a model or the user's own `torch.py`, would be run in place of the module.
+So a started process has neither folder on its path. It loads Shoal from the same folder as this process, and everything
+else from the other folders of this process's path, in the same order.
 """
 
 import os
@@ -11,12 +11,11 @@ import site
 import sys
 from collections.abc import Iterable
 
-_HOME = os.path.dirname(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)  # the folder, or the archive, that Shoal lies in
+# The folder, or the archive, that contains the package shoal.
+_HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-# What a started Python runs, as `python -P -c _START MODULE PATHS ...`, which leaves MODULE and what follows PATHS as
-# its arguments. Shoal may lie in a folder that is not on the path, so its package is loaded by its place.
+# The program of a started Python: `python -P -c _START MODULE PATHS ...`. The module gets the arguments after PATHS.
+# Shoal may be in a folder that is not on the path, so its package is loaded from its file.
 _START = """\
 import sys, json
 from importlib.machinery import PathFinder
@@ -33,25 +32,25 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def python_command(module: str) -> list[str]:
-    """The command that runs a module of Shoal in a process of its own; arguments may follow."""
-    import json  # in here: the program's own path may not be safe yet when this module is loaded
+    """Return the command that runs a module of Shoal in a Python process of its own. Arguments may be appended."""
+    import json  # not at the top: when this module is loaded, the program's own path may not be safe yet
 
     flags = sys.flags
     options = {"-I": flags.isolated, "-E": flags.ignore_environment, "-s": flags.no_user_site, "-S": flags.no_site}
     given = [option for option, is_set in options.items() if is_set]
-    paths = json.dumps([safe(folder for folder in sys.path if isinstance(folder, str)), _HOME])
+    paths = json.dumps([safe_folders(folder for folder in sys.path if isinstance(folder, str)), _HOME])
     return [sys.executable, "-P", *given, "-c", _START, module, paths]
 
 
-def forget_implicit_folders() -> None:
-    """Takes the working directory and the script's folder off this program's own path."""
-    sys.path[:] = safe(sys.path)
+def remove_implicit_folders() -> None:
+    """Remove the working directory and the script's folder from this program's own path."""
+    sys.path[:] = safe_folders(sys.path)
 
 
-def safe(folders: Iterable[str]) -> list[str]:
-    """Absolute paths of `folders`, without the working directory and the script's folder.
+def safe_folders(folders: Iterable[str]) -> list[str]:
+    """Return the absolute paths of `folders`, without the working directory and the script's folder.
 
-    Where one of these is the interpreter's own, or Shoal and what it needs were installed into it, it comes last.
+    If one of these belongs to the interpreter, or contains Shoal's installed packages, it is put last instead.
     """
     unsafe = _implicit_folders()
     kept, last = [], []
@@ -64,8 +63,10 @@ def safe(folders: Iterable[str]) -> list[str]:
 
 
 def _absolute(folder: str) -> str:
-    """The path of a folder or an archive; what is neither stays as it is, since an import hook may know it. The working
-    directory, or "" once it is gone."""
+    """Return the absolute path of a folder or an archive; any other entry is returned unchanged, for import hooks.
+
+    "" gives the working directory, or "" if that was deleted.
+    """
     try:
         return os.path.abspath(folder) if folder == "" or os.path.exists(folder) else folder
     except OSError:
@@ -73,8 +74,10 @@ def _absolute(folder: str) -> str:
 
 
 def _implicit_folders() -> set[str]:
-    """The folders that Python may have put on the path by itself, with symbolic links resolved. Archives are not among
-    them: nobody leaves a file in one by accident."""
+    """Return the folders that Python may have added to the path by itself, with symbolic links resolved.
+
+    Archives are not included, since nobody leaves a file in one by accident.
+    """
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     folders = {_FIRST_WORKING_DIRECTORY, _absolute(""), os.path.dirname(_absolute(script)) if script else ""}
     return {os.path.realpath(folder) for folder in folders if folder and os.path.isdir(folder)}
@@ -91,4 +94,4 @@ def _holds_installed_packages(folder: str) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(folder), "shoal-*.dist-info")))
 
 
-_FIRST_WORKING_DIRECTORY = _absolute("")  # what is on the path is this one, wherever the program goes later
+_FIRST_WORKING_DIRECTORY = _absolute("")  # this one is on the path, even if the program changes its directory later

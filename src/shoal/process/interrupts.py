@@ -1,4 +1,4 @@
-"""Ctrl-C that takes effect where an engine can be left as it is."""
+"""Delays Ctrl-C until a point at which the engine is in a consistent state."""
 
 import os
 import signal
@@ -7,59 +7,62 @@ from types import FrameType, TracebackType
 
 
 class Interrupts:
-    """How Ctrl-C becomes a KeyboardInterrupt in this process. Signals arrive on the main thread: elsewhere nothing is
-    held. A program's own handler of SIGINT is left alone."""
+    """Delays the KeyboardInterrupt of this process.
+
+    Signals arrive on the main thread, so other threads delay nothing. A program's own handler of SIGINT is kept.
+    """
 
     def __init__(self) -> None:
-        self._depth = 0  # how many `Held` are entered where it is held
-        self.came = False  # one waits
+        self._depth = 0  # the number of nested `Held` that delay interrupts
+        self.pending = False  # an interrupt has arrived and waits
         os.register_at_fork(after_in_child=self._forget)
 
     def held(self) -> "Held":
         return Held(self)
 
     def check(self) -> None:
-        """
+        """Raise the interrupt that waits, if there is one.
+
         Raises:
-            KeyboardInterrupt: one has come that was held.
+            KeyboardInterrupt
         """
-        if self.came and self._depth and threading.current_thread() is threading.main_thread():
-            self.came = False
+        if self.pending and self._depth and threading.current_thread() is threading.main_thread():
+            self.pending = False
             raise KeyboardInterrupt
 
     def hold(self) -> bool:
-        """True if it holds from now on, until `let`."""
+        """Start to delay interrupts until `release`. Return False if this thread or program cannot delay them."""
         if threading.current_thread() is not threading.main_thread():
             return False
         if not self._depth:
             if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
                 return False
-            self.came = False
+            self.pending = False
             signal.signal(signal.SIGINT, self._note)
         self._depth += 1
         return True
 
-    def let(self) -> bool:
-        """True if one has come that nobody has heard of."""
+    def release(self) -> bool:
+        """Stop to delay interrupts. Return whether one has arrived and waits."""
         self._depth -= 1
         if self._depth:
             return False
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        came, self.came = self.came, False
-        return came
+        pending, self.pending = self.pending, False
+        return pending
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
+        self.pending = True
 
     def _forget(self) -> None:
-        """In a forked child, where whoever holds it may not be there any more."""
+        """Restore the handler in a forked child: the thread that delays interrupts may not exist there."""
         if self._depth:
             self._depth = 0
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Held:
-    """While it is entered Ctrl-C waits: until `check` is called, or the outermost one ends. Several count as one."""
+    """A context in which Ctrl-C waits until `check` is called or the outermost such context ends. Counts as one."""
 
     def __init__(self, interrupts: Interrupts) -> None:
         self._interrupts = interrupts
@@ -69,7 +72,7 @@ class Held:
         self._holds = self._interrupts.hold()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._holds and self._interrupts.let() and not isinstance(error, KeyboardInterrupt):
+        if self._holds and self._interrupts.release() and not isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
 
 

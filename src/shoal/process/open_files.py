@@ -1,15 +1,17 @@
-"""How many files, which are connections too, this process may have open; and what the first three of them are."""
+"""File descriptors of this process: the limit of open files, which counts connections, and the standard streams."""
 
 import contextlib
 import os
 import resource
 
-_MOST = 1 << 16
+_MAX_FILES = 1 << 16
 
 
-def occupy_standard() -> None:
-    """Puts /dev/null where stdin, stdout or stderr is closed (`2>&-`): else the next socket would get that number, and
-    what somebody prints would go into it."""
+def fill_standard_descriptors() -> None:
+    """Open /dev/null as stdin, stdout or stderr if that one is closed (`2>&-`).
+
+    Otherwise the next socket would get its number, and printed text would be written to that socket.
+    """
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -21,14 +23,17 @@ def occupy_standard() -> None:
             os.set_inheritable(fd, True)
 
 
-def allow() -> int:
-    """Raises the limit as far as the system lets everybody, and gives it. Login shells and systemd set a soft limit of
-    1,024 for the sake of programs that use select(2); processes started later inherit the new one."""
+def raise_limit() -> int:
+    """Raise the soft limit of open files up to the hard limit, 65,536 at most, and return it.
+
+    Login shells and systemd set a soft limit of 1,024 for the sake of programs that use select(2). Processes that are
+    started later inherit the new limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
-    wanted = _MOST if hard == unlimited else min(hard, _MOST)
+    wanted = _MAX_FILES if hard == unlimited else min(hard, _MAX_FILES)
     if soft != unlimited and soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # a sandbox may refuse
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST if soft == unlimited else soft
+    return _MAX_FILES if soft == unlimited else soft

@@ -79,7 +79,7 @@ class ChannelLine:
         try:
             while not self._closed:
                 readable = wait(sources, SLICE_S)
-                self._waker.quiet()
+                self._waker.clear()
                 if self._channel not in readable:
                     continue
                 for frame in self._channel.receive():
@@ -154,7 +154,7 @@ async def _settle(llm: AsyncLLM) -> None:
     """Leave what this process has after its start out of later garbage collections."""
     with contextlib.suppress(ShoalError):  # the fleet has failed
         await llm.ready()
-        garbage_collector.settle()
+        garbage_collector.freeze()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class ApiServers:
         return server.stuck_since is not None and now - server.stuck_since > _STUCK_S
 
     def _note_end(self, server: ApiServer, child: ChildProcess, now: float) -> None:
-        error = EngineError(f"API server {server.number} (process {child.pid}) {child.death()}")
+        error = EngineError(f"API server {server.number} (process {child.pid}) {child.describe_exit()}")
         server.child = None
         server.ended(error, now, useful=server.was_useful(now, worked=False))
         if server.state is RunState.FAILED:
@@ -136,7 +136,7 @@ class ApiServers:
             if server.num_restarts:
                 self._desk.do(self._on_restart)
         except ClosedError:
-            child.channel.hang_up()
+            child.channel.shut_down()
             raise
 
     def _setup_of(self, server: ApiServer) -> ApiSetup:

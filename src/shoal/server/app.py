@@ -7,7 +7,7 @@ from starlette.types import ASGIApp
 
 from shoal import __version__
 from shoal.server.api import chat, completions, models, responses, stored_responses, tokenization
-from shoal.server.api.start_requests import Service, client_gone
+from shoal.server.api.service import Service, client_gone
 from shoal.server.backend import Backend
 from shoal.server.http.errors import add_handlers
 from shoal.server.http.event_streams import ClientGone

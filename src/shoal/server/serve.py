@@ -200,7 +200,7 @@ async def _watch(llm: Backend, url: str, look_s: float) -> None:
             thread that drives them has ended.
     """
     await llm.ready()
-    garbage_collector.settle()
+    garbage_collector.freeze()
     print(f"Shoal serves {llm.model_name} at {url}", flush=True)
     while True:
         await asyncio.sleep(look_s)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from shoal.errors import ConfigError
 from shoal.launch.open_model import OpenModel
-from shoal.server.tools.parsers import PARSERS
+from shoal.openai.tools.parsers import PARSERS
 
 
 @dataclass(frozen=True, slots=True)

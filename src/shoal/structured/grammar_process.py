@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from shoal.errors import RequestError, ShoalError
+from shoal.errors import RequestError, ShoalError, structured_outputs_error
 from shoal.structured.limits import MIB, GrammarLimits
 from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.transport.channel import Channel, ChannelClosed, wait
@@ -29,6 +29,7 @@ from shoal.wire.grammars import (
     Verdict,
     to_grammar,
 )
+from shoal.wire.request_refusal import RequestRefusal
 
 _SLOW_WORK_NICENESS = 10  # gives way to other processes
 _FAST_S = 1e-3  # an output whose last verdict took longer is handled by the thread for slow work
@@ -109,20 +110,20 @@ class GrammarProcess:
 
     def _compile(self, text: str) -> GrammarState | None:
         """Return the compiled grammar, or None after telling the other end why it cannot be compiled."""
-        outcome: queue.SimpleQueue[GrammarState | str] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[GrammarState | RequestError] = queue.SimpleQueue()
 
         def compile_it() -> None:
             try:
                 outcome.put(GrammarState.compile(text, self._vocabulary))
             except RequestError as error:
-                outcome.put(str(error))
+                outcome.put(error)
             except MemoryError:
                 os.abort()  # as the library does when memory runs out; the host reports it as such
 
         self._slow_work.put(compile_it)
         found = outcome.get()
-        if isinstance(found, str):
-            self._send(GrammarCompiled(found))
+        if isinstance(found, RequestError):
+            self._send(GrammarCompiled(RequestRefusal.of(found)))
             return None
         self._send(GrammarCompiled())
         return found
@@ -167,7 +168,7 @@ def make_verdict(grammar: GrammarState, seq: int, tokens: Ids, drafts: Ids, *, m
     try:
         grammar.accept(tokens)
     except ShoalError as error:
-        return Verdict(seq, refused=str(error))
+        return Verdict(seq, refusal=RequestRefusal.of(structured_outputs_error(f"can't be followed: {error}")))
     if not masked:
         return Verdict(seq, ended=(grammar.ended,))
     drafts = drafts[: grammar.count_valid(drafts)]

@@ -20,6 +20,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
 from shoal.wire.grammars import GrammarEnded, GrammarHostFailed, GrammarHostReady, to_grammar_host
+from shoal.wire.request_refusal import RequestRefusal
 
 log = get_logger("grammars")
 
@@ -65,12 +66,12 @@ class GrammarHost:
         """Serve requests until told to stop or until the other end is closed; return an exit code."""
         try:
             vocabulary = make_vocabulary()
-            garbage_collector.settle()  # otherwise the collector would write to memory pages that forks share
+            garbage_collector.freeze()  # otherwise the collector would write to memory pages that forks share
             self._channel.send(encode(GrammarHostReady()))
             while self._handle_events(vocabulary):
                 pass
         except RequestError as error:
-            self._channel.send(encode(GrammarHostFailed(str(error))))
+            self._channel.send(encode(GrammarHostFailed(RequestRefusal.of(error))))
             self._channel.flush(1.0)
             return error.exit_code
         except ChannelClosed:

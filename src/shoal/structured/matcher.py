@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from shoal.errors import EngineError, RequestError
+from shoal.errors import EngineError, structured_outputs_error
 from shoal.wire.base import Ids
 
 _WORD_BYTES = 4
@@ -54,9 +54,7 @@ class Vocabulary:
             text, self.size = _add_end_token(tokenizer_json)
             self.tokenizer = LLTokenizer(text, eos_token=self.size)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise RequestError(
-                f"structured_outputs can't read the model's tokenizer: {_shorten_error(str(error))}"
-            ) from error
+            raise structured_outputs_error(f"can't read the model's tokenizer: {_shorten_error(str(error))}") from error
         self.eos = frozenset(token for token in eos if token < vocab_size)
         self.end = 1 << self.size  # the bit of the token that we added for the end of the text
         self.eos_bits = sum(1 << token for token in self.eos)
@@ -101,11 +99,11 @@ class GrammarState:
         """
         matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"structured_outputs can't be used: {_shorten_error(matcher.get_error())}")
+            raise structured_outputs_error(f"can't be used: {_shorten_error(matcher.get_error())}")
         grammar = cls(matcher, vocabulary)
         grammar.allowed_tokens(())  # checks that a first token exists, and builds the lexer, which copies share
         if grammar.problem:
-            raise RequestError(f"structured_outputs can't be obeyed: {grammar.problem}")
+            raise structured_outputs_error(f"can't be obeyed: {grammar.problem}")
         return grammar
 
     def copy(self) -> "GrammarState":
@@ -131,7 +129,7 @@ class GrammarState:
             return
         valid = self.count_valid(tokens)
         if valid < len(tokens):
-            raise EngineError(f"token {tokens[valid]} was drawn, which structured_outputs does not allow there")
+            raise EngineError(f"token {tokens[valid]} was drawn, which the grammar does not allow there")
         text = self._leading_text(tokens)
         if text:
             self._matcher.consume_tokens(text)

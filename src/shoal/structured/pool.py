@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoal.errors import structured_outputs_error
 from shoal.log import get_logger
 from shoal.structured.descriptor_passing import request_fork
 from shoal.structured.limits import DEFAULT_LIMITS, MAX_CHARACTERS, GrammarLimits
@@ -33,6 +34,7 @@ from shoal.wire.grammars import (
     from_grammar,
     from_grammar_host,
 )
+from shoal.wire.request_refusal import RequestRefusal
 
 log = get_logger("grammars")
 
@@ -77,7 +79,7 @@ class GrammarPool:
         self._processes: OrderedDict[str, _ProcessHandle] = OrderedDict()  # by grammar, the most recently used one last
         self._by_number: dict[int, _ProcessHandle] = {}  # those that were started
         self._by_seq: dict[int, _ProcessHandle] = {}
-        self._refusals: OrderedDict[bytes, str] = OrderedDict()  # digest of a grammar -> why it cannot be used
+        self._refusals: OrderedDict[bytes, RequestRefusal] = OrderedDict()  # digest of a grammar -> why it is refused
         self._verdicts: list[Verdict] = []
         self._next_number = 0
 
@@ -86,8 +88,8 @@ class GrammarPool:
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
         """Begin to follow the output of a sequence, which has these tokens so far. A Verdict comes in any case."""
         refusal = self._known_refusal(grammar)
-        if refusal:
-            self._verdicts.append(Verdict(seq, refused=refusal))
+        if refusal is not None:
+            self._verdicts.append(Verdict(seq, refusal=refusal))
             return
         process = self._processes.get(grammar)
         if process is None:
@@ -168,8 +170,8 @@ class GrammarPool:
             if isinstance(message, Verdict):
                 if process.asked.pop(message.seq, None) is not None:
                     self._verdicts.append(message)
-            elif message.error:
-                self._refuse(process, message.error)
+            elif message.refusal is not None:
+                self._refuse(process, message.refusal)
                 return
             else:
                 process.compiled = True
@@ -179,21 +181,21 @@ class GrammarPool:
         try:
             frames = host.channel.receive()
         except ChannelClosed:
-            self._lose_host(f"the process that compiles grammars {host.death()}")
+            self._lose_host(f"the process that compiles grammars {host.describe_exit()}")
             return
         for frame in frames:
             match from_grammar_host.decode(frame):
                 case GrammarHostReady():
                     self._host_ready_at = time.monotonic()
                 case GrammarHostFailed() as failed:
-                    self._fail_host(failed.error)
+                    self._fail_host(failed.refusal)
                     return
                 case GrammarEnded() as ended if ended.number in self._by_number:
                     process = self._by_number[ended.number]
                     if ended.killed:
                         self._end_lost(process, ended.how)
                     else:
-                        self._refuse(process, f"structured_outputs can't be used: {ended.how}; simplify it")
+                        self._refuse(process, _unusable(f"{ended.how}; simplify it"))
 
     # --- processes -----------------------------------------------------------------------------------------------
 
@@ -244,12 +246,12 @@ class GrammarPool:
             self._host_started_at, self._host_ready_at = time.monotonic(), _FOREVER
         return self._fork_socket
 
-    def _refuse(self, process: _ProcessHandle, why: str) -> None:
+    def _refuse(self, process: _ProcessHandle, why: RequestRefusal) -> None:
         """End a grammar's process, give each of its outputs a Verdict with the reason, and remember the reason."""
         self._refusals[_digest(process.grammar)] = why
         while len(self._refusals) > _MAX_REFUSALS:
             self._refusals.popitem(last=False)
-        self._end_with(process, lambda seq: Verdict(seq, refused=why))
+        self._end_with(process, lambda seq: Verdict(seq, refusal=why))
 
     def _end_lost(self, process: _ProcessHandle, why: str) -> None:
         """End a process that died through no fault of its grammar, so that its outputs can be followed anew."""
@@ -278,16 +280,16 @@ class GrammarPool:
     def _lose_host(self, why: str) -> None:
         was_ready = self._host_ready_at < _FOREVER
         if not was_ready:  # starting it again might fail in the same way, endlessly
-            self._fail_host(f"structured_outputs can't be used: {why} before it had read the model's tokenizer")
+            self._fail_host(_unusable(f"{why} before it had read the model's tokenizer"))
             return
         self._end_host()
         for process in list(self._processes.values()):
             self._end_lost(process, why)
 
-    def _fail_host(self, why: str) -> None:
+    def _fail_host(self, why: RequestRefusal) -> None:
         self._end_host()
         for process in list(self._processes.values()):
-            self._end_with(process, lambda seq: Verdict(seq, refused=why))
+            self._end_with(process, lambda seq: Verdict(seq, refusal=why))
 
     def _end_host(self) -> None:
         if self._host is not None:
@@ -297,13 +299,13 @@ class GrammarPool:
             self._fork_socket.close()
             self._fork_socket = None
 
-    def _known_refusal(self, grammar: str) -> str:
+    def _known_refusal(self, grammar: str) -> RequestRefusal | None:
         if len(grammar) > MAX_CHARACTERS:
-            return (
-                f"structured_outputs is too large: {len(grammar)} characters, at most {MAX_CHARACTERS} are allowed; "
-                f"shorten the schema or grammar"
+            return _refusal(
+                f"is too large: {len(grammar)} characters, at most {MAX_CHARACTERS} are allowed; shorten the schema or "
+                "grammar"
             )
-        return self._refusals.get(_digest(grammar), "")
+        return self._refusals.get(_digest(grammar))
 
     # --- deadlines -----------------------------------------------------------------------------------------------
 
@@ -318,15 +320,11 @@ class GrammarPool:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         if self._host_deadline <= now:
-            self._fail_host(
-                f"structured_outputs can't be used: the model's tokenizer was not read within {_HOST_START_S:g} s"
-            )
+            self._fail_host(_unusable(f"the model's tokenizer was not read within {_HOST_START_S:g} s"))
         for process in [each for each in self._by_number.values() if self._deadline(each) <= now]:
             seconds = self._limits.answer_s if process.compiled else self._limits.compile_s
             what = "to say what may follow" if process.compiled else "to compile"
-            self._refuse(
-                process, f"structured_outputs can't be used: it takes more than {seconds:g} s {what}; simplify it"
-            )
+            self._refuse(process, _unusable(f"it takes more than {seconds:g} s {what}; simplify it"))
 
     def _deadline(self, process: _ProcessHandle) -> float:
         if not process.compiled:
@@ -347,6 +345,14 @@ class GrammarPool:
         self._processes.clear()
         self._by_seq.clear()
         self._end_host()
+
+
+def _unusable(why: str) -> RequestRefusal:
+    return _refusal(f"can't be used: {why}")
+
+
+def _refusal(problem: str) -> RequestRefusal:
+    return RequestRefusal.of(structured_outputs_error(problem))
 
 
 def _digest(grammar: str) -> bytes:

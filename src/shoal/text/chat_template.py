@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ class ChatTemplate:
             RequestError: the messages or an option are malformed, or the template refuses them.
         """
         if continue_final_message and add_generation_prompt:
-            raise RequestError("continue_final_message goes with add_generation_prompt=False: the turn has begun")
+            raise RequestError.about(
+                "continue_final_message", "goes with add_generation_prompt=False: the turn has begun"
+            )
         if tools is not None and (isinstance(tools, str | Mapping) or not isinstance(tools, Sequence)):
-            raise RequestError(f"tools must be a list of objects, got {type(tools).__name__}")
+            raise RequestError.about("tools", f"must be a list of objects, got {type(tools).__name__}")
         if chat_template is not None and not isinstance(chat_template, str):
-            raise RequestError(f"chat_template must be a text, got {type(chat_template).__name__}")
+            raise RequestError.about("chat_template", f"must be a text, got {type(chat_template).__name__}")
         own = _check_kwargs(chat_template_kwargs)
         source = self._choose(chat_template, tools)
         template = jinja_sandbox.compile(source)
@@ -85,7 +88,7 @@ class ChatTemplate:
         values = {
             **self._special_tokens,
             "messages": conversation,
-            "tools": _plain(tools, "tools"),
+            "tools": _plain(tools, _Place("tools", "tools")),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **own,
@@ -101,7 +104,19 @@ class ChatTemplate:
         if _DEFAULT in self._templates:
             return self._templates[_DEFAULT]
         names = ", ".join(sorted(self._templates)) or "none"
-        raise RequestError(f"the model has no chat template named default; give chat_template; it has {names}")
+        why = f"the model has no chat template named default; give chat_template; it has {names}"
+        raise RequestError(why, "chat_template")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place in the arguments of `ChatTemplate.render`: its name in messages, and as the `param` of an error."""
+
+    name: str
+    param: str
+
+    def error(self, problem: str) -> RequestError:
+        return RequestError(self.name + problem, self.param)
 
 
 def check_messages(messages: object) -> list[dict[str, Any]]:
@@ -111,72 +126,76 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
         RequestError: it is not a list of messages with a role and a content of text; the message is named.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages must be a list of objects with role and content, got {type(messages).__name__}")
+        why = f"must be a list of objects with role and content, got {type(messages).__name__}"
+        raise RequestError.about("messages", why)
     if not messages:
-        raise RequestError("messages is empty: give at least one message")
-    return [_check_message(message, f"message {i}") for i, message in enumerate(messages)]
+        raise RequestError.about("messages", "is empty: give at least one message")
+    return [_check_message(message, _Place(f"message {i}", f"messages[{i}]")) for i, message in enumerate(messages)]
 
 
 def _check_kwargs(given: object) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise RequestError(f"chat_template_kwargs must be an object of names and values, got {shown(given)}")
+        raise RequestError.about("chat_template_kwargs", f"must be an object of names and values, got {shown(given)}")
     for name in given:
         if name in _OWN_NAMES:
-            raise RequestError(f"chat_template_kwargs can't set {name}: it is an argument of its own")
-    return {str(name): _plain(value, f"chat_template_kwargs: {name}") for name, value in given.items()}
+            raise RequestError.about("chat_template_kwargs", f"can't set {name}: it is an argument of its own")
+    return {
+        str(name): _plain(value, _Place(f"chat_template_kwargs: {name}", "chat_template_kwargs"))
+        for name, value in given.items()
+    }
 
 
-def _check_message(message: object, where: str) -> dict[str, Any]:
+def _check_message(message: object, where: _Place) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RequestError(f"{where} must be an object with role and content, got {type(message).__name__}")
+        raise where.error(f" must be an object with role and content, got {type(message).__name__}")
     found = {name: value for name, value in _plain(message, where).items() if value is not None}
     if found.get("tool_calls") == []:  # templates take it for a turn with calls
         del found["tool_calls"]
         found.setdefault("content", "")
     role = found.get("role")
     if not isinstance(role, str) or not role:
-        raise RequestError(f"{where}: role must be a text such as user, got {role!r}")
+        raise where.error(f": role must be a text such as user, got {role!r}")
     content = found.get("content")
     if isinstance(content, list):
         for i, part in enumerate(content):
-            _check_part(part, f"{where}, part {i}")
+            _check_part(part, _Place(f"{where.name}, part {i}", f"{where.param}.content[{i}]"))
     elif content is None:
         if not found.get("tool_calls"):
-            raise RequestError(f"{where} has no content: give a text, or a list of parts of type text")
+            raise where.error(" has no content: give a text, or a list of parts of type text")
         found["content"] = ""  # templates that ask whether it is null fail where it is not there
     elif not isinstance(content, str):
-        raise RequestError(f"{where}: content must be a text or a list of parts, got {type(content).__name__}")
+        raise where.error(f": content must be a text or a list of parts, got {type(content).__name__}")
     if "tool_calls" in found:
         found["tool_calls"] = _check_calls(found["tool_calls"], where)
     return found
 
 
-def _check_part(part: object, where: str) -> None:
+def _check_part(part: object, where: _Place) -> None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise RequestError(f'{where}: a part of content must be an object such as {{"type": "text", "text": ...}}')
+        raise where.error(': a part of content must be an object such as {"type": "text", "text": ...}')
     if part["type"] != "text":
-        raise RequestError(f"{where}: parts of type {part['type']} can't be read; this engine takes text")
+        raise where.error(f": parts of type {part['type']} can't be read; this engine takes text")
     if not isinstance(part.get("text"), str):
-        raise RequestError(f"{where}: text of a part must be a text, got {type(part.get('text')).__name__}")
+        raise where.error(f": text of a part must be a text, got {type(part.get('text')).__name__}")
 
 
-def _check_calls(calls: Any, where: str) -> list[Any]:
+def _check_calls(calls: Any, where: _Place) -> list[Any]:
     """Arguments as objects: that is how templates want them, and APIs send them as JSON in a text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RequestError(f"{where}: tool_calls must be a list of objects")
+        raise where.error(": tool_calls must be a list of objects")
     for call in calls:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments") or "", str):
             try:
                 function["arguments"] = json.loads(function.get("arguments") or "{}", strict=False)
             except (ValueError, RecursionError) as error:
-                raise RequestError(f"{where}: the arguments of a tool call are no JSON: {error}") from None
+                raise where.error(f": the arguments of a tool call are no JSON: {error}") from None
     return calls
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: _Place) -> Any:
     """A copy made of JSON's types, on which a template can call nothing."""
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -187,7 +206,7 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(item, where) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item, where) for item in value]
-    raise RequestError(f"{where}: a value of type {type(value).__name__} is none that JSON has")
+    raise where.error(f": a value of type {type(value).__name__} is none that JSON has")
 
 
 def _fit_role(message: dict[str, Any], source: str) -> dict[str, Any]:
@@ -210,7 +229,7 @@ def _fit_content(message: dict[str, Any], template: jinja_sandbox.Template) -> d
 def _mark(message: dict[str, Any]) -> None:
     content = message.get("content")
     if not content:
-        raise RequestError("continue_final_message: the last message has no content that could be continued")
+        raise RequestError.about("continue_final_message", ": the last message has no content that could be continued")
     if isinstance(content, list):
         content[-1] = {**content[-1], "text": content[-1]["text"] + _MARK}
     else:
@@ -220,7 +239,7 @@ def _mark(message: dict[str, Any]) -> None:
 def _cut(text: str) -> str:
     at = text.rfind(_END)
     if at < 0:
-        raise RequestError("continue_final_message: the chat template leaves out the end of the last message")
+        raise RequestError.about("continue_final_message", ": the chat template leaves out the end of the last message")
     return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
 
 

@@ -23,13 +23,18 @@ class OutputText:
         stop: StopTexts | None = None,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
         min_tokens: int = 0,
         offsets: TokenOffsets | None = None,
     ) -> None:
         """`include_stop`: the text includes the stop text that ended it. `offsets` records the place of each token."""
         self.num_tokens = 0  # tokens so far, the one that completed the stop text included
         self.stopped: str | None = None  # the stop text that ended the output
-        self._stream = tokenizer.stream(prompt_tokens, skip_special_tokens=skip_special_tokens)
+        self._stream = tokenizer.stream(
+            prompt_tokens,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+        )
         self._stop = stop
         self._search_state = 0  # of `StopTexts`
         self._include_stop = include_stop

@@ -80,7 +80,7 @@ class GrammarChecker:
             try:
                 self.check(grammar)
             except RequestError as error:
-                raise RequestError(f"prompt {index}: {error}") from None
+                raise error.within(f"prompt {index}") from None
 
     def close(self) -> None:
         """Stop all compilations. Later calls do nothing."""
@@ -115,7 +115,7 @@ class GrammarChecker:
         number = 0
         try:
             while True:
-                waker.quiet()
+                waker.clear()
                 if self._closed:  # checked after `quiet`, else the wake-up of `close` could be lost
                     return
                 with self._lock:
@@ -150,14 +150,14 @@ class GrammarChecker:
             return
         with self._lock:
             grammar, future = self._waiting.pop(verdict.seq)
-            if not (verdict.refused or verdict.lost):
+            if verdict.refusal is None and not verdict.lost:
                 self._known[_digest(grammar)] = None
                 while len(self._known) > _MAX_KNOWN:
                     self._known.popitem(last=False)
         pool.forget((verdict.seq,))
         with suppress(InvalidStateError):  # it was cancelled
-            if verdict.refused:
-                future.set_exception(RequestError(verdict.refused))
+            if verdict.refusal is not None:
+                future.set_exception(verdict.refusal.error())
             elif verdict.lost:
                 future.set_exception(EngineError(f"structured_outputs: {verdict.lost}; send the request again"))
             else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from shoal.errors import CheckpointError, RequestError
+from shoal.errors import CheckpointError, structured_outputs_error
 from shoal.lazy import load
 from shoal.log import configure_logging
 from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
@@ -84,9 +84,9 @@ def _vocabulary(folder: Path, eos: Ids, vocab_size: int) -> Callable[[], object]
         try:
             tokenizer = open_tokenizer(folder)
         except CheckpointError as error:
-            raise RequestError(f"structured_outputs can't read the model's tokenizer: {error}") from None
+            raise structured_outputs_error(f"can't read the model's tokenizer: {error}") from None
         if tokenizer is None:
-            raise RequestError("structured_outputs needs a tokenizer, which this model does not have")
+            raise structured_outputs_error("needs a tokenizer, which this model does not have")
         return load("shoal.structured.matcher:Vocabulary")(tokenizer.serialized(), eos, vocab_size)
 
     return read

@@ -43,9 +43,11 @@ class Template:
         try:
             return self._render({**values, _BUDGET: _LoopBudget()})
         except _TemplateRefused as error:
-            raise RequestError(f"the chat template refuses the conversation: {_one_line(error)}") from None
+            why = f"the chat template refuses the conversation: {_one_line(error)}"
+            raise RequestError(why, "messages") from None
         except Exception as error:  # noqa: BLE001 - a template may do anything that Python's operators do
-            raise RequestError(f"the chat template fails: {type(error).__name__}: {_one_line(error)}") from None
+            why = f"the chat template fails: {type(error).__name__}: {_one_line(error)}"
+            raise RequestError(why, "messages") from None
 
 
 @lru_cache(maxsize=16)
@@ -62,9 +64,10 @@ def compile(source: str) -> Template:
         template = _environment.from_string(tree)
         tree = _environment.parse(source)
     except jinja2.TemplateSyntaxError as error:
-        raise RequestError(f"the chat template is malformed, in line {error.lineno}: {_one_line(error)}") from None
+        why = f"the chat template is malformed, in line {error.lineno}: {_one_line(error)}"
+        raise RequestError(why, "chat_template") from None
     except (RecursionError, ValueError, TypeError) as error:
-        raise RequestError(f"the chat template is malformed: {_one_line(error)}") from None
+        raise RequestError(f"the chat template is malformed: {_one_line(error)}", "chat_template") from None
     parts = _reads_parts(tree)
     return Template(parts, not parts or _tests_type(tree), template.render)
 

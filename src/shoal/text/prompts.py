@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from shoal.errors import RequestError, overflow
+from shoal.errors import RequestError, context_length_exceeded, structured_outputs_error
 from shoal.log import get_logger
 from shoal.params import Message, Prompt, PromptDict, SamplingParams
 from shoal.structured.schema.prepare import summarize_keywords
@@ -139,25 +139,24 @@ class PromptReader:
         """
         text = self._render(messages, template)
         if len(text) > _MOST_CHARACTERS:
-            raise RequestError(f"messages may have {_MOST_CHARACTERS} characters here, got {len(text)}: send fewer")
+            raise RequestError.about(
+                "messages", f"may have {_MOST_CHARACTERS} characters here, got {len(text)}: send fewer"
+            )
         return self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
 
     def _render(self, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
         chat = self._chat_template()
         if chat is None and template.get("chat_template") is None:
-            raise RequestError("this model has no chat template: give chat_template, or plain prompts")
+            raise RequestError("this model has no chat template: give chat_template, or plain prompts", "messages")
         return (chat or ChatTemplate({})).render(messages, **template)
 
     def _job(self, index: int, text: str | None, tokens: tuple[int, ...], params: SamplingParams, salt: object) -> Job:
         if salt is not None and (not isinstance(salt, str) or not salt):
-            raise RequestError(f"cache_salt must be a text that is not empty, got {shown(salt)}")
+            raise RequestError.about("cache_salt", f"must be a text that is not empty, got {shown(salt)}")
         if not tokens:
-            raise RequestError("the prompt is empty: give some text or at least one token id")
+            raise RequestError("the prompt is empty: give some text or at least one token id", "prompt")
         if len(tokens) >= self._max_model_len:
-            raise RequestError(
-                f"{overflow(self._max_model_len)}; the prompt has {len(tokens)} tokens, and an output needs one: "
-                "shorten it or raise --max-model-len"
-            )
+            raise self._too_long(f"{len(tokens)} tokens, and an output needs one: shorten it or raise --max-model-len")
         banned, grammar = self._terms(params)
         return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
 
@@ -173,7 +172,7 @@ class PromptReader:
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids or ())
         if params.stop and self._tokenizer is None:
-            raise RequestError("stop takes texts, and this model has no tokenizer: use stop_token_ids")
+            raise RequestError.about("stop", "takes texts, and this model has no tokenizer: use stop_token_ids")
         banned = self._banned(params)
         self._check_allowed(params, banned)
         return banned, self._grammar(params)
@@ -184,16 +183,16 @@ class PromptReader:
         if asked is None:
             return None
         if asked > self._max_model_len:
-            raise RequestError(
-                f"truncate_prompt_tokens must be at most --max-model-len, {self._max_model_len}, got {shown(asked)}"
+            raise RequestError.about(
+                "truncate_prompt_tokens", f"must be at most --max-model-len, {self._max_model_len}, got {shown(asked)}"
             )
         return self._max_model_len - 1 if asked == -1 else asked  # an output needs one
 
     def _check_ids(self, name: str, ids: Mapping[int, float] | Sequence[int]) -> None:
         largest = max(ids, default=0)
         if largest >= self._vocab_size:
-            raise RequestError(
-                f"{name} must hold ids of the model's vocabulary, in [0, {self._vocab_size}), got {largest}"
+            raise RequestError.about(
+                name, f"must hold ids of the model's vocabulary, in [0, {self._vocab_size}), got {largest}"
             )
 
     def _check_allowed(self, params: SamplingParams, banned: Sequence[Sequence[int]]) -> None:
@@ -207,10 +206,12 @@ class PromptReader:
             "bad_words": frozenset(run[0] for run in banned if len(run) == 1),
         }
         if allowed <= frozenset().union(*forbidden.values()):
-            names = " and ".join(name for name, ids in forbidden.items() if allowed & ids)
+            names = [name for name, ids in forbidden.items() if allowed & ids]
             raise RequestError(
-                f"{names} with allowed_token_ids {shown(list(params.allowed_token_ids))} leave no token to draw: "
-                "allow one that is neither an end (stop_token_ids, or end-of-text without ignore_eos) nor a bad word"
+                f"{' and '.join(names)} with allowed_token_ids {shown(list(params.allowed_token_ids))} leave no token "
+                "to draw: allow one that is neither an end (stop_token_ids, or end-of-text without ignore_eos) nor a "
+                "bad word",
+                names[0],
             )
 
     def _banned(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -219,7 +220,7 @@ class PromptReader:
             return ()
         tokenizer = self._require_tokenizer()
         found = [
-            self._encode(tokenizer, spelled, add_special_tokens=False, what="a text of bad_words")
+            self._encode(tokenizer, spelled, "bad_words", "a text of bad_words", add_special_tokens=False)
             for word in params.bad_words
             for spelled in (word, " " + word.lstrip())
         ]
@@ -229,7 +230,7 @@ class PromptReader:
         if params.structured_outputs is None:
             return PreparedGrammar("")
         if self._tokenizer is None:
-            raise RequestError("structured_outputs need a tokenizer, which this model does not have")
+            raise structured_outputs_error("needs a tokenizer, which this model does not have")
         grammar = grammar_text(params.structured_outputs)
         if grammar.ignored and grammar.ignored not in self._told:
             self._told[grammar.ignored] = None
@@ -247,7 +248,7 @@ class PromptReader:
             return None, self._check_tokens(prompt["prompt_token_ids"])[-(keep or 0) :]
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(text, str):
-            raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}")
+            raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}", "prompt")
         return text, self._cut_into_tokens(text, keep, add_special_tokens=add_special_tokens) if text else ()
 
     def _cut_into_tokens(self, text: str, keep: int | None, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -265,38 +266,49 @@ class PromptReader:
         """Says of a text that is far too long that it is, without the seconds that cutting it into tokens takes."""
         longest = None if len(text) <= self._max_model_len else self._require_tokenizer().longest_token()
         if longest is not None and len(text) > longest * self._max_model_len:
-            raise RequestError(
-                f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters, more than they can hold: "
-                "shorten it or raise --max-model-len"
+            raise self._too_long(
+                f"{len(text)} characters, more than they can hold: shorten it or raise --max-model-len"
             )
         most = max(_MOST_CHARACTERS, 16 * self._max_model_len)
         if longest is None and len(text) > most:
-            raise RequestError(f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters: shorten it")
+            raise self._too_long(f"{len(text)} characters: shorten it")
+
+    def _too_long(self, length: str) -> RequestError:
+        return context_length_exceeded(self._max_model_len, f"the prompt has {length}")
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise RequestError("this model has no tokenizer: give prompt_token_ids")
+            raise RequestError("this model has no tokenizer: give prompt_token_ids", "prompt")
         return self._tokenizer
 
     def _encode(
-        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, what: str = "the prompt"
+        self,
+        tokenizer: Tokenizer,
+        text: str,
+        param: str = "prompt",
+        what: str = "the prompt",
+        *,
+        add_special_tokens: bool,
     ) -> tuple[int, ...]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"{what} is not valid Unicode: {error.reason} at character {error.start}") from None
+            why = f"{what} is not valid Unicode: {error.reason} at character {error.start}"
+            raise RequestError(why, param) from None
         tokens = tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
         if tokens and max(tokens) >= self._vocab_size:
             raise RequestError(
                 f"the tokenizer gives the id {max(tokens)}, the model's vocabulary has {self._vocab_size}: "
-                "they do not belong together; give prompt_token_ids or the right tokenizer.json"
+                "they do not belong together; give prompt_token_ids or the right tokenizer.json",
+                param,
             )
         return tokens
 
     def _check_tokens(self, tokens: object) -> tuple[int, ...]:
         if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence):
-            raise RequestError("prompt_token_ids must be a list of integers")
+            raise RequestError("prompt_token_ids must be a list of integers", "prompt")
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._vocab_size:
-                raise RequestError(f"prompt_token_ids: {shown(token)} is no id of a vocabulary of {self._vocab_size}")
+                why = f"prompt_token_ids: {shown(token)} is no id of a vocabulary of {self._vocab_size}"
+                raise RequestError(why, "prompt")
         return tuple(tokens)

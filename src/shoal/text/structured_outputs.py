@@ -6,7 +6,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from shoal.errors import RequestError
+from shoal.errors import structured_outputs_error
 from shoal.params import StructuredOutputsParams
 from shoal.structured.schema.grammar_json import grammar_json
 from shoal.structured.schema.prepare import prepare
@@ -38,23 +38,27 @@ def grammar_text(params: StructuredOutputsParams) -> PreparedGrammar:
     if params.json_object:
         return _of_schema({"type": "object"}, strict=False)
     if params.regex is not None:
-        text = _guard(LLMatcher.grammar_from_regex, "regex", params.regex)
+        text = _made(LLMatcher.grammar_from_regex, "regex", params.regex)
     elif params.choice is not None:
         if not params.choice:
-            raise RequestError("structured_outputs.choice needs at least one text, got none")
-        text = _guard(LLMatcher.grammar_from_regex, "choice", "|".join(map(_literal, params.choice)))
+            raise structured_outputs_error("needs at least one text, got none", "choice")
+        text = _made(LLMatcher.grammar_from_regex, "choice", "|".join(map(_literal, params.choice)))
     else:
-        text = _guard(LLMatcher.grammar_from_lark, "grammar", params.grammar or "")
+        text = _made(LLMatcher.grammar_from_lark, "grammar", params.grammar or "")
     return PreparedGrammar(text)
 
 
-def _guard(make: Callable[[str], str], name: str, value: str) -> str:
+def _made(make: Callable[[str], str], kind: str, value: str) -> str:
+    """Return the grammar that the library makes of a value.
+
+    Raises:
+        RequestError: the value has half of a surrogate pair, which a message can't carry.
+    """
     try:
-        return make(value)
-    except ValueError as error:
-        # A text has half of a surrogate pair, or a schema more levels than the library reads.
-        what = "is nested too deep" if "recursion limit" in str(error) else "has no UTF-8 form"
-        raise RequestError(f"structured_outputs.{name} {what}: {error}") from error
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise structured_outputs_error(f"has no UTF-8 form: {error}", kind) from error
+    return make(value)
 
 
 def _literal(text: str) -> str:

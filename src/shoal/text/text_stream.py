@@ -12,7 +12,7 @@ output that stops inside a character would be lost.
 """
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 INCOMPLETE = "\ufffd"  # stands for bytes that are not a complete character
@@ -132,3 +132,29 @@ class RedecodingStream:
             self._context, self._pending = self._pending, []
             self._before = self._decode(self._context)
         return new
+
+
+class UnspacedStream:
+    """A stream without the spaces that the decoder puts between two added tokens that follow each other.
+
+    Args:
+        stream: the stream with the spaces.
+        added: the texts of the tokens that were added to the vocabulary, such as special tokens.
+        prompt: the prompt of the stream.
+    """
+
+    def __init__(self, stream: TextStream, added: Mapping[int, str], prompt: Sequence[int]) -> None:
+        self._stream = stream
+        self._added = added
+        self._is_after_added = bool(prompt) and prompt[-1] in added
+
+    def push(self, token: int) -> str:
+        text = self._stream.push(token)
+        own = self._added.get(token)
+        if own is not None and self._is_after_added and text.endswith(own):
+            text = text[: len(text) - len(own)].rstrip(" ") + own
+        self._is_after_added = own is not None
+        return text
+
+    def flush(self) -> str:
+        return self._stream.flush()

@@ -10,10 +10,17 @@ from typing import Any, Protocol
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
-from shoal.errors import CheckpointError, ConfigError, RequestError
+from shoal.errors import CheckpointError, ConfigError, structured_outputs_error
 from shoal.git_lfs import refuse_pointer
 from shoal.lazy import load
-from shoal.text.text_stream import INCOMPLETE, ByteStream, FallbackStream, RedecodingStream, TextStream
+from shoal.text.text_stream import (
+    INCOMPLETE,
+    ByteStream,
+    FallbackStream,
+    RedecodingStream,
+    TextStream,
+    UnspacedStream,
+)
 from shoal.text.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token, raw_bytes
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -47,8 +54,15 @@ class Tokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes:
         """Return `token_text` in UTF-8; if the token is a part of a character, that part."""
 
-    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
-        """Return a stream that turns the tokens that follow a prompt into text one by one."""
+    def stream(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> TextStream:
+        """Return a stream that turns the tokens that follow a prompt into text one by one.
+
+        Args:
+            spaces_between_special_tokens: keep the spaces that the tokenizer puts between added tokens, special or
+                not, that follow each other.
+        """
 
     def longest_token(self) -> int | None:
         """Return the most bytes of a text that one token stands for; None if that is not known."""
@@ -165,7 +179,16 @@ class FastTokenizer:
                 return decoder.bytes_of(token)
         return _inner_bytes(self, token, self._library.id_to_token(token) or "")
 
-    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
+    def stream(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> TextStream:
+        stream = self._stream(prompt, skip_special_tokens=skip_special_tokens)
+        if spaces_between_special_tokens or skip_special_tokens or isinstance(self._decoder, ByteLevel | ByteFallback):
+            return stream  # those two decoders put no spaces anywhere
+        added = {number: token.content for number, token in self._library.get_added_tokens_decoder().items()}
+        return UnspacedStream(stream, added, prompt)
+
+    def _stream(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> TextStream:
         left_out = self.special_ids if skip_special_tokens else frozenset[int]()
         shown = [token for token in prompt if token not in left_out]
         match self._decoder:
@@ -213,16 +236,22 @@ class SlowTokenizer:
         entry = self._tokenizer.convert_ids_to_tokens(token) if token < self.size else ""
         return _inner_bytes(self, token, entry or "")
 
-    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
+    def stream(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> TextStream:
         shown = [token for token in prompt if not skip_special_tokens or token not in self.special_ids]
-        return RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
+        stream = RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
+        if spaces_between_special_tokens or skip_special_tokens:
+            return stream
+        added = {number: content for content, number in self._tokenizer.get_added_vocab().items()}
+        return UnspacedStream(stream, added, prompt)
 
     def longest_token(self) -> int | None:
         return None
 
     def serialized(self) -> str:
-        raise RequestError(
-            f"structured outputs need a tokenizer.json; {type(self._tokenizer).__name__} can't be written as one"
+        raise structured_outputs_error(
+            f"needs a tokenizer.json; {type(self._tokenizer).__name__} can't be written as one"
         )
 
 

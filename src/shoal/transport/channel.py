@@ -1,7 +1,7 @@
 """Frames of bytes between two processes: over a socket pair between a process and its child, over TCP between hosts.
 
-A socket pair has no name and no port, nothing of it outlives its processes, and its end is told at once when the
-process on the other side dies, whatever killed it.
+A socket pair has no name and no port, and nothing of it remains after its processes. When one process dies, for any
+reason, the other one notices immediately.
 """
 
 import contextlib
@@ -13,39 +13,42 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from shoal.process.forks import let_go_in_children
+from shoal.process.forks import close_in_children
 
 _LENGTH = struct.Struct("<I")
-_LONGEST = 2**32 - 1
+_MAX_FRAME_BYTES = 2**32 - 1
 _RECEIVE_BYTES = 1 << 18
-_MOST_READS = 64
+_MAX_READS = 64
 
 
 class ChannelClosed(Exception):
-    """The process at the other end has gone."""
+    """The connection has ended: the other process closed it or died."""
 
 
 class Channel:
-    """One end. `send` may be called from several threads; `receive` from one. In a forked child it is closed."""
+    """One end of a connection.
 
-    def __init__(self, sock: socket.socket, longest: int = _LONGEST) -> None:
-        """`longest`: bytes of a frame that is taken; whoever sends a longer one is not listened to any more."""
+    Several threads may call `send`; only one may call `receive`. In a forked child the channel is closed.
+    """
+
+    def __init__(self, sock: socket.socket, max_frame_bytes: int = _MAX_FRAME_BYTES) -> None:
+        """A frame that is longer than `max_frame_bytes` makes `receive` raise ChannelClosed."""
         sock.setblocking(False)
-        self.longest = longest
+        self.max_frame_bytes = max_frame_bytes
         self._socket = sock
         self._incoming = bytearray()
         self._outgoing: deque[memoryview] = deque()
         self._lock = threading.Lock()
-        let_go_in_children(self)
+        close_in_children(self)
 
-    def let_go(self) -> None:
-        """In a forked child, where a thread that is not there may have held the lock."""
+    def close_in_child(self) -> None:
+        """Close the socket in a forked child, whose copy of the lock may be held by a thread that was not forked."""
         self._lock = threading.Lock()
         self._socket.close()
 
     @classmethod
     def pair(cls) -> tuple["Channel", socket.socket]:
-        """This process's end, and a socket for the child, which makes it its own with `from_fd`."""
+        """Return this process's end, and the other end's socket, which the child makes a channel with `from_fd`."""
         ours, theirs = socket.socketpair()
         return cls(ours), theirs
 
@@ -58,46 +61,46 @@ class Channel:
 
     @property
     def local_address(self) -> str:
-        """Of this end of a TCP connection."""
+        """The IP address of this end of a TCP connection."""
         return str(self._socket.getsockname()[0])
 
     @property
     def has_frame(self) -> bool:
-        """Has `receive` something to give, or to say, without a `wait` before it?"""
+        """True if `receive` would return a frame or raise an error from bytes that were read already."""
         if len(self._incoming) < _LENGTH.size:
             return False
         length = int.from_bytes(self._incoming[: _LENGTH.size], "little")
-        return length > self.longest or len(self._incoming) >= _LENGTH.size + length
+        return length > self.max_frame_bytes or len(self._incoming) >= _LENGTH.size + length
 
     def send(self, frame: bytes) -> None:
-        """Never blocks: what the socket does not take now waits for `flush` or the next `send`.
+        """Send a frame without blocking: bytes that the socket does not accept now wait for `flush` or the next `send`.
 
         Raises:
-            ChannelClosed: nobody is there to read it.
+            ChannelClosed: the connection has ended.
         """
         with self._lock:
             self._outgoing.append(memoryview(_LENGTH.pack(len(frame)) + frame))
             self._write()
 
     def flush(self, timeout: float) -> bool:
-        """Tries for up to `timeout` seconds to get everything out; True if it is."""
+        """Write all waiting bytes, for up to `timeout` seconds. Return whether all are written."""
         deadline = time.monotonic() + timeout
         while self._outgoing:
             with self._lock:
                 self._write()
             remaining = deadline - time.monotonic()
-            if self._outgoing and (remaining <= 0 or not self._takes_more(remaining)):
+            if self._outgoing and (remaining <= 0 or not self._wait_writable(remaining)):
                 return False
         return True
 
-    def _takes_more(self, timeout: float) -> bool:
+    def _wait_writable(self, timeout: float) -> bool:
         poller = select.poll()
         poller.register(self._socket, select.POLLOUT)
         return bool(poller.poll(timeout * 1000))
 
     @property
     def backlog(self) -> bool:
-        """Is something waiting to be written?"""
+        """True if bytes are waiting to be written."""
         return bool(self._outgoing)
 
     def _write(self) -> None:
@@ -114,18 +117,17 @@ class Channel:
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
-    def receive(self, most: int | None = None) -> list[bytes]:
-        """The frames that have arrived in whole, [] if none has. Never blocks.
+    def receive(self, max_frames: int | None = None) -> list[bytes]:
+        """Return the complete frames that have arrived, without blocking.
 
-        With `most`, bytes behind so many frames are kept for the next call, but `wait` does not know of them;
-        `has_frame` does.
+        Bytes after `max_frames` frames are kept for the next call. `wait` does not know of them, but `has_frame` does.
 
         Raises:
-            ChannelClosed: no whole frame is left and the other end has gone.
+            ChannelClosed: the connection has ended and no complete frame is left.
         """
         closed = False
         try:
-            for _ in range(_MOST_READS):  # so that whoever sends without end does not fill the memory
+            for _ in range(_MAX_READS):  # a limit, so that an endless stream does not fill the memory
                 data = self._socket.recv(_RECEIVE_BYTES)
                 closed = not data
                 if closed:
@@ -135,18 +137,18 @@ class Channel:
             pass
         except OSError:
             closed = True
-        frames = self._take_frames(most)
+        frames = self._take_frames(max_frames)
         if closed and not frames:
             raise ChannelClosed("end of file")
         return frames
 
-    def _take_frames(self, most: int | None) -> list[bytes]:
+    def _take_frames(self, max_frames: int | None) -> list[bytes]:
         frames: list[bytes] = []
         start = 0
-        while len(self._incoming) - start >= _LENGTH.size and len(frames) != most:
+        while len(self._incoming) - start >= _LENGTH.size and len(frames) != max_frames:
             (length,) = _LENGTH.unpack_from(self._incoming, start)
-            if length > self.longest:
-                raise ChannelClosed(f"a frame of {length} bytes, more than the {self.longest} that are taken")
+            if length > self.max_frame_bytes:
+                raise ChannelClosed(f"a frame of {length} bytes, at most {self.max_frame_bytes} are allowed")
             stop = start + _LENGTH.size + length
             if len(self._incoming) < stop:
                 break
@@ -155,9 +157,9 @@ class Channel:
         del self._incoming[:start]
         return frames
 
-    def hang_up(self) -> None:
-        """Ends the connection, which wakes a thread that waits for it; the descriptor stays until `close`."""
-        with contextlib.suppress(OSError):  # the other side was first
+    def shut_down(self) -> None:
+        """End the connection, which wakes a thread that waits for it. The descriptor stays valid until `close`."""
+        with contextlib.suppress(OSError):  # the other side has ended it already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -165,10 +167,10 @@ class Channel:
 
 
 def wait(channels: Sequence[Channel], timeout: float) -> list[Channel]:
-    """The channels with something to read, waiting up to `timeout` seconds; writes out backlogs meanwhile.
+    """Wait up to `timeout` seconds, and return the readable channels. Meanwhile waiting bytes are written.
 
-    A channel whose other end has gone is one of them: `receive` gives its last words, and then says so. So is one that
-    was closed here, perhaps by another thread: nobody waits for what never comes.
+    A channel whose connection has ended is readable: `receive` returns the last frames, and then raises an error. A
+    channel that was closed here, perhaps by another thread, is readable too.
     """
     poller = select.poll()
     found = [(channel.fileno(), channel) for channel in channels]

@@ -1,4 +1,4 @@
-"""Joining a rendezvous, and what a member of a room can do there."""
+"""A member of a room at a rendezvous: it joins, and exchanges messages with the other members."""
 
 import contextlib
 import hmac
@@ -15,7 +15,15 @@ from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process, watch_host
+from shoal.transport.rendezvous import (
+    HEARTBEAT_S,
+    HEARTBEAT_TIMEOUT_S,
+    REPORT_S,
+    enable_keepalive,
+    proof,
+    require_key,
+    this_process,
+)
 from shoal.wire.base import WireError, encode
 from shoal.wire.rendezvous import (
     Alive,
@@ -36,17 +44,17 @@ from shoal.wire.rendezvous import (
 log = get_logger("rendezvous")
 
 _RETRY_S = 0.2
-_SAY_RETURNING_S = 60.0  # how often it is said for whom one waits that has been there before
+_REPORT_RETURNING_S = 60.0  # how often a process that returns logs what it waits for
 _ATTEMPT_S = 2.0
-REFUSED_S = 15.0  # for somebody with our number, who may have been cut off, to be given up
+REFUSED_TIMEOUT_S = 15.0  # the wait for an unreachable member with the same rank to be removed
 
 
-class _HungUp(Exception):
-    """Somebody listens, and ended the connection before it said yes or no."""
+class _ConnectionEnded(Exception):
+    """The other side ended the connection before it accepted or refused."""
 
 
-class _Silent(Exception):
-    """Somebody listens, and says nothing."""
+class _NoAnswer(Exception):
+    """The other side accepted the connection but sends nothing."""
 
 
 class _RefusedForNow(Exception):
@@ -65,28 +73,31 @@ def connect(
     timeout: float,
     returning: bool = False,
 ) -> Channel:
-    """A connection on which both sides have proved that they know the key. Without a `size` no room is joined. A door
-    is asked for like a room, by its name.
+    """Connect to a rendezvous, and return the connection after both sides have proved that they know the key.
 
-    The rendezvous may be opened later than this is called, or may be so busy with others that it hangs up. `returning`:
-    we have been there before, so nothing is wrong with the address or our number.
+    The rendezvous may open later than this call, or may be so busy that it closes the connection: this is tried again.
+
+    Args:
+        room: the name of a room or of a door.
+        size: of the room; 0 to join none.
+        returning: this process has joined before, so its address and rank are right.
 
     Raises:
-        ConfigError: it refuses us, or can't be reached in time; it says why.
-        EngineError: `returning`, and it can't be reached, or does not let us in, in time.
+        ConfigError: the rendezvous refuses this process, and says why; or it cannot be reached in time.
+        EngineError: with `returning`, the rendezvous cannot be reached in time, or does not admit this process in time.
     """
     require_key(key, address.host)
     host, pid = this_process()
     hello = Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}), report)
     begun = time.monotonic()
-    said = begun
+    last_report = begun
     refused_since: float | None = None
-    missed = EngineError if returning else ConfigError
+    timeout_error = EngineError if returning else ConfigError
     while True:
         left = timeout - (time.monotonic() - begun)
         try:
             sock = addresses.connect(address, max(min(left, _ATTEMPT_S), 0.01))
-            return _introduced(sock, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))
+            return _authenticated(sock, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))
         except OSError as error:
             why = error.strerror or str(error)
             final = (
@@ -94,51 +105,51 @@ def connect(
                 "or give the address and port at which it listens"
             )
             refused_since = None
-        except _Silent:
-            why = "it says nothing"
+        except _NoAnswer:
+            why = "it does not answer"
             final = f"{address} did not answer in time: is another program there?"
             refused_since = None
-        except _HungUp:
+        except _ConnectionEnded:
             refused_since = None
-            why = "it hangs up"
-            final = f"{address} hung up again and again for {timeout:g} s: is another program there?"
+            why = "it closes the connection"
+            final = f"{address} closed every connection for {timeout:g} s: is another program there?"
         except _RefusedForNow as error:
             refused_since = time.monotonic() if refused_since is None else refused_since
             why = final = str(error)
-            if time.monotonic() - refused_since > REFUSED_S and not returning:
+            if time.monotonic() - refused_since > REFUSED_TIMEOUT_S and not returning:
                 raise ConfigError(final) from None
         if time.monotonic() - begun + _RETRY_S >= timeout:
-            raise missed(final)
-        if time.monotonic() - said >= (_SAY_RETURNING_S if returning else SAY_S):
-            said = time.monotonic()
-            log.info("waiting for %s (%s), %.0f s of %g", address, why, said - begun, timeout)
+            raise timeout_error(final)
+        if time.monotonic() - last_report >= (_REPORT_RETURNING_S if returning else REPORT_S):
+            last_report = time.monotonic()
+            log.info("waiting for %s (%s), %.0f s of %g", address, why, last_report - begun, timeout)
         time.sleep(_RETRY_S)
 
 
-def _introduced(sock: socket.socket, hello: Hello, address: Address, key: str, timeout: float) -> Channel:
-    """Closes the socket if that fails."""
+def _authenticated(sock: socket.socket, hello: Hello, address: Address, key: str, timeout: float) -> Channel:
+    """Return a channel on this socket after authentication. If that fails, the socket is closed."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    watch_host(sock)
+    enable_keepalive(sock)
     channel = Channel(sock)
     try:
-        _introduce(channel, hello, address, key, timeout)
+        _authenticate(channel, hello, address, key, timeout)
     except BaseException:
         channel.close()
         raise
     return channel
 
 
-def _introduce(channel: Channel, hello: Hello, address: Address, key: str, timeout: float) -> None:
+def _authenticate(channel: Channel, hello: Hello, address: Address, key: str, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    said = encode(hello)
+    encoded = encode(hello)
     while True:
         for message in _receive(channel, deadline, address):
             match message:
                 case Challenge():
-                    with contextlib.suppress(ChannelClosed):  # its end is read, and said, in turn
-                        channel.send(encode(Signed(said, proof(key, "member", message.nonce, said))))
+                    with contextlib.suppress(ChannelClosed):  # `_receive` will notice it
+                        channel.send(encode(Signed(encoded, proof(key, "member", message.nonce, encoded))))
                 case Welcome():
-                    if not hmac.compare_digest(message.proof, proof(key, "rendezvous", hello.nonce, said)):
+                    if not hmac.compare_digest(message.proof, proof(key, "rendezvous", hello.nonce, encoded)):
                         raise ConfigError(f"{address} does not know the shared key: is another program there?")
                     return
                 case JoinRefused():
@@ -147,32 +158,32 @@ def _introduce(channel: Channel, hello: Hello, address: Address, key: str, timeo
 
 
 def _receive(channel: Channel, deadline: float, address: Address) -> list[FromRendezvous]:
-    """One frame, so that what follows a welcome is left for whoever reads next."""
+    """Return one message at most, so that messages after a Welcome are left for the owner of the channel."""
     left = deadline - time.monotonic()
     if left <= 0 or (not channel.has_frame and not wait([channel], left)):
-        raise _Silent
+        raise _NoAnswer
     try:
         return [from_rendezvous.decode(frame) for frame in channel.receive(1)]
     except ChannelClosed:
-        raise _HungUp from None
+        raise _ConnectionEnded from None
     except WireError:
-        raise ConfigError(f"{address} speaks another language: is another program there?") from None
+        raise ConfigError(f"{address} uses another protocol: is another program there?") from None
 
 
 @dataclass(slots=True)
 class _Inbox:
-    """What a member's thread has read; `changed` guards it."""
+    """The messages that a member's thread has read. `changed` guards all fields."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    posted: dict[str, dict[int, bytes]] = field(default_factory=dict)  # topic -> sender -> the latest
-    gone: dict[int, str] = field(default_factory=dict)
+    posted: dict[str, dict[int, bytes]] = field(default_factory=dict)  # topic -> sender -> latest payload
+    gone: dict[int, str] = field(default_factory=dict)  # rank -> why it has left, "" if its work had ended
     waiting: RoomWaiting | None = None
-    started: RoomComplete | None = None
-    lost: str = ""  # why there is no connection any more, as the user reads it
+    complete: RoomComplete | None = None
+    lost: str = ""  # why the connection has ended, as shown to the user
 
 
 class RoomMember:
-    """One in a room. A thread keeps the connection alive and reads what comes; all else is called by the owner."""
+    """A member of a room. A thread keeps the connection alive and reads messages; the owner calls the methods."""
 
     def __init__(
         self,
@@ -186,12 +197,12 @@ class RoomMember:
         timeout: float,
         returning: bool = False,
     ) -> None:
-        """Waits until the room is complete. `returning`: as for `connect`.
+        """Join a room, and wait until it is complete. `returning`: see `connect`.
 
         Raises:
-            ConfigError: the rendezvous is not there or refuses us, or not all arrived within `timeout` seconds; it says
-                who is missing.
-            EngineError: the rendezvous has gone; or `returning`, and it or somebody else is not there in time.
+            ConfigError: the rendezvous cannot be reached or refuses this process, or the room is not complete within
+                `timeout` seconds; the error says who is missing.
+            EngineError: the connection has ended; or with `returning`, the rendezvous or a member is missing in time.
         """
         self.rank = rank
         self.size = size
@@ -214,62 +225,62 @@ class RoomMember:
         except BaseException:
             os.close(self._wakeup)
             raise
-        self.host_address: str = self._channel.local_address  # of this host, as the others reach it
+        self.host_address: str = self._channel.local_address  # the address of this host that other hosts can reach
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"shoal-member-{rank}")
         self._thread.start()
         try:
-            self._await_start(begun, timeout, EngineError if returning else ConfigError)
+            self._await_completion(begun, timeout, EngineError if returning else ConfigError)
         except BaseException:
             self.close()
             raise
 
-    def _await_start(self, begun: float, timeout: float, missed: type[ShoalError]) -> None:
-        said = begun
+    def _await_completion(self, begun: float, timeout: float, timeout_error: type[ShoalError]) -> None:
+        last_report = begun
         with self._inbox.changed:
-            while self._inbox.started is None:
+            while self._inbox.complete is None:
                 left = timeout - (time.monotonic() - begun)
-                who = self._who_is_missing()
+                missing = self._describe_missing()
                 if self._inbox.lost:
                     raise EngineError(self._inbox.lost)
                 if left <= 0:
-                    raise missed(f"not all have arrived at {self._address} within {timeout:g} s: {who}")
-                if time.monotonic() - said >= SAY_S:
-                    said = time.monotonic()
-                    log.info("waiting at %s, %.0f s of %g: %s", self._address, said - begun, timeout, who)
-                self._inbox.changed.wait(min(left, SAY_S))
+                    raise timeout_error(f"not all have arrived at {self._address} within {timeout:g} s: {missing}")
+                if time.monotonic() - last_report >= REPORT_S:
+                    last_report = time.monotonic()
+                    log.info("waiting at %s, %.0f s of %g: %s", self._address, last_report - begun, timeout, missing)
+                self._inbox.changed.wait(min(left, REPORT_S))
 
-    def _who_is_missing(self) -> str:
+    def _describe_missing(self) -> str:
         waiting = self._inbox.waiting
         if waiting is None:
-            return f"nobody is known but rank {self.rank}"
+            return f"only rank {self.rank} has arrived"
         missing = ", ".join(map(str, waiting.missing))
         return f"rank{'s' if len(waiting.missing) > 1 else ''} {missing} missing, arrived: {', '.join(waiting.arrived)}"
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Who they are, by rank."""
-        return () if self._inbox.started is None else self._inbox.started.members
+        """The members' names, by rank."""
+        return () if self._inbox.complete is None else self._inbox.complete.members
 
     @property
     def formation(self) -> int:
-        """A number that no other room of this rendezvous has had, and no earlier one of this name."""
-        return 0 if self._inbox.started is None else self._inbox.started.formation
+        """The number of this room, which no other room of this rendezvous has had."""
+        return 0 if self._inbox.complete is None else self._inbox.complete.formation
 
     def fileno(self) -> int:
-        """Readable when something has come, until `quiet` is called."""
+        """Return a file descriptor that is readable from the arrival of a message until `clear` is called."""
         return self._wakeup
 
     backlog = False
 
-    def quiet(self) -> None:
+    def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wakeup)
 
     def post(self, topic: str, payload: bytes, to: int = -1) -> None:
-        """To one other member, or to all others. Of several posts under one topic only the latest is kept.
+        """Post a message to one other member, or to all others. Members keep the latest post under each topic.
 
         Raises:
-            EngineError: the rendezvous has gone.
+            EngineError: the connection to the rendezvous has ended.
         """
         try:
             self._channel.send(encode(RoomMessage(topic, self.rank, to, payload)))
@@ -277,12 +288,12 @@ class RoomMember:
             raise EngineError(f"the rendezvous at {self._address} has gone") from None
 
     def latest(self, topic: str) -> dict[int, bytes]:
-        """The latest post of each member under a topic, by rank. Never blocks."""
+        """Return the latest post of each member under a topic, by rank. Never blocks."""
         with self._inbox.changed:
             return dict(self._inbox.posted.get(topic, {}))
 
     def failures(self) -> dict[int, str]:
-        """Members that have gone without having ended their work, and why; the rendezvous itself is rank -1."""
+        """Return the members that have left before the end of their work, and why. Rank -1 is the rendezvous itself."""
         with self._inbox.changed:
             found = {rank: why for rank, why in self._inbox.gone.items() if why}
             if self._inbox.lost and not self._leaving:
@@ -290,7 +301,7 @@ class RoomMember:
             return found
 
     def gone(self) -> list[int]:
-        """Members that have left, whether their work had ended or not."""
+        """Return the members that have left, before or after the end of their work."""
         with self._inbox.changed:
             return sorted(self._inbox.gone)
 
@@ -302,11 +313,11 @@ class RoomMember:
         timeout: float,
         describe: Callable[[int], str] = "rank {}".format,
     ) -> list[bytes] | None:
-        """Everybody's payload, by rank, at rank 0; None at the others, which do not wait.
+        """Collect the payloads of all members at rank 0, which gets them by rank. Other ranks get None and do not wait.
 
         Raises:
-            EngineError: somebody has gone, or has not posted within `timeout` seconds; `describe` says what is missing
-                with a rank.
+            EngineError: a member has left, or has not posted within `timeout` seconds. `describe` gives the text that
+                the error shows for a missing rank.
         """
         if self.rank != 0:
             self.post(topic, payload, to=0)
@@ -325,13 +336,13 @@ class RoomMember:
                     why = "; ".join(self._inbox.gone[rank] or f"rank {rank} ended without it" for rank in dead)
                     who = "; ".join(describe(rank) for rank in missing)
                     raise EngineError(f"{topic}: {why or f'not all have come within {timeout:g} s'}; missing: {who}")
-                self._inbox.changed.wait(min(left, SAY_S))
+                self._inbox.changed.wait(min(left, REPORT_S))
 
     def await_post(self, topic: str, sender: int, *, timeout: float) -> bytes:
-        """One member's post.
+        """Wait for a member's post, and return it.
 
         Raises:
-            EngineError: it has gone, or has not posted within `timeout` seconds.
+            EngineError: the member has left, or has not posted within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         with self._inbox.changed:
@@ -339,8 +350,8 @@ class RoomMember:
                 left = deadline - time.monotonic()
                 if sender in self._inbox.gone or self._inbox.lost or left <= 0:
                     why = self._inbox.gone.get(sender) or self._inbox.lost or f"nothing within {timeout:g} s"
-                    raise EngineError(f"{topic}: no word of rank {sender}: {why}")
-                self._inbox.changed.wait(min(left, SAY_S))
+                    raise EngineError(f"{topic}: no message from rank {sender}: {why}")
+                self._inbox.changed.wait(min(left, REPORT_S))
             return self._inbox.posted[topic][sender]
 
     def _flush(self, timeout: float) -> None:
@@ -351,8 +362,11 @@ class RoomMember:
             raise EngineError(f"the rendezvous at {self._address} has gone") from None
 
     def close(self, why: str = "", *, patience: float = _ATTEMPT_S) -> None:
-        """Leaves: `why` is empty when all is done, else what the others will say of us. A rendezvous that does not
-        listen is given up after `patience` seconds. Idempotent."""
+        """Leave the room. May be called again.
+
+        why: the reason that the other members get, or "" if the work has ended. patience: the most seconds to wait for
+        a rendezvous that does not read.
+        """
         if self._leaving:
             return
         self._leaving = True
@@ -361,28 +375,28 @@ class RoomMember:
             self._channel.flush(patience)
         except ChannelClosed:
             pass
-        self._thread.join(patience)  # the rendezvous hangs up on whoever leaves
-        self._channel.hang_up()
-        self._thread.join()  # it uses what is closed next
+        self._thread.join(patience)  # the rendezvous closes the connection of a member that leaves
+        self._channel.shut_down()
+        self._thread.join()  # before its channel is closed
         self._channel.close()
         os.close(self._wakeup)
 
     def _run(self) -> None:
-        heard = next_sign = time.monotonic()
+        last_received = next_heartbeat = time.monotonic()
         while True:
             try:
                 now = time.monotonic()
-                if now - next_sign > QUIET_S:  # this process was stopped: what was said meanwhile is yet to be read
-                    heard = now
-                if now >= next_sign:
-                    next_sign = now + ALIVE_S
+                if now - next_heartbeat > HEARTBEAT_TIMEOUT_S:  # this process was suspended: unread messages may wait
+                    last_received = now
+                if now >= next_heartbeat:
+                    next_heartbeat = now + HEARTBEAT_S
                     self._channel.send(encode(Alive()))
-                if self._channel.has_frame or wait([self._channel], next_sign - now):
-                    heard = time.monotonic()  # a frame may take longer than QUIET_S to come
+                if self._channel.has_frame or wait([self._channel], next_heartbeat - now):
+                    last_received = time.monotonic()  # a single frame may take longer than HEARTBEAT_TIMEOUT_S
                     for frame in self._channel.receive():
                         self._take(from_rendezvous.decode(frame))
-                if time.monotonic() - heard > QUIET_S:
-                    raise ChannelClosed(f"not heard from for {QUIET_S:.0f} s")
+                if time.monotonic() - last_received > HEARTBEAT_TIMEOUT_S:
+                    raise ChannelClosed(f"no message for {HEARTBEAT_TIMEOUT_S:.0f} s")
             except (ChannelClosed, WireError, OSError) as error:
                 why = str(error) or "its connection has ended"
                 with self._inbox.changed:
@@ -403,9 +417,9 @@ class RoomMember:
                 case RoomWaiting():
                     self._inbox.waiting = message
                 case RoomComplete():
-                    self._inbox.started = message
+                    self._inbox.complete = message
                 case JoinRefused():
-                    self._inbox.lost = f"the rendezvous at {self._address} showed rank {self.rank} out: {message.why}"
+                    self._inbox.lost = f"the rendezvous at {self._address} removed rank {self.rank}: {message.why}"
             self._inbox.changed.notify_all()
         if not self._leaving:
             os.eventfd_write(self._wakeup, 1)

@@ -1,4 +1,4 @@
-"""Child processes that are talked to over a channel and never outlive their parent."""
+"""Child processes, each with a channel to its parent. They end at the latest with the parent."""
 
 import contextlib
 import ctypes
@@ -19,16 +19,19 @@ from shoal.transport.channel import Channel, ChannelClosed
 log = get_logger("process")
 
 _KILL_S = 5.0
-_FIRST_PAUSE_S, _PAUSE_S = 0.0005, 0.05  # between two looks whether a process has ended
-_UNTOLD = 255  # the exit code of a process that nobody can be asked about
+_FIRST_POLL_S, _POLL_S = 0.0005, 0.05  # the pause between two checks whether a process has ended, shorter at first
+_UNKNOWN_EXIT_CODE = 255  # shown for a process whose exit code this process cannot read
 _PR_SET_PDEATHSIG = 1
-_STDERR = 2  # what a library in a child prints must not get between the parent's results
+_STDERR = 2  # the children's stdout goes there, so that output of libraries does not mix with the parent's results
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when the thread that started it ends, even if this process is stopped. To be
-    called first of all: it also has this process hear of the ends of its own children, whatever it has inherited."""
+    """Have the kernel kill this process when the thread that started it ends, even if this process is suspended.
+
+    A child calls this before everything else: it also resets an inherited SIGCHLD handler, so that the child can read
+    the exit codes of its own children.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
@@ -40,10 +43,10 @@ def _block_group_signals() -> None:
 
 
 class _Spawner:
-    """Starts processes on a thread that lives as long as this process: "parent" above means the thread.
+    """Starts processes on a thread that runs as long as this process, since the kernel takes that thread as the parent.
 
-    It blocks the signals that reach a whole group, and children have that from it: from their first moment on, long
-    before they could ignore them, their parent decides what ends.
+    The thread blocks the signals that a terminal sends to the whole process group, and the children inherit that: from
+    their start on, before they could ignore these signals themselves, only the parent decides when they end.
     """
 
     def __init__(self) -> None:
@@ -65,7 +68,7 @@ _spawner = _Spawner()
 
 
 class ChildProcess:
-    """MODULE in a Python of its own, with `--fd N --parent PID ...`, and the channel to it."""
+    """A child process that runs a module of Shoal with `--fd N --parent PID ...`, and the channel to it."""
 
     def __init__(
         self,
@@ -74,10 +77,10 @@ class ChildProcess:
         environment: dict[str, str] | None = None,
         passed: Sequence[int] = (),
     ) -> None:
-        """`passed`: descriptors that the child has too, under the same numbers."""
-        self._untold = False
+        """`passed`: file descriptors that the child inherits, with the same numbers."""
+        self._exit_code_unknown = False
         self._waiting = threading.Lock()
-        open_files.occupy_standard()
+        open_files.fill_standard_descriptors()
         self.channel, theirs = Channel.pair()
         command = [*import_path.python_command(module), "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
         with theirs:
@@ -90,49 +93,53 @@ class ChildProcess:
         return self._process.pid
 
     def stopped(self) -> bool:
-        """Was it halted by SIGSTOP or a debugger?"""
+        """Tell whether SIGSTOP or a debugger has suspended the process."""
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
             return False
         return stat.rpartition(")")[2].split()[0] in {"T", "t"}
 
-    def death(self, patience: float = 1.0) -> str:
-        """How it ended, in words. The channel's end is seen before the exit status is, by milliseconds, or by seconds
-        if the process had much memory: it waits `patience` seconds for that."""
+    def describe_exit(self, patience: float = 1.0) -> str:
+        """Describe how the process ended. Waits up to `patience` seconds for its exit code.
+
+        The exit code is known some milliseconds after the channel has ended, or some seconds for a process with much
+        memory.
+        """
         if not self.wait(patience):
             return "closed its channel, and has not ended yet"
         code = self.exit_code
-        if code is None or self._untold:
-            return "ended, nobody knows how: this process ignores SIGCHLD, or waits for all of its children"
+        if code is None or self._exit_code_unknown:
+            return "ended with an unknown exit code: this process ignores SIGCHLD, or waits for all of its children"
         return f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that has killed it."""
+        """The exit code, or minus the number of the signal that killed the process; None while it runs."""
         with self._waiting:
             if self._process.returncode is None:
                 try:
                     os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                except ChildProcessError:  # its status was thrown away, or given to somebody else
-                    self._untold = True
+                except ChildProcessError:  # its status was dropped, or read by other code of this process
+                    self._exit_code_unknown = True
             code = self._process.poll()
-            return _UNTOLD if self._untold and code is not None else code
+            return _UNKNOWN_EXIT_CODE if self._exit_code_unknown and code is not None else code
 
-    def say(self, goodbye: bytes) -> None:
+    def say(self, message: bytes) -> None:
+        """Send a message if the channel is still open."""
         with contextlib.suppress(ChannelClosed, OSError):
-            self.channel.send(goodbye)
+            self.channel.send(message)
             self.channel.flush(0)
 
     def wait(self, timeout: float) -> bool:
-        """True if it has ended."""
-        deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE_S
+        """Wait up to `timeout` seconds for the end of the process. Return whether it has ended."""
+        deadline, pause = time.monotonic() + timeout, _FIRST_POLL_S
         while self.exit_code is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
             time.sleep(min(pause, left))
-            pause = min(2 * pause, _PAUSE_S)
+            pause = min(2 * pause, _POLL_S)
         return True
 
     def kill(self) -> None:
@@ -140,15 +147,15 @@ class ChildProcess:
         self.channel.close()
 
     def kill_process(self) -> None:
-        """Leaves the channel to whoever reads it."""
+        """Kill the process, but leave the channel open for the thread that reads it."""
         self._process.kill()
         if not self.wait(_KILL_S):
-            log.error("process %d does not end: it waits for a device or a file system", self.pid)
+            log.error("process %d was killed but has not ended: it waits for a device or a file system", self.pid)
 
 
 def _signal_name(number: int) -> str:
     if number == signal.SIGBUS:
-        return "SIGBUS: a file that it had mapped was truncated, or there is no room in /dev/shm"
+        return "SIGBUS: a file that it had mapped was truncated, or /dev/shm is full"
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
@@ -156,7 +163,7 @@ def _signal_name(number: int) -> str:
 
 
 def end_all(children: Sequence[ChildProcess], goodbye: bytes | None, timeout: float) -> None:
-    """Says goodbye to all, waits up to `timeout` seconds for all of them, and kills what is left. Never raises."""
+    """Send `goodbye` to all, wait up to `timeout` seconds for their end, and kill those that still run."""
     deadline = time.monotonic() + timeout
     if goodbye is not None:
         for child in children:

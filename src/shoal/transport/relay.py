@@ -1,7 +1,7 @@
-"""A thread that reads a connection to another host, for a program that is busy for seconds at a time.
+"""A thread that reads from a connection to another host, for a process that may be busy for many seconds.
 
-The kernel ends a watched connection (`rendezvous.watch_host`) whose other side takes nothing for that long; it can't
-tell a host that is cut off from a program that does not read. A relay always reads.
+The kernel ends a connection (see `rendezvous.enable_keepalive`) whose other side accepts nothing for that long, since
+it cannot distinguish an unreachable host from a process that does not read. A relay always reads.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ _FLUSH_S = 1.0
 
 
 class Relay:
-    """Takes over a connection. `channel` is what to use in its place; it ends when the connection does."""
+    """Owns a connection, and forwards its frames in both directions. Use `channel` in its place; they end together."""
 
     def __init__(self, outer: Channel) -> None:
         self.channel, theirs = Channel.pair()
@@ -24,7 +24,7 @@ class Relay:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the connection, once what was sent last is out or nobody takes it. Idempotent."""
+        """Send the last frames, for up to a second, and end the connection. May be called again."""
         self.channel.close()
         self._thread.join()
 

@@ -1,15 +1,16 @@
-"""Where replicas and hosts meet: any order of start, an authenticated hello, and a post office for those who are in.
+"""The meeting place of processes on several hosts: they start in any order, authenticate, and exchange messages.
 
-One process opens a `Rendezvous`; a thread of it serves everybody who joins over TCP. Members of a room learn that it is
-complete, post messages to each other, and are told when one of them has gone. Beside the rooms there is a store of keys
-and values, in which groups of ranks find each other.
+One process opens a `Rendezvous`, and one of its threads serves all others, which connect over TCP. The members of a
+room wait until it is complete, post messages to each other, and are informed when a member leaves. There is also a
+store of keys and values, through which groups of ranks find each other.
 
-Whoever joins proves that it knows the shared key (HMAC-SHA256 over a nonce of the other side; the key itself never
-travels), and brings what must be the same for all: versions, options, digests of the model. Who differs is refused, and
-told in what. The first member of a room sets what it is.
+A process that joins proves that it knows the shared key (HMAC-SHA256 over a nonce of the other side; the key itself is
+never sent). It also sends its agreement: the versions, options and digests of the model that must be equal for all. The
+first member of a room sets its agreement; a process whose agreement differs is refused, and the answer names the
+difference.
 
-Beside rooms there may be doors: who is let in there has proved the same, and its connection belongs to whoever has put
-up the door.
+A door is an entrance for processes that join one by one. They authenticate in the same way, but then the owner of the
+door takes over their connection.
 """
 
 import contextlib
@@ -26,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from shoal import addresses
-from shoal.addresses import is_loopback, joined
+from shoal.addresses import is_loopback, join_host_port
 from shoal.errors import AddressInUse, ConfigError
 from shoal.log import get_logger
-from shoal.process.forks import let_go_in_children
+from shoal.process.forks import close_in_children
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import WireError, encode
 from shoal.wire.rendezvous import (
@@ -57,65 +58,70 @@ from shoal.wire.rendezvous import (
 
 log = get_logger("rendezvous")
 
-SAY_S = 10.0  # how often those who wait are told for whom
-ALIVE_S = 3.0  # how often each side says something
-QUIET_S = 20.0  # whoever says nothing for so long has gone
-_LONGEST_HELLO = 1 << 20
-_LONGEST = 2**32 - 1
-_SLICE_S = 0.5
+REPORT_S = 10.0  # how often the members of an incomplete room are told who is missing
+HEARTBEAT_S = 3.0  # each side sends a message at least this often
+HEARTBEAT_TIMEOUT_S = 20.0  # a connection without a message for this long is closed
+_MAX_HELLO_BYTES = 1 << 20
+_MAX_FRAME_BYTES = 2**32 - 1
+_POLL_S = 0.5
 _FLUSH_S = 1.0
-_PAUSE_S = 0.5  # without file descriptors, before the next connection is accepted
-_SET_KEY = "set SHOAL_CLUSTER_KEY, or what the file of SHOAL_CLUSTER_KEY_FILE holds, to the same secret on all hosts"
-_CUT_OFF_S = 8  # without a sign of the other host: its connections have ended
+_PAUSE_S = 0.5  # before the next connection is accepted, when file descriptors have run out
+_SET_KEY = "set SHOAL_CLUSTER_KEY, or the content of SHOAL_CLUSTER_KEY_FILE, to the same secret on all hosts"
+_UNREACHABLE_S = 8  # the kernel ends a connection whose host does not answer for this long
 _KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 2),
     (socket.TCP_KEEPINTVL, 2),
-    (socket.TCP_KEEPCNT, _CUT_OFF_S // 2 - 1),
-    (socket.TCP_USER_TIMEOUT, _CUT_OFF_S * 1000),
+    (socket.TCP_KEEPCNT, _UNREACHABLE_S // 2 - 1),
+    (socket.TCP_USER_TIMEOUT, _UNREACHABLE_S * 1000),
 )
 
 
 def proof(key: str, role: str, nonce: bytes, said: bytes) -> bytes:
-    """That `role` ("member" or "rendezvous") knows the key, for this nonce and what it says with it."""
+    """Return the proof that `role` ("member" or "rendezvous") knows the key, for this nonce and this message."""
     return hmac.digest(key.encode(), role.encode() + nonce + said, hashlib.sha256)
 
 
 def require_key(key: str, address: str) -> None:
-    """Raises:
-    ConfigError: the address is one that other hosts reach, and there is no key.
+    """Check that there is a key if other hosts can reach the address.
+
+    Raises:
+        ConfigError: there is none.
     """
     if not key and not is_loopback(address):
-        raise ConfigError(f"{address} is reached from other hosts, and there is no shared key: {_SET_KEY}")
+        raise ConfigError(f"other hosts can reach {address}, but there is no shared key: {_SET_KEY}")
 
 
-def watch_host(sock: socket.socket) -> None:
-    """Has the kernel end a TCP connection to a host that was cut off, which says no goodbye."""
+def enable_keepalive(sock: socket.socket) -> None:
+    """Have the kernel end a TCP connection to a host that has become unreachable."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Door(Protocol):
-    """Both are called on the rendezvous' thread, and must not block."""
+    """An entrance for processes that join one by one.
+
+    The thread of the rendezvous calls both methods, so they must not block.
+    """
 
     def objection(self, hello: Hello) -> JoinRefused | None:
-        """Why somebody who knows the key may not come in."""
+        """Return why a process that knows the key may not enter, or None if it may."""
 
     def enter(self, hello: Hello, channel: Channel) -> None:
-        """Takes over the connection of somebody who has been welcomed."""
+        """Take over the connection of a process that was admitted."""
 
 
 @dataclass(slots=True, eq=False)
-class _Guest:
-    """A connection. `hello` is None before it has said who it is."""
+class _Peer:
+    """A connected process. `hello` is None until it has authenticated."""
 
     channel: Channel
     nonce: bytes
     since: float
-    heard: float
-    said: float = 0.0
+    last_received: float
+    last_sent: float = 0.0
     hello: Hello | None = None
-    waits_for: StoreGet | None = None
+    pending_get: StoreGet | None = None
     room: "_Room | None" = None
 
     @property
@@ -128,14 +134,16 @@ class _Guest:
 class _Room:
     size: int
     agreement: Mapping[str, str]
-    set_by: str
-    members: dict[int, _Guest] = field(default_factory=dict)
+    created_by: str
+    members: dict[int, _Peer] = field(default_factory=dict)
     complete: bool = False
-    broken: bool = False  # it was complete, and somebody has gone
-    said: float = field(default_factory=time.monotonic)
+    broken: bool = False  # it was complete, and a member has left
+    last_report: float = field(default_factory=time.monotonic)
 
 
 class Rendezvous:
+    """The server of a rendezvous, which runs on a thread of its own from the start until `close`."""
+
     def __init__(
         self,
         address: str = "127.0.0.1",
@@ -143,51 +151,55 @@ class Rendezvous:
         *,
         key: str = "",
         doors: Mapping[str, Door] | None = None,
-        renewing: bool = False,
-        most_strangers: int = 256,
+        reopen_rooms: bool = False,
+        max_unauthenticated: int = 256,
         hello_s: float = 10.0,
     ) -> None:
-        """Listens at once. Port 0 takes a free one. `doors`: by the names that a Hello has for its room. `renewing`:
-        when somebody has gone from a room, the next who comes begins a new one of that name; else it is refused.
+        """Start to listen.
 
-        Whoever connects has `hello_s` seconds to say who it is. Of connections that have not said it yet, there are no
-        more than `most_strangers`: the oldest is closed for the next one.
+        Args:
+            port: 0 for a free one.
+            doors: by name. A Hello names a door in its field `room`.
+            reopen_rooms: after a member has left a complete room, the next process that joins opens a new room of that
+                name. Otherwise it is refused.
+            max_unauthenticated: the most connections that have not authenticated yet; one more closes the oldest.
+            hello_s: the seconds that a connection has to authenticate.
 
         Raises:
-            ConfigError: the address can't be listened on, or others reach it and there is no key.
+            ConfigError: this address or port cannot be used, or other hosts can reach it and there is no key.
         """
         require_key(key, address)
         self._key = key
-        self._guests: dict[int, _Guest] = {}  # by file descriptor
-        self._rooms: dict[str, _Room] = {}  # of each name the latest
+        self._peers: dict[int, _Peer] = {}  # by file descriptor
+        self._rooms: dict[str, _Room] = {}  # the latest room of each name
         self._doors = dict(doors or {})
-        self._renewing = renewing
-        self._most_strangers = most_strangers
+        self._reopen_rooms = reopen_rooms
+        self._max_unauthenticated = max_unauthenticated
         self._hello_s = hello_s
         self._formations = 0
         self._store: dict[str, bytes] = {}
         self._closing = threading.Event()
-        self._accepts_from = 0.0
+        self._accepts_again_at = 0.0
         try:
             found = addresses.listen(address, port)
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             kind = AddressInUse if taken else ConfigError
             hint = "choose another port" if taken else "give an address of this host"
-            raise kind(f"can't listen on {joined(address, port)} ({error.strerror}): {hint}") from None
+            raise kind(f"can't listen on {join_host_port(address, port)} ({error.strerror}): {hint}") from None
         self._listeners = [_Listener(sock) for sock in found]
-        let_go_in_children(self)
-        self.address = joined(address, found[0].getsockname()[1])
+        close_in_children(self)
+        self.address = join_host_port(address, found[0].getsockname()[1])
         self._thread = threading.Thread(target=self._serve, daemon=True, name="shoal-rendezvous")
         self._thread.start()
 
     @property
     def rooms(self) -> tuple[str, ...]:
-        """The names of the rooms in which somebody is."""
+        """The names of the rooms that have members."""
         return tuple(self._rooms)
 
-    def let_go(self) -> None:
-        """In a forked child, which would keep the port taken."""
+    def close_in_child(self) -> None:
+        """Close the listening sockets in a forked child, which would keep the port in use."""
         self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -195,9 +207,9 @@ class Rendezvous:
             listener.socket.close()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Stop serving and close all connections. May be called again."""
         self._closing.set()
-        self._thread.join(2 * _SLICE_S)
+        self._thread.join(2 * _POLL_S)
 
     def __enter__(self) -> "Rendezvous":
         return self
@@ -208,153 +220,153 @@ class Rendezvous:
     def _serve(self) -> None:
         try:
             while not self._closing.is_set():
-                channels: list[Any] = [guest.channel for guest in self._guests.values()]
-                if time.monotonic() >= self._accepts_from:
+                channels: list[Any] = [peer.channel for peer in self._peers.values()]
+                if time.monotonic() >= self._accepts_again_at:
                     channels += self._listeners
-                for channel in wait(channels, _SLICE_S):
+                for channel in wait(channels, _POLL_S):
                     if isinstance(channel, _Listener):
                         self._accept(channel.socket)
-                    elif channel.fileno() in self._guests:  # it may just have been shown the door
-                        self._listen_to(self._guests[channel.fileno()])
-                self._look_around(time.monotonic())
+                    elif channel.fileno() in self._peers:  # it may have been dropped in this round
+                        self._read(self._peers[channel.fileno()])
+                self._check_timeouts(time.monotonic())
         except Exception:
             log.exception("the rendezvous at %s has failed", self.address)
         finally:
             self._close_listeners()
-            for guest in list(self._guests.values()):
-                with contextlib.suppress(ChannelClosed):  # what was posted last is still to reach it
-                    guest.channel.flush(_FLUSH_S)
-                guest.channel.close()
+            for peer in list(self._peers.values()):
+                with contextlib.suppress(ChannelClosed):  # send it the last posts
+                    peer.channel.flush(_FLUSH_S)
+                peer.channel.close()
 
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except BlockingIOError:  # it has gone already
+        except BlockingIOError:  # the connection has ended already
             return
         except OSError as error:
             if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
-                log.warning("nobody else can join at %s for now: %s", self.address, error.strerror)
-                self._accepts_from = time.monotonic() + _PAUSE_S
+                log.warning("no other process can join at %s for now: %s", self.address, error.strerror)
+                self._accepts_again_at = time.monotonic() + _PAUSE_S
             return
-        strangers = [guest for guest in self._guests.values() if guest.hello is None]
-        if len(strangers) >= self._most_strangers:
-            self._part(min(strangers, key=lambda guest: guest.since), "")
+        unauthenticated = [peer for peer in self._peers.values() if peer.hello is None]
+        if len(unauthenticated) >= self._max_unauthenticated:
+            self._drop(min(unauthenticated, key=lambda peer: peer.since), "")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        watch_host(sock)
+        enable_keepalive(sock)
         now = time.monotonic()
-        guest = _Guest(Channel(sock, _LONGEST_HELLO), secrets.token_bytes(32), now, now)
-        self._guests[guest.channel.fileno()] = guest
-        self._send(guest, Challenge(guest.nonce))
+        peer = _Peer(Channel(sock, _MAX_HELLO_BYTES), secrets.token_bytes(32), now, now)
+        self._peers[peer.channel.fileno()] = peer
+        self._send(peer, Challenge(peer.nonce))
 
-    def _listen_to(self, guest: _Guest) -> None:
-        guest.heard = time.monotonic()
+    def _read(self, peer: _Peer) -> None:
+        peer.last_received = time.monotonic()
         try:
-            for frame in guest.channel.receive():
-                if self._guests.get(guest.channel.fileno()) is not guest:
+            for frame in peer.channel.receive():
+                if self._peers.get(peer.channel.fileno()) is not peer:
                     return
-                self._answer(guest, to_rendezvous.decode(frame))
+                self._answer(peer, to_rendezvous.decode(frame))
         except ChannelClosed:
-            self._part(guest, "ended, or lost its connection")
+            self._drop(peer, "ended, or lost its connection")
         except WireError as error:
-            self._part(guest, f"sent what nobody understands: {error}")
-        except Exception as error:  # the others are still to be served
-            who = "a stranger" if guest.hello is None else guest.name
-            log.exception("what %s asks for at %s can't be done", who, self.address)
-            self._send(guest, JoinRefused(f"it can't be done: {error}"))
-            self._part(guest, f"was shown out: {error}")
+            self._drop(peer, f"sent a message that cannot be read: {error}")
+        except Exception as error:  # the other peers must still be served
+            who = "an unauthenticated process" if peer.hello is None else peer.name
+            log.exception("the rendezvous at %s failed to answer %s", self.address, who)
+            self._send(peer, JoinRefused(f"the request failed: {error}"))
+            self._drop(peer, f"was removed: {error}")
 
-    def _answer(self, guest: _Guest, message: ToRendezvous) -> None:
-        if guest.hello is None:
+    def _answer(self, peer: _Peer, message: ToRendezvous) -> None:
+        if peer.hello is None:
             if not isinstance(message, Signed):
-                self._part(guest, "")
+                self._drop(peer, "")
                 return
-            self._welcome(guest, message)
+            self._welcome(peer, message)
             return
         match message:
             case RoomMessage():
-                self._forward(guest, message)
+                self._forward(peer, message)
             case Leave():
-                self._part(guest, message.why)
+                self._drop(peer, message.why)
             case StoreSet():
                 old = self._store.get(message.key)
                 if old is None or message.expected is None or message.expected == old:
                     self._store[message.key] = message.value
-                self._send(guest, StoreValue(self._store[message.key]))
+                self._send(peer, StoreValue(self._store[message.key]))
                 self._serve_waiting()
             case StoreAdd():
                 old = self._store.get(message.key, b"0")
                 try:
                     total = int(old) + message.amount
                 except ValueError:
-                    raise ValueError(f"{message.key} is {old[:40]!r}, to which no number can be added") from None
+                    raise ValueError(f"can't add a number to {message.key}, which is {old[:40]!r}") from None
                 self._store[message.key] = str(total).encode()
-                self._send(guest, StoreValue(self._store[message.key]))
+                self._send(peer, StoreValue(self._store[message.key]))
                 self._serve_waiting()
             case StoreDelete():
-                self._send(guest, StoreValue(self._store.pop(message.key, None)))
+                self._send(peer, StoreValue(self._store.pop(message.key, None)))
             case StoreGet():
-                guest.waits_for = message
+                peer.pending_get = message
                 self._serve_waiting()
 
     def _serve_waiting(self) -> None:
-        for guest in list(self._guests.values()):
-            asked = guest.waits_for
+        for peer in list(self._peers.values()):
+            asked = peer.pending_get
             if asked is None:
                 continue
             there = all(key in self._store for key in asked.keys)
             if there or not asked.wait:
-                guest.waits_for = None
-                self._send(guest, StoreValue(self._store[asked.keys[-1]] if there else None))
+                peer.pending_get = None
+                self._send(peer, StoreValue(self._store[asked.keys[-1]] if there else None))
 
-    def _welcome(self, guest: _Guest, signed: Signed) -> None:
-        if not hmac.compare_digest(signed.proof, proof(self._key, "member", guest.nonce, signed.hello)):
-            self._refuse(guest, JoinRefused(f"the shared key is another one: {_SET_KEY}"))
+    def _welcome(self, peer: _Peer, signed: Signed) -> None:
+        if not hmac.compare_digest(signed.proof, proof(self._key, "member", peer.nonce, signed.hello)):
+            self._refuse(peer, JoinRefused(f"the shared key differs: {_SET_KEY}"))
             return
         hello = hello_decoder.decode(signed.hello)
         door = self._doors.get(hello.room) if hello.size else None
         refused = self._objection(hello) if door is None else door.objection(hello)
         if refused is not None:
-            self._refuse(guest, refused)
+            self._refuse(peer, refused)
             return
-        guest.hello = hello
-        guest.channel.longest = _LONGEST
-        self._send(guest, Welcome(proof(self._key, "rendezvous", hello.nonce, signed.hello)))
+        peer.hello = hello
+        peer.channel.max_frame_bytes = _MAX_FRAME_BYTES
+        self._send(peer, Welcome(proof(self._key, "rendezvous", hello.nonce, signed.hello)))
         if door is not None:
-            del self._guests[guest.channel.fileno()]
-            door.enter(hello, guest.channel)
+            del self._peers[peer.channel.fileno()]
+            door.enter(hello, peer.channel)
         elif hello.size:
-            self._enter(guest, hello)
+            self._enter(peer, hello)
 
     def _objection(self, hello: Hello) -> JoinRefused | None:
-        """Why somebody may not join a room."""
+        """Return why a process may not join its room, or None if it may."""
         room = self._room_of(hello)
         if not hello.size or room is None:
             there = 0 <= hello.rank < max(hello.size, 1)
             return None if there else JoinRefused(f"rank {hello.rank} of {hello.size} does not exist")
         if hello.size != room.size:
-            return JoinRefused(f"it counts {hello.size} ranks, {room.set_by} counts {room.size}")
+            return JoinRefused(f"it counts {hello.size} ranks, {room.created_by} counts {room.size}")
         if not 0 <= hello.rank < room.size:
             return JoinRefused(f"rank {hello.rank} of {room.size} does not exist")
         if hello.rank in room.members:
             why = f"{room.members[hello.rank].name} is there already: give every process a rank of its own"
-            # It may have ended, or been cut off, and its end not be known here yet.
-            return JoinRefused(why, again=self._renewing)
-        if room.complete:  # one that was there before has gone, and this one is new to the others
-            return JoinRefused(f"the others have gone on without rank {hello.rank}: start all of them anew")
-        why = difference(hello.agreement, room.agreement, room.set_by)
+            # That member may have ended or become unreachable without the rendezvous knowing it yet.
+            return JoinRefused(why, again=self._reopen_rooms)
+        if room.complete:  # the member with this rank has left, and the others do not know the new process
+            return JoinRefused(f"the others have gone on without rank {hello.rank}: restart all of them")
+        why = describe_difference(hello.agreement, room.agreement, room.created_by)
         return JoinRefused(why) if why else None
 
     def _room_of(self, hello: Hello) -> _Room | None:
-        """The one that a newcomer enters, if it is there already."""
+        """Return the room that a process would join, or None if it would open a new one."""
         room = self._rooms.get(hello.room)
-        return None if room is None or (room.broken and self._renewing) else room
+        return None if room is None or (room.broken and self._reopen_rooms) else room
 
-    def _enter(self, guest: _Guest, hello: Hello) -> None:
+    def _enter(self, peer: _Peer, hello: Hello) -> None:
         room = self._room_of(hello)
         if room is None:
-            room = self._rooms[hello.room] = _Room(hello.size, hello.agreement, guest.name)
-        room.members[hello.rank] = guest
-        guest.room = room
+            room = self._rooms[hello.room] = _Room(hello.size, hello.agreement, peer.name)
+        room.members[hello.rank] = peer
+        peer.room = room
         if len(room.members) == room.size:
             room.complete = True
             names = tuple(room.members[rank].name for rank in range(room.size))
@@ -362,9 +374,9 @@ class Rendezvous:
                 self._send(member, RoomComplete(names, self._formations))
             self._formations += 1
         else:
-            self._say_who_is_missing(room)
+            self._report_missing(room)
 
-    def _forward(self, sender: _Guest, message: RoomMessage) -> None:
+    def _forward(self, sender: _Peer, message: RoomMessage) -> None:
         if sender.hello is None or sender.room is None:
             return
         own = sender.hello.rank
@@ -372,37 +384,37 @@ class Rendezvous:
             if rank != own and message.to in (-1, rank):
                 self._send(member, RoomMessage(message.topic, own, message.to, message.payload))
 
-    def _say_who_is_missing(self, room: _Room) -> None:
-        room.said = time.monotonic()
+    def _report_missing(self, room: _Room) -> None:
+        room.last_report = time.monotonic()
         arrived = tuple(room.members[rank].name for rank in sorted(room.members))
         missing = tuple(rank for rank in range(room.size) if rank not in room.members)
         for member in list(room.members.values()):
             self._send(member, RoomWaiting(arrived, missing))
 
-    def _look_around(self, now: float) -> None:
+    def _check_timeouts(self, now: float) -> None:
         for room in list(self._rooms.values()):
-            if not room.complete and now - room.said >= SAY_S:
-                self._say_who_is_missing(room)
-        for guest in list(self._guests.values()):
-            if guest.hello is not None and guest.hello.size and now - guest.said > ALIVE_S:
-                self._send(guest, Alive())
-            if guest.hello is None and now - guest.since > self._hello_s:
-                self._part(guest, "")
-            elif guest.hello is not None and guest.hello.size and now - guest.heard > QUIET_S:
-                self._part(guest, f"was not heard from for {now - guest.heard:.0f} s")
+            if not room.complete and now - room.last_report >= REPORT_S:
+                self._report_missing(room)
+        for peer in list(self._peers.values()):
+            if peer.hello is not None and peer.hello.size and now - peer.last_sent > HEARTBEAT_S:
+                self._send(peer, Alive())
+            if peer.hello is None and now - peer.since > self._hello_s:
+                self._drop(peer, "")
+            elif peer.hello is not None and peer.hello.size and now - peer.last_received > HEARTBEAT_TIMEOUT_S:
+                self._drop(peer, f"sent nothing for {now - peer.last_received:.0f} s")
 
-    def _refuse(self, guest: _Guest, refused: JoinRefused) -> None:
-        self._send(guest, refused)
-        guest.channel.flush(0)
-        guest.hello = None
-        self._part(guest, "")
+    def _refuse(self, peer: _Peer, refused: JoinRefused) -> None:
+        self._send(peer, refused)
+        peer.channel.flush(0)
+        peer.hello = None
+        self._drop(peer, "")
 
-    def _part(self, guest: _Guest, why: str) -> None:
-        """Lets somebody go, and tells the others of its room."""
-        if self._guests.pop(guest.channel.fileno(), None) is None:
+    def _drop(self, peer: _Peer, why: str) -> None:
+        """Close a connection, and inform the other members of its room."""
+        if self._peers.pop(peer.channel.fileno(), None) is None:
             return
-        guest.channel.close()
-        hello, room = guest.hello, guest.room
+        peer.channel.close()
+        hello, room = peer.hello, peer.room
         if hello is None or room is None:
             return
         del room.members[hello.rank]
@@ -411,16 +423,16 @@ class Rendezvous:
             del self._rooms[hello.room]
         if room.complete:
             for member in list(room.members.values()):
-                self._send(member, MemberGone(hello.rank, f"{guest.name} {why}" if why else ""))
+                self._send(member, MemberGone(hello.rank, f"{peer.name} {why}" if why else ""))
 
-    def _send(self, guest: _Guest, message: FromRendezvous) -> None:
-        guest.said = time.monotonic()
-        with contextlib.suppress(ChannelClosed):  # its end is read, and said, in turn
-            guest.channel.send(encode(message))
+    def _send(self, peer: _Peer, message: FromRendezvous) -> None:
+        peer.last_sent = time.monotonic()
+        with contextlib.suppress(ChannelClosed):  # `_read` will notice it and drop the peer
+            peer.channel.send(encode(message))
 
 
 class _Listener:
-    """A listening socket among the channels that are waited for."""
+    """A listening socket, in a form that `channel.wait` can wait for."""
 
     backlog = False
 
@@ -432,8 +444,8 @@ class _Listener:
         return self.socket.fileno()
 
 
-def difference(found: Mapping[str, str], wanted: Mapping[str, str], whose: str) -> str:
-    """In what somebody's agreement differs from the one that counts; "" if in nothing."""
+def describe_difference(found: Mapping[str, str], wanted: Mapping[str, str], whose: str) -> str:
+    """Return how an agreement differs from the one of `whose`, which counts, or "" if it does not."""
     for name in sorted({*found, *wanted}):
         mine, theirs = found.get(name, "nothing"), wanted.get(name, "nothing")
         if mine != theirs:

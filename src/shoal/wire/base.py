@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 8
+WIRE_VERSION = 9
 
 Ids = tuple[int, ...]
 

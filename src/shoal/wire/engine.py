@@ -1,11 +1,13 @@
 """Messages between an engine and its client. The client is a front end or a fleet."""
 
 from enum import IntEnum
+from typing import Any
 
 import msgspec
 
 from shoal.activity import Activity
-from shoal.wire.base import Ids, Stop, Wire
+from shoal.errors import RequestError
+from shoal.wire.base import Ids, Stop, Wire, replace_fields
 from shoal.wire.plan import EnginePlan
 from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
 from shoal.wire.tokens import num_tokens
@@ -81,6 +83,36 @@ class SeqUpdate(Wire, frozen=True):
     refusal: RefusalKind = RefusalKind.NONE  # the kind of `error`
     waited_us: int = 0  # in the first update with tokens: microseconds in the engine before the request's first step
     preemptions: int = 0  # in the last update: how many times the request was preempted
+    param: str | None = None  # this and the fields below are those of the `RequestError` of an INVALID request
+    code: str | None = None
+    subject: str = ""
+
+    @classmethod
+    def invalid(cls, seq: int, error: RequestError) -> "SeqUpdate":
+        """Return the only update of a request that is refused because its sender made a mistake."""
+        return replace_fields(cls(seq, (), finish=Finish.ABORT), **error_fields(error))
+
+    def request_error(self) -> RequestError:
+        """Return the error of an INVALID request."""
+        return RequestError(self.error, self.param, self.code, subject=self.subject)
+
+
+def error_fields(error: RequestError | str, refusal: RefusalKind = RefusalKind.INVALID) -> dict[str, Any]:
+    """Return the fields of a `SeqUpdate` that ends a request with an error.
+
+    Args:
+        error: a `RequestError` if the request is INVALID, else a message.
+        refusal: the kind of an error that is given as a message.
+    """
+    if isinstance(error, str):
+        return {"error": error, "refusal": refusal}
+    return {
+        "error": error.message,
+        "refusal": RefusalKind.INVALID,
+        "param": error.param,
+        "code": error.code,
+        "subject": error.subject,
+    }
 
 
 class Updates(Wire, frozen=True):

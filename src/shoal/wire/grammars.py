@@ -3,6 +3,7 @@
 import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
+from shoal.wire.request_refusal import RequestRefusal
 
 
 class GrammarSource(Wire, frozen=True):
@@ -12,9 +13,9 @@ class GrammarSource(Wire, frozen=True):
 
 
 class GrammarCompiled(Wire, frozen=True):
-    """The answer to `GrammarSource`. `error`: why the grammar cannot be used; empty if it can."""
+    """The answer to `GrammarSource`. `refusal`: why the grammar cannot be used; None if it can."""
 
-    error: str = ""
+    refusal: RequestRefusal | None = None
 
 
 class GrammarFollow(Wire, frozen=True):
@@ -44,7 +45,7 @@ class Verdict(Wire, frozen=True):
 
     seq: int
     num_tokens: int = 0  # number of tokens that the output has
-    refused: str = ""  # why the output can't be followed at all; all fields after it are empty then
+    refusal: RequestRefusal | None = None  # why the output can't be followed at all; all fields after it are empty then
     lost: str = ""  # why the output is no longer followed, through no fault of its grammar; it may be followed anew
     problem: str = ""  # why no continuation of the output can satisfy the grammar
     ended: tuple[bool, ...] = ()  # by position: only an end-of-text token may follow
@@ -74,7 +75,7 @@ class GrammarHostReady(Wire, frozen=True):
 class GrammarHostFailed(Wire, frozen=True):
     """A report from the grammar host, which then ends: grammars can't be compiled for the model's tokenizer."""
 
-    error: str
+    refusal: RequestRefusal
 
 
 ToGrammar = GrammarSource | GrammarFollow | GrammarAsk | GrammarForget

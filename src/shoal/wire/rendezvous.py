@@ -4,6 +4,10 @@ import msgspec
 
 from shoal.wire.base import Ids, Wire
 
+# The names of doors. A process that wants to enter through a door gives the name as the `room` in its Hello.
+FRONT_END_DOOR = "front end"
+PEERS_DOOR = "peers"
+
 
 class Challenge(Wire, frozen=True):
     """The first message of a rendezvous to a process that connects. The process signs its Hello with the nonce."""

@@ -43,7 +43,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     from shoal.worker.process_groups import ProcessGroups  # loads torch, while the other thread sends heartbeats
     from shoal.worker.rank import Rank
 
-    garbage_collector.settle()
+    garbage_collector.freeze()
     status.rank = rank = Rank(ProcessGroups(store, size))
     while not isinstance(message := inbox.get(), Stop):
         answer = rank.answer(message)

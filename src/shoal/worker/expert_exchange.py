@@ -16,12 +16,12 @@ import click
 import torch
 
 from shoal.comm.base import Communicator
-from shoal.comm.torch_dist import TorchComm, file_store
+from shoal.comm.torch_distributed import TorchComm, file_store
 from shoal.errors import ShoalError
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
 from shoal.parallel.dispatch import Dispatch
+from shoal.parallel.expert_placement import place_experts
 from shoal.parallel.mesh import Mesh, make_mesh
-from shoal.parallel.placement import place_experts
 from shoal.parallel.topology import Topology
 from shoal.transport.channel import Channel
 from shoal.transport.process import die_with_parent

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shoal.comm.base import Communicator
-from shoal.comm.torch_dist import TorchComm, file_store
+from shoal.comm.torch_distributed import TorchComm, file_store
 from shoal.wire.ranks import RankSetup
 from shoal.worker.rendezvous_store import RendezvousStore
 
@@ -30,7 +30,7 @@ class ProcessGroups:
         self._shared: RendezvousStore | None = None
 
     def __call__(self, setup: RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
-        cuda = setup.rank_plan.device == "cuda" and axis != "back"  # drawn tokens are on the host
+        cuda = setup.rank_plan.device == "cuda" and axis != "token_return"  # drawn tokens are on the host
         store = self._store(setup, ranks)
         name = f"{axis}:{ranks[0]}"
         return TorchComm(

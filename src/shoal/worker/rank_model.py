@@ -23,8 +23,8 @@ from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.model import build_transformers_model
 from shoal.parallel.all2all.backends import make_dispatch
 from shoal.parallel.dispatch import Dispatch
+from shoal.parallel.expert_placement import place_experts
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.placement import place_experts
 from shoal.wire.ranks import RankSetup
 from shoal.worker import kv_cache
 from shoal.worker.sampler import VocabShare

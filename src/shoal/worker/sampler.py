@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.noise import gumbel
-from shoal.kernels.sampling import BEHIND_ALL, of_ranks, ranks_of, sampling_kernels
+from shoal.kernels.sampling import NO_LIMIT, pack_tokens, sampling_kernels, unpack_tokens
 from shoal.parallel.mesh import Axis
 from shoal.worker.edits import NEVER, Edits, apply_edits
 
-_FIRST_CANDIDATES = 256  # how many of the likeliest tokens are examined first; most nuclei are smaller
+_TOP_CANDIDATES = 256  # how many of the likeliest tokens are examined first; most nuclei are smaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def sample(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> T
     if rows.edits is None:
         return _draw(logits, share, tp, rows).tokens
     maybe_empty = _maybe_empty_rows(rows.edits, rows.keys, sum(share.sizes))
-    likeliest = _best(logits[maybe_empty], share, tp).tokens if len(maybe_empty) else maybe_empty
+    likeliest = _argmax(logits[maybe_empty], share, tp).tokens if len(maybe_empty) else maybe_empty
     if rows.logprobs >= 0:
         logits = logits.clone()
     apply_edits(logits, share.start, rows.edits)
@@ -95,7 +95,7 @@ def logprobs(logits: Tensor, share: VocabShare, tp: Axis, tokens: Tensor, count:
     """
     everything = torch.arange(len(logits), device=logits.device)
     ones = logits.new_ones(len(logits))
-    total = _log_totals(logits, everything, share, tp, ones, logits.new_full((len(logits),), NEVER))
+    total = _logsumexp(logits, everything, share, tp, ones, logits.new_full((len(logits),), NEVER))
     local = tokens - share.start
     own = (local >= 0) & (local < logits.shape[1])
     if logits.shape[1]:
@@ -104,14 +104,14 @@ def logprobs(logits: Tensor, share: VocabShare, tp: Axis, tokens: Tensor, count:
         value = logits.new_zeros(len(logits))
     chosen = tp.comm.all_gather(value.masked_fill(~own, NEVER).unsqueeze(1), [1] * tp.size, 1).amax(1)
     above = tp.comm.all_reduce(sampling_kernels(logits).count_above(logits, chosen))
-    top = _first(logits, everything, share, tp, count)
+    top = _top(logits, everything, share, tp, count)
     return Logprobs(chosen - total, above + 1, top.ids, top.values - total.unsqueeze(1))
 
 
 def _draw(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> _Draw:
     """Draw a token in each row. Rows are greedy, draw from all tokens, or are truncated."""
     if rows.greedy:
-        return _best(logits, share, tp)
+        return _argmax(logits, share, tp)
     sampled = rows.temperature > 0
     truncated = torch.tensor(rows.truncated, dtype=torch.int64, device=logits.device)
     sampled[truncated] = False
@@ -130,29 +130,29 @@ def _draw(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> _D
 
 
 def _draw_greedy(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, chosen: Tensor) -> _Draw:
-    return _best(logits[chosen], share, tp)
+    return _argmax(logits[chosen], share, tp)
 
 
 def _draw_free(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, chosen: Tensor) -> _Draw:
     """Draw from the whole vocabulary."""
-    return _draw_ahead(logits, share, tp, rows, chosen, None)
+    return _draw_within(logits, share, tp, rows, chosen, None)
 
 
-def _draw_ahead(
+def _draw_within(
     logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, of: Tensor, limits: Tensor | None
 ) -> _Draw:
-    """From the tokens ahead of the limits, which are ranks as `ranks_of` gives them."""
+    """Draw from the tokens that are larger than the limits, which are packed tokens; None: from all tokens."""
     if logits.shape[1] == 0:
         return _best_of_ranks(*_nothing(logits, len(of)), tp)
     kernels = sampling_kernels(logits)
     return _best_of_ranks(*kernels.draw(logits, share.start, of, rows.temperature[of], rows.keys[of], limits), tp)
 
 
-def _best(logits: Tensor, share: VocabShare, tp: Axis) -> _Draw:
+def _argmax(logits: Tensor, share: VocabShare, tp: Axis) -> _Draw:
     """Return the token with the largest logit over all ranks. Of equal logits, the lowest id is taken."""
     if logits.shape[1] == 0:
         return _best_of_ranks(*_nothing(logits, len(logits)), tp)
-    return _best_of_ranks(*sampling_kernels(logits).best(logits, share.start), tp)
+    return _best_of_ranks(*sampling_kernels(logits).argmax(logits, share.start), tp)
 
 
 def _nothing(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def _best_of_ranks(scores: Tensor, ids: Tensor, tp: Axis) -> _Draw:
     return _Draw(pairs[:, :, 1].gather(1, winner).squeeze(1).long(), score.squeeze(1).float())
 
 
-def _log_totals(
+def _logsumexp(
     logits: Tensor,
     rows: Tensor,
     share: VocabShare,
@@ -182,26 +182,26 @@ def _log_totals(
     floor: Tensor,
     limits: Tensor | None = None,
 ) -> Tensor:
-    """`SamplingKernels.log_totals` over all ranks."""
-    local = sampling_kernels(logits).log_totals(logits, share.start, rows, temperature, floor, limits)
+    """Compute `SamplingKernels.logsumexp` over the whole vocabulary, which is split over the ranks."""
+    local = sampling_kernels(logits).logsumexp(logits, share.start, rows, temperature, floor, limits)
     return tp.comm.all_gather(local.unsqueeze(1), [1] * tp.size, 1).logsumexp(1) if tp.size > 1 else local
 
 
 @dataclass(frozen=True, slots=True)
-class _First:
+class _TopTokens:
     """Tokens ordered by falling logit, equal logits by rising id."""
 
     values: Tensor  # float32 [m, c]
     ids: Tensor  # int64 [m, c]
 
 
-def _first(logits: Tensor, rows: Tensor, share: VocabShare, tp: Axis, count: int) -> _First:
-    """The first `count` tokens of all ranks, or all there are."""
-    ranks = sampling_kernels(logits).first(logits, share.start, rows, count)
+def _top(logits: Tensor, rows: Tensor, share: VocabShare, tp: Axis, count: int) -> _TopTokens:
+    """Return the `count` likeliest tokens of the whole vocabulary, or all tokens if it has fewer."""
+    packed = sampling_kernels(logits).top(logits, share.start, rows, count)
     if tp.size > 1:
-        ranks = tp.comm.all_gather(ranks, [min(size, count) for size in share.sizes], 1)
-        ranks = ranks.sort(dim=1, descending=True).values[:, :count]
-    return _First(*of_ranks(ranks))
+        packed = tp.comm.all_gather(packed, [min(size, count) for size in share.sizes], 1)
+        packed = packed.sort(dim=1, descending=True).values[:, :count]
+    return _TopTokens(*unpack_tokens(packed))
 
 
 def _draw_truncated(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, chosen: Tensor) -> _Draw:
@@ -210,7 +210,7 @@ def _draw_truncated(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingR
     The tokens that remain are always the likeliest ones. Nearly always they are among a few candidates.
     """
     vocabulary = sum(share.sizes)
-    draw, enough, totals = _draw_from_first(logits, share, tp, rows, chosen, min(vocabulary, _FIRST_CANDIDATES))
+    draw, enough, totals = _draw_from_top(logits, share, tp, rows, chosen, min(vocabulary, _TOP_CANDIDATES))
     if bool(enough.all()):
         return draw
     limited = rows.top_k[chosen] > 0
@@ -218,7 +218,7 @@ def _draw_truncated(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingR
     if len(many):
         of = chosen[many]
         count = min(vocabulary, int(rows.top_k[of].max()))
-        found, _, _ = _draw_from_first(logits, share, tp, rows, of, count)
+        found, _, _ = _draw_from_top(logits, share, tp, rows, of, count)
         draw.tokens[many], draw.scores[many] = found.tokens, found.scores
     deep = (~enough & ~limited).nonzero().squeeze(1)
     if len(deep):
@@ -227,7 +227,7 @@ def _draw_truncated(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingR
     return draw
 
 
-def _draw_from_first(
+def _draw_from_top(
     logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, of: Tensor, count: int
 ) -> tuple[_Draw, Tensor, Tensor]:
     """Draw from the `count` likeliest tokens.
@@ -236,11 +236,11 @@ def _draw_from_first(
         The draw; whether no other token could have been drawn: bool [m]; and, for rows without top_k, the logarithm of
         the sum over all tokens that min-p leaves: float32 [m].
     """
-    top = _first(logits, of, share, tp, count)
+    top = _top(logits, of, share, tp, count)
     rest = _truncate(top.values, rows, of, sum(share.sizes))
     norm = rest.scaled.masked_fill(~rest.kept, NEVER).logsumexp(1)
     if not bool((rest.complete | (rows.top_k[of] > 0)).all()):
-        totals = _log_totals(logits, of, share, tp, rows.temperature[of], rest.floor)
+        totals = _logsumexp(logits, of, share, tp, rows.temperature[of], rest.floor)
         norm = torch.where(rest.complete, norm, totals)
     in_nucleus, reached = _nucleus(rest, norm, rows.top_p[of])
     noisy = rest.scaled + gumbel(rows.keys[of], top.ids.int())
@@ -262,31 +262,31 @@ def _draw_deep(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, 
     """
     temperature, top_p = rows.temperature[of], rows.top_p[of]
     no_floor = torch.full_like(temperature, NEVER)
-    floor = _first(logits, of, share, tp, 1).values[:, 0] / temperature + rows.min_p[of].log()
+    floor = _top(logits, of, share, tp, 1).values[:, 0] / temperature + rows.min_p[of].log()
     draw = _Draw(torch.zeros_like(of), torch.zeros_like(temperature))
-    limits = torch.full_like(of, BEHIND_ALL)
+    limits = torch.full_like(of, NO_LIMIT)
     pending = torch.arange(len(of), device=of.device)
     while len(pending):
         row = of[pending]
-        found = _draw_ahead(logits, share, tp, rows, row, limits[pending])
-        ranks = _ranks_of_tokens(logits, share, tp, row, found.tokens)
-        value, _ = of_ranks(ranks)
-        before = _log_totals(logits, row, share, tp, temperature[pending], no_floor[pending], ranks)
+        found = _draw_within(logits, share, tp, rows, row, limits[pending])
+        packed = _packed_tokens(logits, share, tp, row, found.tokens)
+        value, _ = unpack_tokens(packed)
+        before = _logsumexp(logits, row, share, tp, temperature[pending], no_floor[pending], packed)
         fits = ((before - totals[pending]).exp() < top_p[pending]) | (top_p[pending] >= 1)
         fits &= value / temperature[pending] >= floor[pending]
         draw.tokens[pending], draw.scores[pending] = found.tokens, found.scores
-        limits[pending] = ranks
+        limits[pending] = packed
         pending = pending[~(fits | (found.scores == NEVER))]
     return draw
 
 
-def _ranks_of_tokens(logits: Tensor, share: VocabShare, tp: Axis, rows: Tensor, tokens: Tensor) -> Tensor:
-    """`ranks_of` a token a row, whichever rank has it: int64 [m]."""
+def _packed_tokens(logits: Tensor, share: VocabShare, tp: Axis, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Pack one token of each row with its logit, which any of the ranks may have: int64 [m]."""
     column = tokens - share.start
     own = (column >= 0) & (column < logits.shape[1])
-    ranks = torch.full_like(tokens, torch.iinfo(torch.int64).min)
-    ranks[own] = ranks_of(logits[rows[own], column[own]], tokens[own])
-    return tp.comm.all_gather(ranks.unsqueeze(1), [1] * tp.size, 1).amax(1)
+    packed = torch.full_like(tokens, torch.iinfo(torch.int64).min)
+    packed[own] = pack_tokens(logits[rows[own], column[own]], tokens[own])
+    return tp.comm.all_gather(packed.unsqueeze(1), [1] * tp.size, 1).amax(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,11 @@ class Worker:
         self._model = RankModel(setup, self.mesh)
         width, dtype = self._model.stream
         self._pipeline = Pipeline(
-            *(self.mesh.pp, self.mesh.back), width=width, dtype=dtype, device=self.device, depth=plan.max_in_flight
+            *(self.mesh.pp, self.mesh.token_return),
+            width=width,
+            dtype=dtype,
+            device=self.device,
+            depth=plan.max_in_flight,
         )
         self._draft = None
         if mine.draft_shard is not None:
@@ -192,7 +196,7 @@ class Worker:
         self._runner, self._kv = None, []
         torch.cuda.empty_cache()
         peak = torch.cuda.max_memory_allocated(self.device) - cache + GATHER_BYTES
-        peak += self._pipeline.bytes_on_way(setup.plan.max_num_batched_tokens)
+        peak += self._pipeline.pending_send_bytes(setup.plan.max_num_batched_tokens)
         return min(int(total * setup.plan.memory_utilization), reachable) - peak
 
     def _allocate(self, payload: bytes) -> bytes:

@@ -45,7 +45,7 @@ def run_load_test(settings: LoadSettings) -> dict[str, Any]:
             f"--request-log-in {settings.request_log_in} has token ids, which --endpoint chat can't send: use "
             "--endpoint completions"
         )
-    open_files.allow()
+    open_files.raise_limit()
     return asyncio.run(_measure(settings, entries))
 
 

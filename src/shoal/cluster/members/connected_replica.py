@@ -10,7 +10,7 @@ from shoal.wire.plan import EnginePlan
 from shoal.wire.rendezvous import Hello
 
 _LARGEST_TOKEN = 2**31 - 1
-_LONGEST_FRAME = 1 << 30  # bytes
+_MAX_FRAME_BYTES = 1 << 30
 
 
 class ConnectedReplica(Replica):
@@ -56,7 +56,7 @@ class _RemoteEngine:
     """An engine on another host as an `EngineHost`. Its own supervisor ends it; from here only the connection ends."""
 
     def __init__(self, channel: Channel) -> None:
-        channel.longest = _LONGEST_FRAME
+        channel.max_frame_bytes = _MAX_FRAME_BYTES
         self.channel = channel
         self.gone = False
         self._told_to_end = False
@@ -64,7 +64,7 @@ class _RemoteEngine:
     def stopped(self) -> bool:
         return False  # the supervisor on its host watches for that
 
-    def death(self, patience: float = 1.0) -> str:
+    def describe_exit(self, patience: float = 1.0) -> str:
         return "ended, or lost its connection"
 
     def say(self, goodbye: bytes) -> None:

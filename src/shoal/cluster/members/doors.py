@@ -7,16 +7,13 @@ from shoal.cluster.members.connected_replica import ConnectedReplica
 from shoal.errors import EngineError, UserError
 from shoal.log import get_logger
 from shoal.transport.channel import Channel
-from shoal.transport.rendezvous import difference
+from shoal.transport.rendezvous import describe_difference
 from shoal.wire.base import WireError
 from shoal.wire.hosts import HostReport, host_report_decoder
 from shoal.wire.plan import EnginePlan
 from shoal.wire.rendezvous import Hello, JoinRefused
 
 log = get_logger("fleet")
-
-FRONT_END = "front end"  # the names of the doors, as the room in a Hello
-PEERS = "peers"
 
 _NAMED = 8  # replicas that an error names
 
@@ -76,7 +73,7 @@ class FleetDoor:
                 f"{self._name} does not await replica {hello.rank}, but {awaited}: see --data-parallel-start-rank and "
                 "--data-parallel-size-local"
             )
-        why = difference(hello.agreement, self._agreement, self._name)
+        why = describe_difference(hello.agreement, self._agreement, self._name)
         if why:
             return JoinRefused(why)
         present = self._present.get(hello.rank)
@@ -118,7 +115,7 @@ class PeersDoor:
     def objection(self, hello: Hello) -> JoinRefused | None:
         if hello.size != self._size:
             return JoinRefused(f"it counts {hello.size} replicas, {self._name} counts {self._size}")
-        why = difference(hello.agreement, self._agreement, self._name)
+        why = describe_difference(hello.agreement, self._agreement, self._name)
         return JoinRefused(why) if why else None
 
     def enter(self, hello: Hello, channel: Channel) -> None:

@@ -24,7 +24,7 @@ class ThreadHost:
     def stopped(self) -> bool:
         return False
 
-    def death(self, patience: float = 1.0) -> str:
+    def describe_exit(self, patience: float = 1.0) -> str:
         return "has ended"
 
     def say(self, goodbye: bytes) -> None:

@@ -45,7 +45,7 @@ class EngineHost(Protocol):
     def stopped(self) -> bool:
         """Return whether it was stopped, by SIGSTOP or a debugger."""
 
-    def death(self, patience: float = ...) -> str:
+    def describe_exit(self, patience: float = ...) -> str:
         """Return how it ended, in words, after at most `patience` seconds."""
 
     def say(self, goodbye: bytes) -> None:
@@ -263,7 +263,7 @@ class Replica:
             frames = self._host.channel.receive()
             messages = [from_engine.decode(frame) for frame in frames]
         except ChannelClosed:
-            self._fail(f"{self.name} {self._host.death(self._patience)}")
+            self._fail(f"{self.name} {self._host.describe_exit(self._patience)}")
         except WireError as error:
             self._fail(f"{self.name} sent a message that cannot be decoded: {error}")
         for message in messages:
@@ -286,7 +286,7 @@ class Replica:
             self._host.channel.send(frame)
         except ChannelClosed:
             self._receive(0)  # raises the failure that the engine reported last, if it did
-            self._fail(f"{self.name} {self._host.death(self._patience)}")
+            self._fail(f"{self.name} {self._host.describe_exit(self._patience)}")
 
     def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
         self._failure = EngineError(message)

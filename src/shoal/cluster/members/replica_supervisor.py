@@ -16,7 +16,7 @@ from shoal.cluster.members.supervised_replica import SupervisedReplica
 from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.stats import emptied
-from shoal.errors import ConfigError, EngineError, ShoalError, UserError
+from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
 from shoal.log import get_logger
 from shoal.wire.engine import EngineStats, RefusalKind
 from shoal.wire.fleet import ReplicaStatus
@@ -150,11 +150,12 @@ class ReplicaSupervisor:
         now = self._clock()
         return tuple(self._replicas[number].status(now, self._set.held(number)) for number in sorted(self._replicas))
 
-    def objection(self, number: int) -> tuple[str, RefusalKind] | None:
+    def objection(self, number: int) -> tuple[RequestError | str, RefusalKind] | None:
         """Return the reason why a request that names this replica can't be served; None if it can."""
         replica = self._replicas.get(number)
         if replica is None or replica.state is RunState.LEAVING:
-            return f"there is no replica {number}; known are {self._known()}", RefusalKind.INVALID
+            why = f"there is no replica {number}; known are {self._known()}"
+            return RequestError(why, "data_parallel_rank"), RefusalKind.INVALID
         if replica.state is RunState.FAILED:
             return f"replica {number} is not started again: {replica.error}", RefusalKind.LOST
         return None

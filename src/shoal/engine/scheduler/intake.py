@@ -7,7 +7,7 @@ from shoal.engine.request import Request
 from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import Drafter
-from shoal.errors import RequestError
+from shoal.errors import RequestError, structured_outputs_error
 from shoal.protocols import Policy
 from shoal.wire.engine import EngineRequest
 from shoal.wire.tokens import decode_tokens, token_set
@@ -46,17 +46,18 @@ class Intake:
         prompt = message.num_prompt_tokens
         if not 0 < prompt <= len(tokens):
             raise RequestError(
-                f"request {message.seq}: its prompt has {prompt} tokens; it must have 1 to {len(tokens)}"
+                f"request {message.seq}: its prompt has {prompt} tokens; it must have 1 to {len(tokens)}", "prompt"
             )
         if prompt + message.max_tokens > self._limits.max_model_len or message.max_tokens < 1:
             raise RequestError(
                 f"request {message.seq}: {prompt} prompt tokens and {message.max_tokens} to generate must be at least "
-                f"one each, and at most {self._limits.max_model_len} together"
+                f"one each, and at most {self._limits.max_model_len} together",
+                "max_tokens",
             )
         if self._books.find(message.seq) is not None:
             raise RequestError(f"request {message.seq} exists already")
         if message.grammar and not self._has_grammars:
-            raise RequestError("structured outputs need a tokenizer, which this model does not have")
+            raise structured_outputs_error("needs a tokenizer, which this model does not have")
         self._arrivals += 1
         drafter = self._make_drafter()
         if drafter is not None:

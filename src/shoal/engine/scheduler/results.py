@@ -7,7 +7,8 @@ from shoal.engine.scheduler.block_tables import BlockTables
 from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
-from shoal.wire.engine import Finish, RefusalKind, SeqUpdate
+from shoal.errors import RequestError, structured_outputs_error
+from shoal.wire.engine import Finish, RefusalKind, SeqUpdate, error_fields
 from shoal.wire.grammars import Verdict
 from shoal.wire.ranks import PromptLogprobs, SeqOut, TokenLogprobs
 
@@ -50,7 +51,7 @@ class Results:
         self._tables.cache(request)
         logprobs = out.logprobs[: len(taken)]
         if finish is not None:
-            self.end(request, finish, taken, logprobs, error, out.prompt_logprobs)
+            self.end(request, finish, taken, logprobs, error or "", prompt_logprobs=out.prompt_logprobs)
             return
         if request.constraint is not None and taken:
             self._verdicts.ask(request, taken)
@@ -72,7 +73,7 @@ class Results:
             return
         finish, error = _end_by(verdict, request)
         if finish is not None:
-            self.end(request, finish, error=error)
+            self.end(request, finish, error=error or "")
         elif request.state is RequestState.CHECKED:
             self._queue.push(request)
         else:
@@ -84,10 +85,15 @@ class Results:
         finish: Finish,
         tokens: Sequence[int] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
-        error: str = "",
+        error: RequestError | str = "",
+        refusal: RefusalKind = RefusalKind.NONE,
         prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
-        """End a request, and give its client the last tokens."""
+        """End a request, and give its client the last tokens.
+
+        Args:
+            refusal: the kind of an error that is given as a text.
+        """
         self._books.remove(request)
         self._verdicts.forget(request)
         self._updates.append(
@@ -97,11 +103,10 @@ class Results:
                 logprobs,
                 finish,
                 request.cached_tokens,
-                error,
-                prompt_logprobs,
-                RefusalKind.INVALID if error else RefusalKind.NONE,
-                request.take_waited_us(),
-                request.preemptions,
+                prompt_logprobs=prompt_logprobs,
+                waited_us=request.take_waited_us(),
+                preemptions=request.preemptions,
+                **error_fields(error, refusal),
             )
         )
 
@@ -118,7 +123,7 @@ class Results:
             request.num_drafts = 0
 
 
-def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, str]:
+def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, RequestError | None]:
     """Append drawn tokens up to the end of the output.
 
     Return the tokens that were appended, why the output ends after them (None if it does not), and the error if there
@@ -126,8 +131,8 @@ def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Fi
     """
     constraint = request.constraint
     for place, token in enumerate(drawn):
-        error = constraint.why_forbidden(place, token) if constraint is not None else ""
-        if error:
+        error = constraint.objection(place, token) if constraint is not None else None
+        if error is not None:
             return tuple(drawn[:place]), Finish.ABORT, error
         request.tokens.append(token)
         finish = end_of_output(request)
@@ -135,8 +140,8 @@ def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Fi
         if finish is None and drafted and constraint is not None and constraint.is_complete_behind(place + 1):
             finish = Finish.STOP
         if finish is not None:
-            return tuple(drawn[: place + 1]), finish, ""
-    return tuple(drawn), None, ""
+            return tuple(drawn[: place + 1]), finish, None
+    return tuple(drawn), None, None
 
 
 def end_of_output(request: Request) -> Finish | None:
@@ -148,16 +153,16 @@ def end_of_output(request: Request) -> Finish | None:
     return Finish.LENGTH if request.num_output_tokens >= request.message.max_tokens else None
 
 
-def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, str]:
+def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, RequestError | None]:
     """Return why an output ends after a verdict (None if it does not), and the error if there is one."""
     full = request.num_output_tokens >= request.message.max_tokens
-    if verdict.refused:
-        return Finish.ABORT, verdict.refused
+    if verdict.refusal is not None:
+        return Finish.ABORT, verdict.refusal.error()
     if verdict.lost:
         times = request.constraint.losses if request.constraint is not None else 1
-        return Finish.ABORT, f"structured_outputs: {verdict.lost}, {times} times"
+        return Finish.ABORT, structured_outputs_error(f": {verdict.lost}, {times} times")
     if verdict.problem and not full:
-        return Finish.ABORT, f"structured_outputs can't be obeyed: {verdict.problem}"
+        return Finish.ABORT, structured_outputs_error(f"can't be obeyed: {verdict.problem}")
     if request.num_output_tokens and verdict.ended[0]:
-        return Finish.STOP, ""
-    return (Finish.LENGTH if full else None), ""
+        return Finish.STOP, None
+    return (Finish.LENGTH if full else None), None

@@ -38,7 +38,7 @@ from shoal.engine.scheduler.waiting_queue import Deadlines, WaitingQueue
 from shoal.engine.speculation import Drafter
 from shoal.errors import EngineError
 from shoal.protocols import Grammars, Policy
-from shoal.wire.engine import EngineRequest, Finish, ResetOutcome, SeqUpdate
+from shoal.wire.engine import EngineRequest, Finish, RefusalKind, ResetOutcome, SeqUpdate
 from shoal.wire.grammars import Verdict
 from shoal.wire.ranks import StepPlan, StepResult
 
@@ -116,12 +116,12 @@ class Scheduler:
         if message.deadline is not None:
             self._deadlines.add(message.deadline, message.seq)
 
-    def abort(self, seqs: Iterable[int], error: str = "") -> None:
+    def abort(self, seqs: Iterable[int], error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
         """End requests. Requests that have ended already, or never existed, are ignored."""
         for seq in seqs:
             request = self._books.find(seq)
             if request is not None:
-                self._results.end(request, Finish.ABORT, error=error)
+                self._results.end(request, Finish.ABORT, error=error, refusal=refusal)
 
     def take_updates(self) -> list[SeqUpdate]:
         """Return the new updates for clients."""
@@ -136,7 +136,8 @@ class Scheduler:
             even_without_work: return a plan in any case.
             no_work: put no work into the plan.
         """
-        self.abort(self._deadlines.pop_passed(self._books.unfinished), error="the request's deadline has passed")
+        late = self._deadlines.pop_passed(self._books.unfinished)
+        self.abort(late, "the request's deadline has passed", RefusalKind.LATE)
         self._verdicts.foresee()
         plan = PlanBuilder(self._next_step, self._limits, self._chunking.share(self._backlog), self._tables)
         if not no_work:

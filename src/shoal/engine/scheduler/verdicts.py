@@ -60,7 +60,7 @@ class Verdicts:
             self.follow(request)
             return None
         # The output was followed again and has new tokens since, so this verdict is about an older position.
-        if not (verdict.lost or verdict.refused) and verdict.num_tokens != request.num_output_tokens:
+        if not verdict.lost and verdict.refusal is None and verdict.num_tokens != request.num_output_tokens:
             return None
         self._awaited.pop(request, None)
         constraint.verdict, constraint.cost_us = verdict, verdict.cost_us

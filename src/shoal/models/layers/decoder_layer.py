@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
 from shoal.kernels.linear import Linear
 from shoal.parallel.linear import RowParallelLinear, RowParallelSum
 
@@ -25,7 +25,7 @@ class Attention:
         norm: QKNorm | None,
         rope: Rope | None,
         heads: HeadLayout,
-        scores: Scores,
+        params: AttentionParams,
         kernels: Kernels,
     ) -> None:
         self.qkv = qkv
@@ -33,13 +33,13 @@ class Attention:
         self.norm = norm
         self.rope = rope
         self.heads = heads
-        self.scores = scores
+        self.params = params
         self.kernels = kernels
 
     def attend(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
         """Return the output of this rank's heads, [n, q_heads * head_dim], and store their keys and values."""
         q = self.kernels.rotate_and_store(self.qkv(x), self.heads, self.norm, self.rope, batch, cache)
-        return self.kernels.attend(q, self.heads, self.scores, batch, cache)
+        return self.kernels.attend(q, self.heads, self.params, batch, cache)
 
     def __call__(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
         return self.out(self.attend(x, batch, cache))

@@ -8,7 +8,7 @@ weighted sum of latents. So all heads attend over one KV head, whose values are 
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, Rope, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, Rope
 from shoal.kernels.linear import HeadLinear, Linear
 from shoal.kernels.reference import rotate
 from shoal.models.spec import LatentSpec
@@ -49,7 +49,7 @@ class LatentAttention:
         out: RowParallelLinear,
         rope: Rope,
         heads: HeadLayout,
-        scores: Scores,
+        params: AttentionParams,
         kernels: Kernels,
     ) -> None:
         self.latent = latent
@@ -61,7 +61,7 @@ class LatentAttention:
         self.out = out
         self.rope = rope
         self.heads = heads
-        self.scores = scores
+        self.params = params
         self.kernels = kernels
 
     def attend(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
@@ -72,7 +72,7 @@ class LatentAttention:
         q = self.queries(x).view(len(x), heads.q_heads, latent.query_dim)
         rotated = rotate(self._pairs_as_halves(q[..., latent.nope_dim :]), cos, sin)
         q = torch.cat((self.k_up(q[..., : latent.nope_dim]), rotated), dim=-1)
-        seen = self.kernels.attend(q, heads, self.scores, batch, cache).view(q.shape)
+        seen = self.kernels.attend(q, heads, self.params, batch, cache).view(q.shape)
         return self.v_up(seen[..., : latent.kv_rank]).flatten(1)
 
     def __call__(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, EngineError
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, PagedBatch, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, PagedBatch
 from shoal.kernels.linear import make_linear
 from shoal.lazy import load
 from shoal.models.checkpoint.loader import Weights
@@ -38,7 +38,7 @@ class Context:
     """The context of the attention layers of one rank's model."""
 
     heads: HeadLayout
-    scores: tuple[Scores, ...]  # by layer
+    params: tuple[AttentionParams, ...]  # by layer
     kernels: Kernels
     first_layer: int = 0  # number of the first layer of the stage
     batch: PagedBatch | None = None  # of the current step
@@ -61,7 +61,7 @@ def paged_attention(
     cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1).to(cache.keys.dtype))
     cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1).to(cache.values.dtype))
     q = query[0].transpose(0, 1).to(value.dtype).contiguous()
-    out = context.kernels.attend(q, heads, context.scores[module.layer_idx], batch, cache)
+    out = context.kernels.attend(q, heads, context.params[module.layer_idx], batch, cache)
     return out.view(1, -1, heads.q_heads, heads.head_dim), None
 
 
@@ -137,8 +137,8 @@ def build_transformers_model(
     backbone = model.get_submodule(spec.backbone)
     set_module(model, spec.backbone, PassThroughBackbone())
     heads = HeadLayout(len(shard.heads.q_range), len(shard.heads.kv_ids), spec.head_dim, shard.heads.q_to_kv)
-    scores = tuple(Scores(layer.scale, layer.window, layer.softcap) for layer in spec.attention)
-    context = Context(heads, scores, kernels, shard.stage.layers.start)
+    params = tuple(AttentionParams(layer.scale, layer.window, layer.softcap) for layer in spec.attention)
+    context = Context(heads, params, kernels, shard.stage.layers.start)
     return TransformersModel(backbone, model, shard.stage, stream, context)
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from shoal.models.transformers.cut_plan import path_of, replaced_modules
 from shoal.models.transformers.fallback_spec import FallbackSpec
-from shoal.parallel.stages import Stage, stages
+from shoal.parallel.stages import Stage, make_stages
 
 
 class NotSplittable(Exception):
@@ -240,7 +240,7 @@ def check_stages(spec: FallbackSpec, model: nn.Module, tokens: int, run: Callabl
         Exception: any error that the module raises.
     """
     inner = (1, spec.num_layers - 2, 1) if spec.num_layers > 2 else (1,) * spec.num_layers
-    for stage in stages(inner):
+    for stage in make_stages(inner):
         given = torch.empty(1, tokens, spec.hidden_size, dtype=torch.bfloat16, device="meta")
         stream = ResidualStream(None if stage.first else given)
         with replaced_modules(model, stand_ins(spec, model, stage, stream)):

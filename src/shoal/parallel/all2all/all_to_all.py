@@ -1,4 +1,4 @@
-"""Tokens to the ranks that hold one of their experts, once to each; counts go first."""
+"""Dispatch that sends a token once to each rank that holds one of its experts."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,14 @@ from shoal.parallel.dispatch import Routed
 
 
 class AllToAll:
+    """Dispatch by three all-to-all operations a layer: counts of rows, the rows, and their results."""
+
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
-        # Of the layer between `dispatch` and `combine`:
-        self._tokens = torch.empty(0)  # int64, of this rank's share: what it sent, rank by rank
-        self._sent: Sequence[int] = ()  # rows to each rank
-        self._received: Sequence[int] = ()  # rows from each rank
+        # `dispatch` keeps these for the `combine` of the same layer:
+        self._tokens = torch.empty(0)  # int64: the tokens of this rank's share that it sent, ordered by receiving rank
+        self._sent: Sequence[int] = ()  # rows sent to each rank
+        self._received: Sequence[int] = ()  # rows received from each rank
 
     def begin_step(self, tokens: int) -> None:
         self.group.begin_step(tokens)
@@ -30,16 +32,16 @@ class AllToAll:
         self._sent = counts.tolist()
         self._tokens = wanted.t().nonzero()[:, 1]
         rows = comm.all_to_all(rows.index_select(0, self._tokens), self._sent, self._received)
-        tokens, numbers, shares = group.unpack(rows, x, experts)
-        return Routed(tokens, group.slots[numbers], shares)
+        tokens, numbers, weights = group.unpack(rows, x, experts)
+        return Routed(tokens, group.expert_map[numbers], weights)
 
     def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
         group, sent = self.group, self._sent
         back = group.ep.comm.all_to_all(out, self._received, sent)
         total = out.new_zeros((group.shares[group.tp.rank], out.shape[1]), dtype=torch.float32)
-        # Rank by rank, in which no token is twice: its sum has the same order in any batch.
+        # Adding rank by rank gives each token's sum the same order in any batch: a rank has a token at most once.
         for tokens, rows in zip(self._tokens.split(sent), back.split(sent), strict=True):
             total.index_add_(0, tokens, rows.float())
         if partial is not None:
             total += group.tp.comm.reduce_scatter(partial, group.shares)
-        return group.whole(total.to(out.dtype))
+        return group.gather_replica(total.to(out.dtype))

@@ -1,4 +1,4 @@
-"""Bodies of requests, read and held against their schema beside the event loop, and in small steps."""
+"""Reading the bodies of requests and checking them against their schemas, in small steps off the event loop."""
 
 import email.message
 import json
@@ -13,8 +13,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from shoal.server.api.schemas import Body
-from shoal.server.http.errors import Refusal
+from shoal.errors import RequestError
+from shoal.server.api.request_schemas import Body
+from shoal.server.http.errors import HttpError
 from shoal.server.http.json_reader import JsonReader, may_have_halves, refuse_halves
 from shoal.server.http.limits import RequestLimits
 from shoal.server.http.work_threads import apart
@@ -25,7 +26,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class UnreadBodies:
-    """Bodies that came and wait for their turn to be read, which takes more memory than they do."""
+    """The bodies that are being read. Reading takes more memory than the bodies themselves, so there is a limit.
+
+    Args:
+        most: bytes of all these bodies together.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -33,12 +38,13 @@ class UnreadBodies:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """
+        """Count a body while the block runs.
+
         Raises:
-            Refusal: others have taken all the room there is.
+            HttpError: too many other bodies are being read.
         """
         if self._held and self._held + size > self._most:
-            raise Refusal(503, "too many large requests are being read: try again", retry_after=1.0)
+            raise HttpError(503, "too many large requests are being read: try again", retry_after=1.0)
         self._held += size
         try:
             yield
@@ -50,7 +56,7 @@ _unread = UnreadBodies(_LIMITS.bodies_bytes)
 
 
 class BodyRoute(APIRoute):
-    """A route that reads its body itself, and hands FastAPI the finished object."""
+    """A route that reads the body itself, and gives FastAPI the finished object."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -58,7 +64,7 @@ class BodyRoute(APIRoute):
         if model is None:
             return handler
         assert isinstance(model, type)
-        assert issubclass(model, BaseModel), "bodies are objects"
+        assert issubclass(model, BaseModel), "a body is an object"
 
         async def handle(request: Request) -> Response:
             body = await request.body()
@@ -72,7 +78,10 @@ class BodyRoute(APIRoute):
 
 
 def router(tag: str) -> APIRouter:
-    """For endpoints under this heading. All that take a body must be of such a router."""
+    """Return a router for the endpoints under a heading of the description.
+
+    All endpoints that have a body must be on such a router.
+    """
     return APIRouter(tags=[tag], route_class=BodyRoute)
 
 
@@ -94,11 +103,12 @@ def _is_json(content_type: str) -> bool:
 
 
 def read_body(body: bytes, model: type[B], limits: RequestLimits = _LIMITS) -> B:
-    """
+    """Return a body as an object of its schema.
+
     Raises:
-        Refusal: it is no UTF-8, or has more values, or is nested deeper, than `limits` allow; or it has a number or a
-            text that JSON can write, and nothing here can hold.
-        RequestValidationError: it is no JSON, or not of the schema.
+        RequestError, HttpError: it is not UTF-8, it has more values or levels than `limits` allow, or it has a number
+            or a text that JSON allows but Python can't hold.
+        RequestValidationError: it is not JSON, or does not fit the schema.
     """
     given = read_json(body, limits)
     try:
@@ -107,19 +117,19 @@ def read_body(body: bytes, model: type[B], limits: RequestLimits = _LIMITS) -> B
         first = error.errors(include_url=False)[0]
         raise RequestValidationError([{**first, "loc": ("body", *first["loc"])}]) from None
     if isinstance(found, Body):
-        found.weigh(len(body))
+        found.set_size(len(body))
     return found
 
 
 def read_json(body: bytes, limits: RequestLimits = _LIMITS) -> Any:
-    """As `read_body`, without a schema."""
-    if b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16 and UTF-32, which JSON once could be
-        raise Refusal(400, "the body must be UTF-8", code="invalid_json")
+    """Return a body as plain values. Errors are those of `read_body`."""
+    if b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16 or UTF-32, which JSON once allowed
+        raise RequestError("the body must be UTF-8", code="invalid_json")
     try:
         text = body.removeprefix(_BOM).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Refusal(
-            400, f"the body must be UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
+        raise RequestError(
+            f"the body must be UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
         ) from None
     reader = JsonReader(
         text,

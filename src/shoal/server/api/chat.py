@@ -1,4 +1,4 @@
-"""/v1/chat/completions: the next message of a conversation."""
+"""The endpoint /v1/chat/completions: the next message of a conversation."""
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -9,43 +9,43 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from shoal.errors import RequestError
 from shoal.llm.deltas import Delta
 from shoal.openai.answers import chat_choice, chat_logprobs, positions, usage
+from shoal.openai.tools.call_deltas import CallDeltas, message_of
+from shoal.openai.tools.tool_plan import ToolPlan, plan_tools
 from shoal.outputs import CompletionOutput, RequestOutput
 from shoal.params import SamplingParams
 from shoal.server.api import bodies
-from shoal.server.api.schemas import ChatAnswer, ChatBody, TemplateFields
-from shoal.server.api.start_requests import (
-    RankHeader,
-    RequestPlacement,
-    Service,
+from shoal.server.api.answer_schemas import ChatAnswer
+from shoal.server.api.output_streams import (
     TokenForms,
-    apart_from_the_loop,
     begin,
     check_grammars,
+    finished,
+    in_parts,
+    json_size,
+    merged,
+)
+from shoal.server.api.request_parameters import (
     check_outputs,
     check_tokens,
-    finished,
-    identifier,
+    client_names,
     ignored_headers,
-    merged,
-    names_of,
-    params_of,
-    parted,
-    prepared,
-    respond,
+    read_apart,
+    sampling_params,
     stream_usage,
-    weight_of,
 )
+from shoal.server.api.request_schemas import ChatBody, TemplateFields
+from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
 from shoal.server.backend import TokenStream
-from shoal.server.http.errors import ANSWERING, Refusal
+from shoal.server.http.errors import GENERATION_ERRORS, named_by_client
 from shoal.server.http.event_streams import STREAMED, ChunkWriter, EventStream, answered
 from shoal.server.http.json_encoding import EncodedList, pieces, text_of
 from shoal.server.http.work_threads import apart
-from shoal.server.tools.choice import CallDeltas, ToolPlan, message_of, plan_tools
 from shoal.text.prompts import Job
 
-_READ = (
+_READ_HERE = (
     "tools", "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
     "reasoning_effort", "add_special_tokens",
 )  # fmt: skip
@@ -53,72 +53,77 @@ _READ = (
 
 @dataclass(frozen=True, slots=True)
 class _ChatRequest:
-    """A body, understood."""
+    """What a body asks for."""
 
     id: str
     created: int
     model: str
     job: Job
     params: SamplingParams
-    names: Mapping[str, str]  # our names of parameters as the client wrote them
+    names: Mapping[str, str]  # our names of parameters -> the client's names, where they differ
     plan: ToolPlan
     prompt_logprobs: bool
     forms: TokenForms
-    usage: bool  # a last chunk says it
-    usage_always: bool  # so does every other
+    usage: bool  # a last chunk has the usage
+    usage_in_all: bool  # every other chunk has it too
 
 
 def routes(service: Service) -> APIRouter:
     router = bodies.router("OpenAI")
 
     @router.post(
-        "/v1/chat/completions", responses={200: {"model": ChatAnswer, **STREAMED}, **ANSWERING}, response_class=Response
+        "/v1/chat/completions",
+        responses={200: {"model": ChatAnswer, **STREAMED}, **GENERATION_ERRORS},
+        response_class=Response,
     )
     async def create_chat_completion(body: ChatBody, request: Request, rank: RankHeader = None) -> Response:
-        """The next message of a conversation, `n` times."""
+        """Generate the next message of a conversation, `n` times."""
         return await answered(request, _chat(service, body, RequestPlacement.of(body, rank)))
 
     return router
 
 
 async def _chat(service: Service, body: ChatBody, place: RequestPlacement) -> Response:
-    asked = await apart_from_the_loop(partial(_understood, service, body), body)
-    await check_grammars(service.llm, [asked.job], asked.names)
-    streams = await begin(service, [asked.job], place)
-    if not body.stream:
-        (output,) = await finished(streams)
-        make, weight = partial(_answer, asked, output), _weight(asked, output)
-        return await respond(make, weight, ignored_headers([asked.job]))
-    events = _events(asked, streams[0])
-    return EventStream(await anext(events), events, headers=ignored_headers([asked.job]))
+    asked = await read_apart(partial(_read, service, body), body)
+    with named_by_client(asked.names):
+        await check_grammars(service.llm, [asked.job])
+        streams = await begin(service, [asked.job], place)
+        if not body.stream:
+            (output,) = await finished(streams)
+            make, size = partial(_answer, asked, output), _answer_size(asked, output)
+            return await respond(make, size, ignored_headers([asked.job]))
+        events = _events(asked, streams[0])
+        return EventStream(await anext(events), events, headers=ignored_headers([asked.job]))
 
 
-def _understood(service: Service, body: ChatBody) -> _ChatRequest:
-    """
+def _read(service: Service, body: ChatBody) -> _ChatRequest:
+    """Return what a body asks for.
+
     Raises:
-        Refusal: it can't be used.
+        RequestError, HttpError: it asks for something that it can't get.
     """
     model = service.model(body.model)
     if body.stream and body.prompt_logprobs is not None:
-        raise Refusal(400, "prompt_logprobs has no place in a streamed chat: leave stream out", param="prompt_logprobs")
-    usage_wanted, usage_always = stream_usage(body)
+        why = "prompt_logprobs are not sent in a stream of a chat: leave stream out"
+        raise RequestError(why, "prompt_logprobs")
+    usage_wanted, usage_in_all = stream_usage(body)
     plan = plan_tools(
         body.tools, body.tool_choice, service.settings.tool_call_parser, parallel=body.parallel_tool_calls is not False
     )
     given = body.given()
-    params = params_of(service, given, chat=True, read=_READ, plan=plan)
+    names = client_names(given, "chat")
+    params = sampling_params(service, given, names, chat=True, read=_READ_HERE, plan=plan)
     check_outputs(1, params)
-    template = template_of(service, body) | {"tools": plan.shown, "add_special_tokens": bool(body.add_special_tokens)}
-    template |= {"cache_salt": body.cache_salt}
-    names = names_of(given, chat=True)
-    job = prepared(
-        partial(service.llm.prepare_chat, body.messages, params, **template),
-        names=names,
-        prompt="messages",
-    )
+    template = template_arguments(service, body) | {
+        "tools": plan.shown,
+        "add_special_tokens": bool(body.add_special_tokens),
+        "cache_salt": body.cache_salt,
+    }
+    with named_by_client(names):
+        job = service.llm.prepare_chat(body.messages, params, **template)
     check_tokens([job], params)
     return _ChatRequest(
-        id=identifier("chatcmpl", body.request_id),
+        id=new_id("chatcmpl", body.request_id),
         created=int(time.time()),
         model=model,
         job=job,
@@ -128,19 +133,19 @@ def _understood(service: Service, body: ChatBody) -> _ChatRequest:
         prompt_logprobs=body.prompt_logprobs is not None,
         forms=TokenForms.of(service, body),
         usage=usage_wanted,
-        usage_always=usage_always,
+        usage_in_all=usage_in_all,
     )
 
 
-def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
-    """What `ChatTemplate.render` takes.
+def template_arguments(service: Service, body: TemplateFields) -> dict[str, Any]:
+    """Return the arguments for `ChatTemplate.render` that a body gives.
 
     Raises:
-        Refusal: a template of the request's own, which the server does not trust.
+        RequestError: the body has a template of its own, but the server does not run templates of requests.
     """
     if body.chat_template is not None and not service.settings.trust_request_chat_template:
         why = "chat_template is code that the server would run: it must be started with --trust-request-chat-template"
-        raise Refusal(400, why, param="chat_template")
+        raise RequestError(why, "chat_template")
     values = body.chat_template_kwargs
     if body.reasoning_effort is not None and (values is None or isinstance(values, Mapping)):
         values = {"reasoning_effort": body.reasoning_effort, **(values or {})}
@@ -154,7 +159,7 @@ def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
     }
 
 
-# --- at once -------------------------------------------------------------------------------------------------------
+# --- answers without a stream --------------------------------------------------------------------------------------
 
 
 def _answer(asked: _ChatRequest, output: RequestOutput) -> dict[str, Any]:
@@ -173,10 +178,10 @@ def _answer(asked: _ChatRequest, output: RequestOutput) -> dict[str, Any]:
     return body
 
 
-def _weight(asked: _ChatRequest, output: RequestOutput) -> int:
-    written = weight_of(sum(len(each.token_ids) for each in output.outputs), asked.params.logprobs)
+def _answer_size(asked: _ChatRequest, output: RequestOutput) -> int:
+    size = json_size(sum(len(each.token_ids) for each in output.outputs), asked.params.logprobs)
     wanted = asked.params.prompt_logprobs
-    return written + (0 if wanted is None else weight_of(len(output.prompt_token_ids), wanted))
+    return size + (0 if wanted is None else json_size(len(output.prompt_token_ids), wanted))
 
 
 def _choice(asked: _ChatRequest, output: CompletionOutput) -> dict[str, Any]:
@@ -187,72 +192,75 @@ def _choice(asked: _ChatRequest, output: CompletionOutput) -> dict[str, Any]:
     if plan.parser is not None:
         reader = CallDeltas(plan, whole=True)
         choice["message"] = message_of(reader.feed(output.text, output.finish_reason or "stop"))
-        choice["finish_reason"] = reader.finish_of(output.finish_reason)
+        choice["finish_reason"] = reader.finish_reason(output.finish_reason)
     return choice
 
 
-def _usage(asked: _ChatRequest, written: int, cached: int) -> dict[str, Any]:
-    return {**usage(len(asked.job.tokens), written), "prompt_tokens_details": {"cached_tokens": cached}}
+def _usage(asked: _ChatRequest, output_tokens: int, cached: int) -> dict[str, Any]:
+    return {**usage(len(asked.job.tokens), output_tokens), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def may_cut(params: SamplingParams) -> bool:
-    """Can the client's own stop texts or tokens end an output within a call?"""
+def may_cut_calls(params: SamplingParams) -> bool:
+    """Return whether stop texts or stop tokens of the client can end an output within a tool call."""
     return bool(params.stop or params.stop_token_ids)
 
 
-# --- streaming -----------------------------------------------------------------------------------------------------
+# --- streams -------------------------------------------------------------------------------------------------------
 
 
 async def _events(asked: _ChatRequest, stream: TokenStream) -> AsyncGenerator[bytes, None]:
-    """The first one comes with the first tokens: until then, the request can be refused."""
+    """Yield the events of a stream. The first one comes with the first tokens: until then an error can be a status."""
     writer = ChunkWriter(id=asked.id, object="chat.completion.chunk", created=asked.created, model=asked.model)
     readers = {
-        index: CallDeltas(asked.plan, whole=may_cut(asked.params))
+        index: CallDeltas(asked.plan, whole=may_cut_calls(asked.params))
         for index in range(asked.params.n)
         if asked.plan.parser is not None
     }
     begun: set[int] = set()
-    written = 0
+    output_tokens = 0
     no_usage = "null" if asked.usage else None
     prompt = f',"prompt_token_ids":{text_of(asked.job.tokens)}' if asked.forms.ids else ""
     try:
-        async for _, deltas in merged([stream]):
-            for part, size in parted(deltas, partial(_chunk_weight, asked)):
-                new = sorted({delta.index for delta in part} - begun)
-                begun.update(new)
-                written += sum(len(delta.token_ids) for delta in part)
-                choices = await apart(partial(_told_choices, asked, readers, part), size)
-                told = text_of(_usage(asked, written, stream.cached_tokens)) if asked.usage_always else no_usage
-                heads = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in new]
-                chunks = [writer.chunk(text_of(head), told, prompt) for head in heads]
-                chunks += [writer.chunk(choice, told) for choice in choices]
-                if chunks:
-                    yield "".join(chunks).encode("utf-8", "replace")
+        with named_by_client(asked.names):
+            async for _, deltas in merged([stream]):
+                for part, size in in_parts(deltas, partial(_delta_size, asked)):
+                    new = sorted({delta.index for delta in part} - begun)
+                    begun.update(new)
+                    output_tokens += sum(len(delta.token_ids) for delta in part)
+                    choices = await apart(partial(_encoded_choices, asked, readers, part), size)
+                    used = no_usage
+                    if asked.usage_in_all:
+                        used = text_of(_usage(asked, output_tokens, stream.cached_tokens))
+                    heads = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in new]
+                    chunks = [writer.chunk(text_of(head), used, prompt) for head in heads]
+                    chunks += [writer.chunk(choice, used) for choice in choices]
+                    if chunks:
+                        yield "".join(chunks).encode("utf-8", "replace")
         if asked.usage:
-            yield writer.chunk("", text_of(_usage(asked, written, stream.cached_tokens))).encode()
+            yield writer.chunk("", text_of(_usage(asked, output_tokens, stream.cached_tokens))).encode()
     finally:
         stream.close()
 
 
-def _chunk_weight(asked: _ChatRequest, delta: Delta) -> int:
-    return weight_of(len(delta.token_ids), asked.params.logprobs)
+def _delta_size(asked: _ChatRequest, delta: Delta) -> int:
+    return json_size(len(delta.token_ids), asked.params.logprobs)
 
 
-def _told_choices(asked: _ChatRequest, readers: Mapping[int, CallDeltas], deltas: Sequence[Delta]) -> list[str]:
-    """In JSON."""
+def _encoded_choices(asked: _ChatRequest, readers: Mapping[int, CallDeltas], deltas: Sequence[Delta]) -> list[str]:
+    """Return the choices of deltas as JSON."""
     return [
         "".join(pieces(choice)) for delta in deltas for choice in _chunk_choices(asked, readers.get(delta.index), delta)
     ]
 
 
 def _chunk_choices(asked: _ChatRequest, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
-    """All that a delta says: mostly one choice, more where it holds several parts of tool calls."""
+    """Return the choices of one delta: mostly one, and more if it has several parts of tool calls."""
     finish: str | None = delta.finish_reason
     if reader is None:
         parts = [{"content": delta.text}] if delta.text else []
     else:
         parts = reader.feed(delta.text, finish)
-        finish = reader.finish_of(finish)
+        finish = reader.finish_reason(finish)
     logprobs = None
     if delta.logprobs is not None:
         top, by_id = asked.params.logprobs or 0, asked.forms.named_by_id

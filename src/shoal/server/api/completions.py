@@ -1,4 +1,4 @@
-"""/v1/completions: text behind a text."""
+"""The endpoint /v1/completions: the continuation of a text."""
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -10,38 +10,37 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from shoal.errors import RequestError
 from shoal.llm.deltas import Delta
 from shoal.openai.answers import completion_choice, completion_logprobs, legacy_name, positions, usage
 from shoal.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from shoal.params import Prompt, SamplingParams
 from shoal.server.api import bodies
-from shoal.server.api.schemas import MOST_OUTPUTS, CompletionAnswer, CompletionBody
-from shoal.server.api.start_requests import (
-    RankHeader,
-    RequestPlacement,
-    Service,
+from shoal.server.api.answer_schemas import CompletionAnswer
+from shoal.server.api.output_streams import (
     TokenForms,
-    apart_from_the_loop,
     begin,
     check_grammars,
-    check_outputs,
-    check_tokens,
     close,
     finished,
-    identifier,
-    ignored_headers,
+    in_parts,
+    json_size,
     merged,
-    names_of,
-    params_of,
-    parted,
-    prepared,
-    respond,
-    stream_usage,
-    weight_of,
 )
+from shoal.server.api.request_parameters import (
+    check_outputs,
+    check_tokens,
+    client_names,
+    ignored_headers,
+    read_apart,
+    sampling_params,
+    stream_usage,
+)
+from shoal.server.api.request_schemas import MAX_OUTPUTS, CompletionBody
+from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
 from shoal.server.api.token_positions import TokenPositions
 from shoal.server.backend import TokenStream
-from shoal.server.http.errors import ANSWERING, Refusal
+from shoal.server.http.errors import GENERATION_ERRORS, named_by_client
 from shoal.server.http.event_streams import STREAMED, ChunkWriter, EventStream, answered
 from shoal.server.http.json_encoding import EncodedList, pieces, text_of
 from shoal.server.http.work_threads import apart
@@ -52,30 +51,30 @@ from shoal.values import shown
 
 @dataclass(frozen=True, slots=True)
 class _CompletionRequest:
-    """A body, understood. `jobs`: one a prompt."""
+    """What a body asks for."""
 
     id: str
     created: int
     model: str
-    jobs: Sequence[Job]
-    echoes: Sequence["_Echo"]  # one a prompt
+    jobs: Sequence[Job]  # one for each prompt
+    echoes: Sequence["_Echo"]  # one for each prompt
     params: SamplingParams
-    names: Mapping[str, str]  # our names of parameters as the client wrote them
-    empty: bool  # max_tokens is 0: nothing but the prompt is wanted
-    prompt_logprobs: bool  # they are asked for by name
+    names: Mapping[str, str]  # our names of parameters -> the client's names, where they differ
+    empty: bool  # max_tokens is 0: only the prompt is wanted
+    prompt_logprobs: bool  # the field `prompt_logprobs` asks for them
     forms: TokenForms
-    usage: bool  # a last chunk says it
-    usage_always: bool  # so does every other
+    usage: bool  # a last chunk has the usage
+    usage_in_all: bool  # every other chunk has it too
 
 
 @dataclass(frozen=True, slots=True)
 class _Echo:
-    """A prompt as it is shown before its outputs, if it is."""
+    """A prompt that is shown before its outputs, if that is `wanted`."""
 
     tokens: tuple[int, ...]
     wanted: bool = False
     text: str = ""
-    first: str = ""  # how its first token is called
+    first: str = ""  # the name of its first token
     offsets: Sequence[int] = ()  # where its tokens begin in `text`, if log-probabilities are wanted
 
 
@@ -84,64 +83,59 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/completions",
-        responses={200: {"model": CompletionAnswer, **STREAMED}, **ANSWERING},
+        responses={200: {"model": CompletionAnswer, **STREAMED}, **GENERATION_ERRORS},
         response_class=Response,
     )
     async def create_completion(body: CompletionBody, request: Request, rank: RankHeader = None) -> Response:
-        """Text behind each prompt: `n` choices for each, numbered prompt by prompt."""
+        """Continue each prompt `n` times. Choices are numbered prompt by prompt."""
         return await answered(request, _complete(service, body, RequestPlacement.of(body, rank)))
 
     return router
 
 
 async def _complete(service: Service, body: CompletionBody, place: RequestPlacement) -> Response:
-    asked = await apart_from_the_loop(partial(_understood, service, body), body)
-    await check_grammars(service.llm, asked.jobs, asked.names)
-    streams = await begin(service, asked.jobs, place)
-    if not body.stream:
-        outputs = await finished(streams)
-        make, weight = partial(_answer, asked, outputs), _weight(asked, outputs)
-        return await respond(make, weight, ignored_headers(asked.jobs))
-    events = _events(asked, streams)
-    return EventStream(await anext(events), events, headers=ignored_headers(asked.jobs))
+    asked = await read_apart(partial(_read, service, body), body)
+    with named_by_client(asked.names):
+        await check_grammars(service.llm, asked.jobs)
+        streams = await begin(service, asked.jobs, place)
+        if not body.stream:
+            outputs = await finished(streams)
+            make, size = partial(_answer, asked, outputs), _answer_size(asked, outputs)
+            return await respond(make, size, ignored_headers(asked.jobs))
+        events = _events(asked, streams)
+        return EventStream(await anext(events), events, headers=ignored_headers(asked.jobs))
 
 
-def _understood(service: Service, body: CompletionBody) -> _CompletionRequest:
-    """
+def _read(service: Service, body: CompletionBody) -> _CompletionRequest:
+    """Return what a body asks for.
+
     Raises:
-        Refusal: it can't be used.
+        RequestError, HttpError: it asks for something that it can't get.
     """
     model = service.model(body.model)
-    usage_wanted, usage_always = stream_usage(body)
+    usage_wanted, usage_in_all = stream_usage(body)
     given = body.given()
     empty = body.max_tokens == 0
     if empty and not body.echo:
-        raise Refusal(400, "max_tokens must be at least 1, but where echo is true, got 0", param="max_tokens")
+        raise RequestError("max_tokens must be at least 1, or 0 together with echo, got 0", "max_tokens")
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise Refusal(400, "best_of can't be obeyed: leave it out, and choose among n outputs", param="best_of")
+        raise RequestError("best_of is not supported: leave it out, and choose among n outputs", "best_of")
     prompts = _prompts(body.prompt)
     given |= {"max_tokens": 1} if empty else {}
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         given["prompt_logprobs"] = body.logprobs
-    params = params_of(service, given, chat=False, read=("echo", "best_of", "add_special_tokens"))
+    names = client_names(given, "completions")
+    params = sampling_params(service, given, names, chat=False, read=("echo", "best_of", "add_special_tokens"))
     check_outputs(len(prompts), params)
-    names = names_of(given, chat=False)
-    jobs = [
-        prepared(
-            partial(
-                service.llm.prepare,
-                salted(prompt, body.cache_salt),
-                params,
-                add_special_tokens=body.add_special_tokens is not False,
-            ),
-            names=names,
-            prompt="prompt" if len(prompts) == 1 else f"prompt[{i}]",
-        )
-        for i, prompt in enumerate(prompts)
-    ]
+    jobs = []
+    for i, prompt in enumerate(prompts):
+        with named_by_client(names | ({"prompt": f"prompt[{i}]"} if len(prompts) > 1 else {})):
+            salted_prompt = salted(prompt, body.cache_salt)
+            specials = body.add_special_tokens is not False
+            jobs.append(service.llm.prepare(salted_prompt, params, add_special_tokens=specials))
     check_tokens(jobs, params)
     return _CompletionRequest(
-        id=identifier("cmpl", body.request_id),
+        id=new_id("cmpl", body.request_id),
         created=int(time.time()),
         model=model,
         jobs=jobs,
@@ -152,22 +146,22 @@ def _understood(service: Service, body: CompletionBody) -> _CompletionRequest:
         prompt_logprobs=body.prompt_logprobs is not None,
         forms=TokenForms.of(service, body),
         usage=usage_wanted,
-        usage_always=usage_always,
+        usage_in_all=usage_in_all,
     )
 
 
 def _prompts(given: Any) -> list[Prompt]:
-    """One text, or one list of ids, or a list of either."""
+    """Return the prompts of a body: one text, one list of token ids, or a list of either."""
     if isinstance(given, str):
         return [given]
     if not isinstance(given, list) or not given:
         why = f"prompt must be a text, a list of texts, a list of token ids or a list of such lists, got {shown(given)}"
-        raise Refusal(400, why, param="prompt")
+        raise RequestError(why, "prompt")
     if _is_id(given[0]):
         return [{"prompt_token_ids": given}]
-    if len(given) > MOST_OUTPUTS:
-        why = f"a request may have {MOST_OUTPUTS} outputs, got {len(given)} prompts: send several"
-        raise Refusal(400, why, param="prompt")
+    if len(given) > MAX_OUTPUTS:
+        why = f"a request may have {MAX_OUTPUTS} outputs, got {len(given)} prompts: send several"
+        raise RequestError(why, "prompt")
     return [_prompt(each, f"prompt[{i}]") for i, each in enumerate(given)]
 
 
@@ -176,7 +170,7 @@ def _prompt(each: Any, where: str) -> Any:
         return each
     if isinstance(each, list):
         return {"prompt_token_ids": each}
-    raise Refusal(400, f"{where} must be a text or a list of token ids, got {shown(each)}", param=where)
+    raise RequestError(f"{where} must be a text or a list of token ids, got {shown(each)}", where)
 
 
 def _is_id(value: Any) -> bool:
@@ -184,7 +178,11 @@ def _is_id(value: Any) -> bool:
 
 
 def _echo(service: Service, job: Job, *, wanted: bool, alone: bool) -> _Echo:
-    """`alone`: no output follows, to which bytes at the prompt's end would belong that are no whole character."""
+    """Return how a prompt is shown.
+
+    Args:
+        alone: no output follows. (An output could complete a character that the prompt begins.)
+    """
     tokenizer = service.llm.tokenizer
     if not wanted or tokenizer is None:
         return _Echo(job.tokens)
@@ -200,7 +198,7 @@ def _echo(service: Service, job: Job, *, wanted: bool, alone: bool) -> _Echo:
     return _Echo(job.tokens, wanted, text, first, prompt_offsets(tokenizer, job.tokens, text))
 
 
-# --- at once -------------------------------------------------------------------------------------------------------
+# --- answers without a stream --------------------------------------------------------------------------------------
 
 
 def _answer(asked: _CompletionRequest, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def _answer(asked: _CompletionRequest, outputs: Sequence[RequestOutput]) -> dict
         for i, output in enumerate(outputs)
         for each in output.outputs
     ]
-    written = 0 if asked.empty else sum(len(each.token_ids) for output in outputs for each in output.outputs)
+    output_tokens = 0 if asked.empty else sum(len(each.token_ids) for output in outputs for each in output.outputs)
     cached = sum(output.num_cached_tokens for output in outputs)
     return {
         "id": asked.id,
@@ -218,15 +216,15 @@ def _answer(asked: _CompletionRequest, outputs: Sequence[RequestOutput]) -> dict
         "created": asked.created,
         "model": asked.model,
         "choices": choices,
-        "usage": _usage(asked, written, cached),
+        "usage": _usage(asked, output_tokens, cached),
     }
 
 
-def _weight(asked: _CompletionRequest, outputs: Sequence[RequestOutput]) -> int:
-    written = sum(len(each.token_ids) for output in outputs for each in output.outputs)
-    read = sum(len(output.prompt_token_ids) * len(output.outputs) for output in outputs)
-    prompt = weight_of(read, asked.params.prompt_logprobs) if asked.params.prompt_logprobs is not None else 0
-    return weight_of(written, asked.params.logprobs) + prompt
+def _answer_size(asked: _CompletionRequest, outputs: Sequence[RequestOutput]) -> int:
+    output_tokens = sum(len(each.token_ids) for output in outputs for each in output.outputs)
+    prompt_tokens = sum(len(output.prompt_token_ids) * len(output.outputs) for output in outputs)
+    wanted = asked.params.prompt_logprobs
+    return json_size(output_tokens, asked.params.logprobs) + (0 if wanted is None else json_size(prompt_tokens, wanted))
 
 
 def _choice(asked: _CompletionRequest, output: RequestOutput, each: CompletionOutput, echo: _Echo) -> dict[str, Any]:
@@ -238,7 +236,7 @@ def _choice(asked: _CompletionRequest, output: RequestOutput, each: CompletionOu
     choice["text"] = echo.text + choice["text"]
     if echo.wanted and each.logprobs is not None:
         offsets = choice["logprobs"]["text_offset"]
-        choice["logprobs"] = _joined(
+        choice["logprobs"] = _with_echo(
             echo, output.prompt_logprobs or (), each.token_ids, each.logprobs, offsets, by_id=by_id
         )
     if asked.forms.ids:
@@ -248,7 +246,7 @@ def _choice(asked: _CompletionRequest, output: RequestOutput, each: CompletionOu
     return choice
 
 
-def _joined(
+def _with_echo(
     echo: _Echo,
     prompt: Sequence[Any],
     tokens: Sequence[int],
@@ -257,86 +255,96 @@ def _joined(
     *,
     by_id: bool,
 ) -> dict[str, Any]:
-    """Of the prompt's tokens and the output's, as one list. `offsets`: of the latter, in their own text."""
-    behind = [*echo.offsets, *(len(echo.text) + each for each in offsets)]
+    """Return the log-probabilities of a prompt and its output as one list.
+
+    Args:
+        offsets: where the tokens of the output begin in its own text.
+    """
+    all_offsets = [*echo.offsets, *(len(echo.text) + each for each in offsets)]
     return completion_logprobs(
         chain(echo.tokens, tokens),
         chain(prompt, logprobs),
-        behind,
+        all_offsets,
         first=echo.first,
         by_id=by_id,
         make_list=EncodedList,
     )
 
 
-def _usage(asked: _CompletionRequest, written: int, cached: int) -> dict[str, Any]:
-    found = usage(sum(len(job.tokens) for job in asked.jobs), written)
+def _usage(asked: _CompletionRequest, output_tokens: int, cached: int) -> dict[str, Any]:
+    found = usage(sum(len(job.tokens) for job in asked.jobs), output_tokens)
     return {**found, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-# --- streaming -----------------------------------------------------------------------------------------------------
+# --- streams -------------------------------------------------------------------------------------------------------
 
 
 async def _events(asked: _CompletionRequest, streams: Sequence[TokenStream]) -> AsyncGenerator[bytes, None]:
-    """The first one comes with the first tokens: until then, the request can be refused."""
+    """Yield the events of a stream. The first one comes with the first tokens: until then an error can be a status."""
     writer = ChunkWriter(id=asked.id, object="text_completion", created=asked.created, model=asked.model)
     n = asked.params.n
     count = len(streams) * n
     waiting = [TokenPositions() for _ in range(count)]
     begun = [False] * count
     held: list[list[Delta]] = [[] for _ in streams]
-    written = 0
+    output_tokens = 0
     no_usage = "null" if asked.usage else None
+
+    def size_of(number: int, delta: Delta) -> int:
+        return _delta_size(asked, asked.jobs[number], delta, first=not begun[number * n + delta.index])
+
+    def encoded_choices(number: int, part: Sequence[Delta]) -> list[str]:
+        choices = []
+        for delta in part:
+            index = number * n + delta.index
+            choice = _chunk_choice(
+                asked, streams[number], delta, asked.echoes[number], waiting[index], first=not begun[index]
+            )
+            choice["index"] = index
+            begun[index] = True
+            if _has_content(choice):
+                choices.append("".join(pieces(choice)))
+        return choices
+
     try:
-        async for number, deltas in merged(streams):
-            held[number] += deltas
-            has_begun = any(begun[number * n : (number + 1) * n])
-            if not (has_begun or _may_begin(streams[number], held[number])):
-                continue
-            ready, held[number] = held[number], []
-
-            def weight(delta: Delta, number: int = number) -> int:
-                return _chunk_weight(asked, asked.jobs[number], delta, first=not begun[number * n + delta.index])
-
-            def told_choices(part: Sequence[Delta], number: int = number) -> list[str]:
-                choices = []
-                for delta in part:
-                    index = number * n + delta.index
-                    choice = _chunk_choice(
-                        asked, streams[number], delta, asked.echoes[number], waiting[index], first=not begun[index]
-                    )
-                    choice["index"] = index
-                    begun[index] = True
-                    if _says_something(choice):
-                        choices.append("".join(pieces(choice)))
-                return choices
-
-            for part, size in parted(ready, weight):
-                choices = await apart(partial(told_choices, part), size)
-                written += 0 if asked.empty else sum(len(delta.token_ids) for delta in part)
-                told = text_of(_usage(asked, written, _cached(streams))) if asked.usage_always else no_usage
-                chunks = "".join([writer.chunk(choice, told) for choice in choices])
-                if chunks:
-                    yield chunks.encode("utf-8", "replace")
+        with named_by_client(asked.names):
+            async for number, deltas in merged(streams):
+                held[number] += deltas
+                has_begun = any(begun[number * n : (number + 1) * n])
+                if not (has_begun or _may_begin(streams[number], held[number])):
+                    continue
+                ready, held[number] = held[number], []
+                for part, size in in_parts(ready, partial(size_of, number)):
+                    choices = await apart(partial(encoded_choices, number, part), size)
+                    output_tokens += 0 if asked.empty else sum(len(delta.token_ids) for delta in part)
+                    used = no_usage
+                    if asked.usage_in_all:
+                        used = text_of(_usage(asked, output_tokens, _cached(streams)))
+                    chunks = "".join([writer.chunk(choice, used) for choice in choices])
+                    if chunks:
+                        yield chunks.encode("utf-8", "replace")
         if asked.usage:
-            yield writer.chunk("", text_of(_usage(asked, written, _cached(streams)))).encode()
+            yield writer.chunk("", text_of(_usage(asked, output_tokens, _cached(streams)))).encode()
     finally:
         close(streams)
 
 
 def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
-    """What is known of the prompt comes with its first output and is sent before each: the others wait for that one."""
+    """Return whether the outputs of a prompt may be sent.
+
+    Log-probabilities of the prompt come with its first output, and are sent before each: so the others wait for it.
+    """
     return stream.prompt_complete or any(delta.index == 0 and delta.finish_reason is not None for delta in held)
 
 
-def _chunk_weight(asked: _CompletionRequest, job: Job, delta: Delta, *, first: bool) -> int:
-    """`first`: of its output, so that the prompt stands before it."""
+def _delta_size(asked: _CompletionRequest, job: Job, delta: Delta, *, first: bool) -> int:
+    """Return about how many bytes a delta takes. `first`: it is the first of its output, sent after the prompt."""
     wanted = asked.params.prompt_logprobs
-    prompt = weight_of(len(job.tokens), wanted) if first and wanted is not None else 0
-    return prompt + weight_of(len(delta.token_ids), asked.params.logprobs)
+    prompt = json_size(len(job.tokens), wanted) if first and wanted is not None else 0
+    return prompt + json_size(len(delta.token_ids), asked.params.logprobs)
 
 
-def _says_something(choice: Mapping[str, Any]) -> bool:
+def _has_content(choice: Mapping[str, Any]) -> bool:
     return bool(
         choice["text"]
         or choice["finish_reason"]
@@ -353,7 +361,7 @@ def _cached(streams: Sequence[TokenStream]) -> int:
 def _chunk_choice(
     asked: _CompletionRequest, stream: TokenStream, delta: Delta, echo: _Echo, waiting: TokenPositions, *, first: bool
 ) -> dict[str, Any]:
-    """`first`: of its output, so that the prompt stands before it."""
+    """Return the choice of one delta. `first`: it is the first of its output, sent after the prompt."""
     if asked.empty:
         finish: FinishReason | None = None if delta.finish_reason is None else "length"
         logprobs = None if delta.logprobs is None else ()
@@ -385,6 +393,6 @@ def _ready_logprobs(
     logprobs = [known for _, known, _ in ready]
     offsets = [offset for _, _, offset in ready]
     if first and echo.wanted:
-        return _joined(echo, stream.prompt_logprobs or (), tokens, logprobs, offsets, by_id=by_id)
-    behind = [len(echo.text) + each for each in offsets]
-    return completion_logprobs(tokens, logprobs, behind, by_id=by_id, make_list=EncodedList)
+        return _with_echo(echo, stream.prompt_logprobs or (), tokens, logprobs, offsets, by_id=by_id)
+    all_offsets = [len(echo.text) + each for each in offsets]
+    return completion_logprobs(tokens, logprobs, all_offsets, by_id=by_id, make_list=EncodedList)

@@ -1,12 +1,12 @@
-"""/v1/models: what is served."""
+"""The endpoint /v1/models: the names of the served model."""
 
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from shoal.server.api.schemas import Model, ModelList
-from shoal.server.api.start_requests import Service, answer_of
+from shoal.server.api.answer_schemas import Model, ModelList
+from shoal.server.api.service import Service, json_response
 from shoal.server.http.errors import documented
 
 
@@ -15,12 +15,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models", responses={200: {"model": ModelList}, **documented()}, response_class=Response)
     async def list_models() -> Response:
-        """The names that the model is served under."""
-        return answer_of({"object": "list", "data": [_model(service, name) for name in service.names]})
+        """List the names of the served model."""
+        return json_response({"object": "list", "data": [_model(service, name) for name in service.names]})
 
     @router.get("/v1/models/{name:path}", responses={200: {"model": Model}, **documented(404)}, response_class=Response)
     async def retrieve_model(name: str) -> Response:
-        return answer_of(_model(service, service.model(name)))
+        """Return the model of this name."""
+        return json_response(_model(service, service.model(name)))
 
     return router
 

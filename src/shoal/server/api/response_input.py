@@ -1,10 +1,11 @@
-"""The input of a response: items of a conversation, and the messages that a chat template takes."""
+"""The input of a response: items of a conversation, and the messages that a chat template makes a prompt of."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.server.api.start_requests import identifier
-from shoal.server.http.errors import Refusal
+from shoal.errors import RequestError
+from shoal.server.api.service import new_id
+from shoal.server.http.errors import HttpError
 from shoal.values import shown
 
 _TEXTS = ("input_text", "output_text", "text")
@@ -13,28 +14,32 @@ _NAMES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"
 
 
 def items_of(given: Any) -> list[Any]:
-    """
+    """Return the items of an input, which may also be a text.
+
     Raises:
-        Refusal: it is neither a text nor a list.
+        RequestError: it is neither a text nor a list of items.
     """
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise Refusal(400, f"input must be a text or a list of items, got {shown(given)}", param="input")
+        raise RequestError.about("input", f"must be a text or a list of items, got {shown(given)}")
     return given
 
 
 def references(items: Sequence[Any]) -> list[str]:
-    """The ids of other items that these stand for."""
+    """Return the ids of the items that other requests have sent, and that these items refer to."""
     found = [item.get("id") for item in items if _kind(item) == "item_reference"]
     return [name for name in found if isinstance(name, str)]
 
 
 def resolved(items: Sequence[Any], known: Mapping[str, Any]) -> list[Any]:
-    """The items, each reference replaced by what it stands for. `known`: items by their ids.
+    """Return the items, with each reference replaced by the item that it refers to.
+
+    Args:
+        known: items by their ids.
 
     Raises:
-        Refusal: there is no such item.
+        HttpError: a reference refers to an item that is not known.
     """
     return [
         _referred(item, known, f"input[{i}]") if _kind(item) == "item_reference" else item
@@ -46,34 +51,40 @@ def _referred(item: Mapping[str, Any], known: Mapping[str, Any], where: str) -> 
     name = item.get("id")
     if not isinstance(name, str) or name not in known:
         why = (
-            f"{where} refers to the item {shown(name)}, which is not here (any more): send the item itself, as the "
-            "response that had it gave it"
+            f"{where} refers to the item {shown(name)}, which is not stored here (any more): send the item itself, "
+            "as the response that had it gave it"
         )
-        raise Refusal(404, why, param=where, code="item_not_found")
+        raise HttpError(404, why, param=where, code="item_not_found")
     return known[name]
 
 
 def messages_of(before: Sequence[Any], items: Sequence[Any], instructions: str | None) -> list[dict[str, Any]]:
-    """`before`: items that were understood once. Text and calls side by side are one turn, and what was thought before
-    them is theirs.
+    """Return the messages of a conversation.
+
+    Text and calls that follow each other become one message, with the reasoning before them.
+
+    Args:
+        before: the items of earlier turns.
+        items: the items of this request.
+        instructions: a system message for this request; None: there is none.
 
     Raises:
-        Refusal: an item can't be read.
+        RequestError: an item can't be read.
     """
     messages: list[dict[str, Any]] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
-    thought = ""
+    reasoning = ""
     places = [f"previous_response_id, item {i}" for i in range(len(before))]
     places += [f"input[{i}]" for i in range(len(items))]
     for item, where in zip([*before, *items], places, strict=True):
         if _kind(item) == "reasoning":
-            thought = _thought(item, where)
+            reasoning = _reasoning_text(item, where)
             continue
         message = _message(item, where)
-        if thought and message["role"] == "assistant":
-            message["reasoning_content"] = thought
-        thought = ""
+        if reasoning and message["role"] == "assistant":
+            message["reasoning_content"] = reasoning
+        reasoning = ""
         last = messages[-1] if messages else {}
         if "tool_calls" in message and last.get("role") == "assistant":
             last.setdefault("tool_calls", []).extend(message["tool_calls"])
@@ -82,15 +93,15 @@ def messages_of(before: Sequence[Any], items: Sequence[Any], instructions: str |
     return messages
 
 
-def listed(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """The items as they are stored and listed: each with an id, messages with parts."""
-    return [_listed(item) for item in items]
+def stored_form(items: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return items as they are stored and listed: each has an id, and messages have parts."""
+    return [_stored_item(item) for item in items]
 
 
-def _listed(item: Mapping[str, Any]) -> dict[str, Any]:
+def _stored_item(item: Mapping[str, Any]) -> dict[str, Any]:
     kind = _kind(item) or "message"
     name = item.get("id")
-    found = {**item, "type": kind, "id": name if isinstance(name, str) else identifier(_NAMES[kind])}
+    found = {**item, "type": kind, "id": name if isinstance(name, str) else new_id(_NAMES[kind])}
     if kind == "reasoning":
         return {"summary": [], **found}
     if kind == "message":
@@ -111,8 +122,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     match kind:
         case "message":
             if not isinstance(item.get("role"), str):
-                why = f"{where}.role must be a text such as user, got {shown(item.get('role'))}"
-                raise Refusal(400, why, param=f"{where}.role")
+                raise RequestError.about(f"{where}.role", f"must be a text such as user, got {shown(item.get('role'))}")
             return {"role": item["role"], "content": _content(item.get("content"), f"{where}.content")}
         case "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -121,7 +131,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         case "function_call_output":
             content = _content(item.get("output"), f"{where}.output")
             return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
-    raise Refusal(400, f"{where} must be {_KINDS}, got {shown(kind or item)}", param=where)
+    raise RequestError.about(where, f"must be {_KINDS}, got {shown(kind or item)}")
 
 
 def _content(content: Any, where: str) -> Any:
@@ -131,19 +141,21 @@ def _content(content: Any, where: str) -> Any:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in _TEXTS:
-            why = f"{where}[{i}]: parts of type {shown(kind)} can't be read; this engine takes text"
-            raise Refusal(400, why, param=f"{where}[{i}]")
+            why = f": parts of type {shown(kind)} can't be read; this engine takes text"
+            raise RequestError.about(f"{where}[{i}]", why)
         found.append({"type": "text", "text": part.get("text")})
     return found
 
 
-def _thought(item: Mapping[str, Any], where: str) -> str:
-    """What a model thought, for templates that show it; without it, its summary. What is encrypted is nobody's here."""
+def _reasoning_text(item: Mapping[str, Any], where: str) -> str:
+    """Return the text of a reasoning item, for templates that show it: its content, or else its summary.
+
+    Encrypted content is ignored.
+    """
     for name in ("content", "summary"):
         parts = item.get(name) or []
         if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
-            why = f"{where}.{name} must be a list of parts with a text, got {shown(parts)}"
-            raise Refusal(400, why, param=f"{where}.{name}")
+            raise RequestError.about(f"{where}.{name}", f"must be a list of parts with a text, got {shown(parts)}")
         if parts:
             return "\n".join(part["text"] for part in parts)
     return ""

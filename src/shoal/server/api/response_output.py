@@ -1,4 +1,4 @@
-"""The items of a response's output as they grow, and the events that tell of it.
+"""The output items of a response while they grow, and the events of a stream that describe it.
 
 The shapes are those of OpenAI's API reference, "Responses" and "Streaming events".
 """
@@ -7,50 +7,57 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.openai.answers import chat_logprobs
-from shoal.server.api.start_requests import identifier
+from shoal.openai.tools.call_deltas import CallDeltas
+from shoal.openai.tools.tool_plan import ToolPlan
+from shoal.server.api.service import new_id
 from shoal.server.http.json_encoding import EncodedList
-from shoal.server.tools.choice import CallDeltas, ToolPlan
 
 
 class OutputItems:
-    """The items of an output as they grow. What is done to them is given as events."""
+    """The items of one output while it grows. The methods return the events that describe each change.
+
+    Args:
+        top: the number of likeliest tokens at each position, if log-probabilities were asked for.
+        whole: as for `CallDeltas`.
+    """
 
     def __init__(self, plan: ToolPlan, top: int | None, *, whole: bool) -> None:
-        """`top`: how many of the likeliest tokens are told, where log-probabilities are; `whole`: as `CallDeltas`."""
         self.items: list[dict[str, Any]] = []
-        self.written = 0  # tokens
+        self.num_tokens = 0
         self._reader = CallDeltas(plan, whole=whole) if plan.parser is not None else None
         self._top = top or 0
         self._open = False  # the last item may grow
-        self._known = EncodedList()  # of tokens whose text is not certain yet
+        self._waiting_logprobs = EncodedList()  # of tokens whose text is not certain yet
 
     def feed(self, text: str, tokens: Sequence[int], logprobs: Any, finish: str | None) -> list[dict[str, Any]]:
-        self.written += len(tokens)
+        """Add a delta of the output."""
+        self.num_tokens += len(tokens)
         events: list[dict[str, Any]] = []
-        known = EncodedList()
+        new_logprobs = EncodedList()
         if logprobs is not None:
-            chat_logprobs(tokens, logprobs, self._top, known)
+            chat_logprobs(tokens, logprobs, self._top, new_logprobs)
         if self._reader is None:
-            return self._text(text, known) if text or known else events
-        self._known += known
+            return self._add_text(text, new_logprobs) if text or new_logprobs else events
+        self._waiting_logprobs += new_logprobs
         for delta in self._reader.feed(text, finish):
             if "content" in delta:
-                known, self._known = self._known, EncodedList()
-                events += self._text(delta["content"], known)
+                ready, self._waiting_logprobs = self._waiting_logprobs, EncodedList()
+                events += self._add_text(delta["content"], ready)
             for part in delta.get("tool_calls", ()):
-                events += self._call(part)
+                events += self._add_to_call(part)
         return events
 
     def end(self, reason: str | None) -> list[dict[str, Any]]:
-        begun = [] if self.items else self._text("", EncodedList())
-        cut = reason == "length" or (self._reader is not None and self._reader.cut)
+        """End the last item. An output without text or calls gets an empty message."""
+        begun = [] if self.items else self._add_text("", EncodedList())
+        cut = reason == "length" or (self._reader is not None and self._reader.in_call)
         return begun + self._close("incomplete" if cut else "completed")
 
-    def _text(self, text: str, logprobs: EncodedList) -> list[dict[str, Any]]:
+    def _add_text(self, text: str, logprobs: EncodedList) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if not self._open or self.items[-1]["type"] != "message":
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": EncodedList()}
-            item = {"type": "message", "id": identifier("msg"), "role": "assistant", "content": []}
+            item = {"type": "message", "id": new_id("msg"), "role": "assistant", "content": []}
             events = self._begin(item)
             self.items[-1]["content"] = [part]
             events.append(self._event("response.content_part.added", content_index=0, part={**part, "logprobs": []}))
@@ -60,11 +67,11 @@ class OutputItems:
         delta = self._event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
         return [*events, delta]
 
-    def _call(self, part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _add_to_call(self, part: Mapping[str, Any]) -> list[dict[str, Any]]:
         function = part["function"]
         if "id" in part:
             names = {"call_id": part["id"], "name": function["name"], "arguments": ""}
-            return self._begin({"type": "function_call", "id": identifier("fc"), **names})
+            return self._begin({"type": "function_call", "id": new_id("fc"), **names})
         self.items[-1]["arguments"] += function["arguments"]
         return [self._event("response.function_call_arguments.delta", delta=function["arguments"])]
 

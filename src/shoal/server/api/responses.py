@@ -1,4 +1,4 @@
-"""/v1/responses: text in, text or function calls out. A response is stored for a time: others can go on from it.
+"""The endpoint /v1/responses: text in, text or function calls out. A response is stored for a time, to be continued.
 
 The shapes are those of OpenAI's API reference, "Responses" and "Streaming events".
 """
@@ -13,56 +13,49 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from shoal.errors import RequestError
-from shoal.openai.parameters import structured_of
+from shoal.openai.parameters import read_response_format
+from shoal.openai.tools.tool_plan import ToolPlan, plan_tools
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
 from shoal.server.api import bodies
-from shoal.server.api.chat import may_cut
-from shoal.server.api.response_input import items_of, listed, messages_of, references, resolved
-from shoal.server.api.response_output import OutputItems
-from shoal.server.api.response_store import Shelf
-from shoal.server.api.schemas import ResponsesAnswer, ResponsesBody
-from shoal.server.api.start_requests import (
-    RankHeader,
-    RequestPlacement,
-    Service,
-    apart_from_the_loop,
-    begin,
-    check_grammars,
+from shoal.server.api.answer_schemas import ResponsesAnswer
+from shoal.server.api.chat import may_cut_calls
+from shoal.server.api.output_streams import begin, check_grammars, finished, json_size, merged
+from shoal.server.api.request_parameters import (
     check_outputs,
-    finished,
-    identifier,
+    client_names,
     ignored_headers,
-    merged,
-    names_of,
-    params_of,
-    prepared,
-    respond,
-    weight_of,
+    read_apart,
+    sampling_params,
 )
+from shoal.server.api.request_schemas import ResponsesBody
+from shoal.server.api.response_input import items_of, messages_of, references, resolved, stored_form
+from shoal.server.api.response_output import OutputItems
+from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
+from shoal.server.api.stored_conversations import StoredConversations
 from shoal.server.backend import TokenStream
-from shoal.server.http.errors import ANSWERING, Refusal, of_request, refusal_of
+from shoal.server.http.errors import GENERATION_ERRORS, http_error, named_by_client
 from shoal.server.http.event_streams import STREAMED, EventStream, answered
 from shoal.server.http.json_encoding import pieces
 from shoal.server.http.work_threads import apart
-from shoal.server.tools.choice import ToolPlan, plan_tools
 from shoal.text.prompts import Job
 from shoal.values import shown
 
-_READ = (
+_READ_HERE = (
     "input", "instructions", "text", "tools", "tool_choice", "include", "truncation", "previous_response_id",
     "reasoning",
 )  # fmt: skip
-_OF_CHATS = (
+# Fields of chats and completions that a response does not have.
+_FOREIGN = (
     "n", "logprobs", "prompt_logprobs", "response_format", "max_tokens", "max_completion_tokens", "messages", "prompt",
 )  # fmt: skip
 _LOGPROBS = "message.output_text.logprobs"
-_INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # of the second there is none
+_INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the second one is accepted, but there never is any
 
 
 @dataclass(frozen=True, slots=True)
 class _ResponseRequest:
-    """A body, understood."""
+    """What a body asks for."""
 
     body: ResponsesBody
     id: str
@@ -70,44 +63,49 @@ class _ResponseRequest:
     model: str
     job: Job
     params: SamplingParams
-    names: Mapping[str, str]  # our names of parameters as the client wrote them
+    names: Mapping[str, str]  # our names of parameters -> the client's names, where they differ
     plan: ToolPlan
-    before: list[Any]  # items of the conversation that it goes on from
-    said: list[Any]  # ... and those of the request
-    keep: bool
+    before: list[Any]  # the items of the conversation that it continues
+    said: list[Any]  # the items of the request itself
+    keep: bool  # store the response
 
 
 def routes(service: Service) -> APIRouter:
     router = bodies.router("OpenAI")
-    shelf = Shelf(service.llm, service.settings)
+    stored = StoredConversations(service.llm, service.settings)
 
     @router.post(
-        "/v1/responses", responses={200: {"model": ResponsesAnswer, **STREAMED}, **ANSWERING}, response_class=Response
+        "/v1/responses",
+        responses={200: {"model": ResponsesAnswer, **STREAMED}, **GENERATION_ERRORS},
+        response_class=Response,
     )
     async def create_response(body: ResponsesBody, request: Request, rank: RankHeader = None) -> Response:
-        """An answer to a text or a conversation, or to what goes on from a stored response."""
-        return await answered(request, _respond(service, shelf, body, RequestPlacement.of(body, rank)))
+        """Answer a text or a conversation, which may continue a stored response."""
+        return await answered(request, _respond(service, stored, body, RequestPlacement.of(body, rank)))
 
     return router
 
 
-async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: RequestPlacement) -> Response:
-    before, said = await _conversation(shelf, body)
-    keep = shelf.open and body.store is not False
-    asked = await apart_from_the_loop(partial(_understood, service, body, before, said, keep=keep), body)
-    await check_grammars(service.llm, [asked.job], asked.names)
-    streams = await begin(service, [asked.job], place)
-    if body.stream:
-        events = _events(asked, shelf, streams[0])
-        return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
-    (output,) = await finished(streams)
-    weight = body.weight + weight_of(len(output.outputs[0].token_ids), asked.params.logprobs)
-    answer = await apart(partial(_whole, asked, output), weight)
-    answer = await _kept(asked, shelf, answer)
-    return await respond(lambda: answer, weight, ignored_headers([asked.job]))
+async def _respond(
+    service: Service, stored: StoredConversations, body: ResponsesBody, place: RequestPlacement
+) -> Response:
+    before, said = await _conversation(stored, body)
+    keep = stored.enabled and body.store is not False
+    asked = await read_apart(partial(_read, service, body, before, said, keep=keep), body)
+    with named_by_client(asked.names):
+        await check_grammars(service.llm, [asked.job])
+        streams = await begin(service, [asked.job], place)
+        if body.stream:
+            events = _events(asked, stored, streams[0])
+            return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
+        (output,) = await finished(streams)
+    size = body.size + json_size(len(output.outputs[0].token_ids), asked.params.logprobs)
+    answer = await apart(partial(_whole_answer, asked, output), size)
+    answer = await _kept(asked, stored, answer)
+    return await respond(lambda: answer, size, ignored_headers([asked.job]))
 
 
-def _whole(asked: _ResponseRequest, output: RequestOutput) -> dict[str, Any]:
+def _whole_answer(asked: _ResponseRequest, output: RequestOutput) -> dict[str, Any]:
     items = OutputItems(asked.plan, asked.params.logprobs, whole=True)
     (completion,) = output.outputs
     items.feed(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason or "stop")
@@ -115,12 +113,16 @@ def _whole(asked: _ResponseRequest, output: RequestOutput) -> dict[str, Any]:
     return _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
 
 
-def _understood(
-    service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool
-) -> _ResponseRequest:
-    """
+def _read(service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool) -> _ResponseRequest:
+    """Return what a body asks for.
+
+    Args:
+        before: the items of the conversation that it continues.
+        said: its own items.
+        keep: whether the response is to be stored.
+
     Raises:
-        Refusal: it can't be used.
+        RequestError, HttpError: it asks for something that it can't get.
     """
     model = service.model(body.model)
     _check(body)
@@ -128,51 +130,56 @@ def _understood(
     parallel = body.parallel_tool_calls is not False
     plan = plan_tools(tools, _choice(body.tool_choice), service.settings.tool_call_parser, parallel=parallel)
     given = {name: value for name, value in body.given().items() if name not in ("top_logprobs", "max_output_tokens")}
-    names = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
     given["max_tokens"] = body.max_output_tokens
     if _LOGPROBS in (body.include or ()):
         given |= {"logprobs": True, "top_logprobs": body.top_logprobs}
-    structured = _format(body.text)
+    structured = _structured_outputs(body.text)
     if structured is not None:
         given["structured_outputs"] = structured
-    names |= {"structured_outputs": "text.format"} if structured else names_of(given, chat=False)
-    params = params_of(service, given, chat=True, read=_READ, plan=plan)
+    names = client_names(given, "responses") | ({"structured_outputs": "text.format"} if structured else {})
+    params = sampling_params(service, given, names, chat=True, read=_READ_HERE, plan=plan)
     check_outputs(1, params)
     messages = messages_of(before, said, body.instructions)
     if not messages:
-        raise Refusal(400, "input must hold a message beside what was thought, got none", param="input")
+        raise RequestError.about("input", "must hold a message beside reasoning items, got none")
     template = {
         "chat_template": service.settings.chat_template,
         "chat_template_kwargs": _reasoning(body.reasoning),
         "tools": plan.shown,
         "cache_salt": body.cache_salt,
     }
-    job = prepared(
-        partial(service.llm.prepare_chat, messages, params, **template),
-        names=names,
-        prompt="input",
-    )
-    name = body.request_id or identifier("resp")
+    with named_by_client(names):
+        job = service.llm.prepare_chat(messages, params, **template)
     return _ResponseRequest(
-        body, name, time.time(), model, job, params, names, plan, before, listed(said) if keep else [], keep
+        body=body,
+        id=body.request_id or new_id("resp"),
+        created=time.time(),
+        model=model,
+        job=job,
+        params=params,
+        names=names,
+        plan=plan,
+        before=before,
+        said=stored_form(said) if keep else [],
+        keep=keep,
     )
 
 
-async def _conversation(shelf: Shelf, body: ResponsesBody) -> tuple[list[Any], list[Any]]:
-    """The items that the request goes on from, and its own, without references.
+async def _conversation(stored: StoredConversations, body: ResponsesBody) -> tuple[list[Any], list[Any]]:
+    """Return the items that the request continues, and its own items with all references resolved.
 
     Raises:
-        Refusal: it goes on from what is not here.
+        HttpError: it continues a response, or refers to an item, that is not stored.
     """
     items = items_of(body.input)
     before: list[Any] = []
     if body.previous_response_id is not None:
-        turns = await shelf.conversation(body.previous_response_id)
+        turns = await stored.conversation(body.previous_response_id)
         if turns is None:
-            raise shelf.missing(body.previous_response_id, "previous_response_id", "previous_response_not_found")
+            raise stored.missing(body.previous_response_id, "previous_response_id", "previous_response_not_found")
         before = [item for turn in turns for item in turn]
     known = {item["id"]: item for item in [*before, *items] if _has_name(item)}
-    known |= await shelf.items([name for name in references(items) if name not in known])
+    known |= await stored.items([name for name in references(items) if name not in known])
     return before, resolved(items, known)
 
 
@@ -181,53 +188,51 @@ def _has_name(item: Any) -> bool:
 
 
 def _reasoning(given: Any) -> dict[str, Any] | None:
-    """What the template is told of it."""
+    """Return the arguments for the chat template that `reasoning` asks for; None if there are none."""
     if given is None:
         return None
     effort = given.get("effort") if isinstance(given, Mapping) else None
     if not isinstance(given, Mapping) or not (effort is None or isinstance(effort, str)):
-        raise Refusal(400, f"reasoning must be an object with an effort, got {shown(given)}", param="reasoning")
+        raise RequestError.about("reasoning", f"must be an object with an effort, got {shown(given)}")
     return None if effort is None else {"reasoning_effort": effort}
 
 
 def _check(body: ResponsesBody) -> None:
-    for name in _OF_CHATS:
+    for name in _FOREIGN:
         if body.given().get(name) is not None:
-            raise Refusal(400, f"{name} is no field of a response: leave it out", param=name)
+            raise RequestError.about(name, "is not a field of a response: leave it out")
     if body.truncation not in (None, "disabled"):
-        raise Refusal(400, f"truncation must be disabled, got {shown(body.truncation)}", param="truncation")
+        raise RequestError.about("truncation", f"must be disabled, got {shown(body.truncation)}")
     for name in body.include or ():
         if name not in _INCLUDABLE:
-            raise Refusal(400, f"include may hold {' and '.join(_INCLUDABLE)}, got {shown(name)}", param="include")
+            raise RequestError.about("include", f"may hold {' and '.join(_INCLUDABLE)}, got {shown(name)}")
 
 
-def _format(text: Any) -> dict[str, Any] | None:
-    """The structured output that `text.format` asks for."""
+def _structured_outputs(text: Any) -> dict[str, Any] | None:
+    """Return the structured output that `text.format` asks for; None if it asks for none."""
     wanted = text.get("format") if isinstance(text, Mapping) else text
     if wanted is None:
         return None
     if isinstance(wanted, Mapping) and wanted.get("type") == "json_schema":
         described = {name: wanted[name] for name in ("schema", "strict") if name in wanted}
         wanted = {"type": "json_schema", "json_schema": described}
-    try:
-        return structured_of(wanted, "text.format")
-    except RequestError as error:
-        raise of_request(error) from None
+    return read_response_format(wanted, "text.format")
 
 
 def _tools(tools: Any) -> Any:
-    """As chats have them."""
+    """Return tools in the form that chats have."""
     if not isinstance(tools, list):
         return tools
     found = []
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
-            raise Refusal(400, f"tools[{i}] must be a function, got {shown(tool)}", param=f"tools[{i}]")
+            raise RequestError.about(f"tools[{i}]", f"must be a function, got {shown(tool)}")
         found.append({"type": "function", "function": {name: tool[name] for name in tool if name != "type"}})
     return found
 
 
 def _choice(choice: Any) -> Any:
+    """Return a `tool_choice` in the form that chats have."""
     if isinstance(choice, Mapping) and choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
     return choice
@@ -236,12 +241,12 @@ def _choice(choice: Any) -> Any:
 # --- the answer ----------------------------------------------------------------------------------------------------
 
 
-async def _kept(asked: _ResponseRequest, shelf: Shelf, answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer, which says whether it was stored."""
+async def _kept(asked: _ResponseRequest, stored: StoredConversations, answer: dict[str, Any]) -> dict[str, Any]:
+    """Store an answer if that was asked for, and return it with the field that says whether it was stored."""
     if not asked.keep:
         return answer
     previous = asked.body.previous_response_id
-    kept = await shelf.keep(asked.id, answer, asked.said, answer["output"], previous, asked.before)
+    kept = await stored.keep(asked.id, answer, asked.said, answer["output"], previous, asked.before)
     return answer | {"store": kept}
 
 
@@ -249,9 +254,9 @@ def _answer(asked: _ResponseRequest, items: OutputItems, reason: str | None, cac
     used = {
         "input_tokens": len(asked.job.tokens),
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": items.written,
+        "output_tokens": items.num_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": len(asked.job.tokens) + items.written,
+        "total_tokens": len(asked.job.tokens) + items.num_tokens,
     }
     cut = reason == "length"
     return _envelope(asked, "incomplete" if cut else "completed") | {
@@ -262,7 +267,7 @@ def _answer(asked: _ResponseRequest, items: OutputItems, reason: str | None, cac
 
 
 def _envelope(asked: _ResponseRequest, status: str) -> dict[str, Any]:
-    """A response without its output."""
+    """Return a response without output."""
     body = asked.body
     return {
         "id": asked.id,
@@ -292,12 +297,14 @@ def _envelope(asked: _ResponseRequest, status: str) -> dict[str, Any]:
     }
 
 
-async def _events(asked: _ResponseRequest, shelf: Shelf, stream: TokenStream) -> AsyncGenerator[bytes, None]:
-    """The first ones come with the first tokens: until then, the request can be refused."""
-    items = OutputItems(asked.plan, asked.params.logprobs, whole=may_cut(asked.params))
+async def _events(
+    asked: _ResponseRequest, stored: StoredConversations, stream: TokenStream
+) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a stream. The first come with the first tokens: until then an error can be a status."""
+    items = OutputItems(asked.plan, asked.params.logprobs, whole=may_cut_calls(asked.params))
     sequence = 0
 
-    def sent(events: Sequence[dict[str, Any]]) -> bytes:
+    def encoded(events: Sequence[dict[str, Any]]) -> bytes:
         nonlocal sequence
         texts = []
         for event in events:
@@ -316,16 +323,15 @@ async def _events(asked: _ResponseRequest, shelf: Shelf, stream: TokenStream) ->
                 reason = delta.finish_reason
                 found += items.feed(delta.text, delta.token_ids, delta.logprobs, reason)
             if found:
-                yield sent(found)
+                yield encoded(found)
         answer = _answer(asked, items, reason, stream.cached_tokens)
         closing = items.end(reason)
-        answer = await _kept(asked, shelf, answer | {"output": items.items})
-        yield sent([*closing, {"type": f"response.{answer['status']}", "response": answer}])
+        answer = await _kept(asked, stored, answer | {"output": items.items})
+        yield encoded([*closing, {"type": f"response.{answer['status']}", "response": answer}])
     except Exception as error:
-        if begun:  # nothing was sent yet: it can be told by the status
+        if begun:  # nothing was sent yet, so the error can be the status
             raise
-        told = refusal_of(error)
-        failed = _envelope(asked, "failed") | {"error": {"code": "server_error", "message": told.message}}
-        yield sent([{"type": "response.failed", "response": failed}])
+        failed = _envelope(asked, "failed") | {"error": {"code": "server_error", "message": http_error(error).message}}
+        yield encoded([{"type": "response.failed", "response": failed}])
     finally:
         stream.close()

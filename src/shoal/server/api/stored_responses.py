@@ -1,4 +1,4 @@
-"""/v1/responses/{id}: what was stored of a response, for those who come back to it."""
+"""The endpoints under /v1/responses/{id}: stored responses, for clients that come back to them."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
-from shoal.server.api.response_store import Shelf
-from shoal.server.api.schemas import Deleted, InputItems, ResponsesAnswer
-from shoal.server.api.start_requests import Service, answer_of
-from shoal.server.http.errors import Refusal, documented
+from shoal.errors import RequestError
+from shoal.server.api.answer_schemas import Deleted, InputItems, ResponsesAnswer
+from shoal.server.api.service import Service, json_response
+from shoal.server.api.stored_conversations import StoredConversations
+from shoal.server.http.errors import documented
 from shoal.values import shown
 
 _PATH = "/v1/responses/{response_id}"
@@ -19,22 +20,22 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
-    shelf = Shelf(service.llm, service.settings)
+    stored = StoredConversations(service.llm, service.settings)
 
     @router.get(_PATH, responses={200: {"model": ResponsesAnswer}, **documented(404, 503)}, response_class=Response)
     async def retrieve_response(response_id: Name, stream: bool = False) -> Response:
-        """A stored response."""
+        """Return a stored response."""
         if stream:
-            why = "a stored response can't be streamed: leave stream out, and it comes as a whole"
-            raise Refusal(400, why, param="stream")
-        return Response(await _stored(shelf, response_id), media_type="application/json")
+            why = "a stored response can't be streamed: leave stream out to get it as a whole"
+            raise RequestError(why, "stream")
+        return Response(await _read_stored(stored, response_id), media_type="application/json")
 
     @router.delete(_PATH, responses={200: {"model": Deleted}, **documented(404, 503)}, response_class=Response)
     async def delete_response(response_id: Name) -> Response:
-        """Forgets a response. Others that went on from it keep their conversations."""
-        if not await shelf.drop(response_id):
-            raise shelf.missing(response_id, "response_id")
-        return answer_of({"id": response_id, "object": "response", "deleted": True})
+        """Delete a response. Others that continued it keep their conversations."""
+        if not await stored.drop(response_id):
+            raise stored.missing(response_id, "response_id")
+        return json_response({"id": response_id, "object": "response", "deleted": True})
 
     @router.get(
         f"{_PATH}/input_items",
@@ -48,37 +49,37 @@ def routes(service: Service) -> APIRouter:
         after: str | None = None,
         before: str | None = None,
     ) -> Response:
-        """The items that a response answers, what came before included."""
-        turns = await shelf.conversation(response_id)
+        """List the items that a response answers, those of earlier turns included."""
+        turns = await stored.conversation(response_id)
         if turns is None:
-            raise shelf.missing(response_id, "response_id")
+            raise stored.missing(response_id, "response_id")
         items = [item for turn in turns[:-1] for item in turn]
-        return answer_of(_page(items if order == "asc" else items[::-1], limit, after, before))
+        return json_response(_page(items if order == "asc" else items[::-1], limit, after, before))
 
     @router.post(f"{_PATH}/cancel", responses=documented(404, 503), response_class=Response)
     async def cancel_response(response_id: Name) -> Response:
-        """Refuses: a stored response has ended."""
-        await _stored(shelf, response_id)
+        """Refuse: a stored response has ended."""
+        await _read_stored(stored, response_id)
         why = (
             "only a response that runs in the background can be cancelled, and there are none here: this one has ended"
         )
-        raise Refusal(400, f"{why}; close the connection to end one that is being made", param="response_id")
+        raise RequestError(f"{why}; close the connection to end one that is being made", "response_id")
 
     return router
 
 
-async def _stored(shelf: Shelf, name: str) -> bytes:
-    found = await shelf.read(name)
+async def _read_stored(stored: StoredConversations, name: str) -> bytes:
+    found = await stored.read(name)
     if found is None:
-        raise shelf.missing(name, "response_id")
+        raise stored.missing(name, "response_id")
     return found
 
 
 def _page(items: Sequence[Any], limit: int, after: str | None, before: str | None) -> dict[str, Any]:
-    """The items behind `after` and before `before`, as many as `limit` allows."""
+    """Return the items after `after` and before `before`, at most `limit` of them."""
     names = [item.get("id") for item in items]
-    start = 0 if after is None else _place(names, after, "after") + 1
-    end = len(items) if before is None else _place(names, before, "before")
+    start = 0 if after is None else _position(names, after, "after") + 1
+    end = len(items) if before is None else _position(names, before, "before")
     found = items[start : min(end, start + limit)]
     return {
         "object": "list",
@@ -89,7 +90,7 @@ def _page(items: Sequence[Any], limit: int, after: str | None, before: str | Non
     }
 
 
-def _place(names: Sequence[Any], name: str, param: str) -> int:
+def _position(names: Sequence[Any], name: str, param: str) -> int:
     if name not in names:
-        raise Refusal(400, f"{param} must be the id of one of the items, got {shown(name)}", param=param)
+        raise RequestError.about(param, f"must be the id of one of the items, got {shown(name)}")
     return names.index(name)

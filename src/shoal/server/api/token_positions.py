@@ -1,4 +1,4 @@
-"""Log-probabilities of a streamed output, with the places of its tokens in the text."""
+"""The log-probabilities of a streamed output, with the places of its tokens in the text."""
 
 from collections import deque
 
@@ -7,17 +7,20 @@ from shoal.outputs import Logprobs
 
 
 class TokenPositions:
-    """Those of one output that wait. What a token says of its place is certain as soon as the text before it was sent:
-    text that is held back may turn out to be a stop text, and is never sent then."""
+    """Log-probabilities of one output that wait until the places of their tokens are certain.
+
+    The place of a token is certain once all text before it was sent. Text that is held back may turn out to be a stop
+    text, which is never sent.
+    """
 
     def __init__(self) -> None:
         self._sent = 0  # characters of the output
         self._waiting: deque[tuple[int, Logprobs, int]] = deque()
 
     def take(self, delta: Delta) -> list[tuple[int, Logprobs, int]]:
-        """(token, log-probabilities, offset) of all that may be sent with a delta's text."""
-        begun = [self._sent] * len(delta.token_ids)  # as far as whoever doesn't say it lets us know
-        offsets = begun if delta.text_offsets is None else delta.text_offsets
+        """Return (token, log-probabilities, offset) of all tokens that may be sent with the text of a delta."""
+        guessed = [self._sent] * len(delta.token_ids)
+        offsets = guessed if delta.text_offsets is None else delta.text_offsets
         self._waiting.extend(zip(delta.token_ids, delta.logprobs or (), offsets, strict=False))
         self._sent += len(delta.text)
         ready = []

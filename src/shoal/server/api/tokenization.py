@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: between texts and tokens, as the model has them."""
+"""The endpoints /tokenize and /detokenize: from texts to the model's tokens, and back."""
 
 from functools import partial
 from typing import Any
@@ -8,14 +8,15 @@ from starlette.responses import Response
 
 from shoal.errors import RequestError
 from shoal.server.api import bodies
-from shoal.server.api.chat import template_of
-from shoal.server.api.schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
-from shoal.server.api.start_requests import Service, respond
-from shoal.server.http.errors import Refusal, documented, of_request
+from shoal.server.api.answer_schemas import Detokenized, Tokenized
+from shoal.server.api.chat import template_arguments
+from shoal.server.api.request_schemas import DetokenizeBody, TokenizeBody
+from shoal.server.api.service import Service, respond
+from shoal.server.http.errors import documented, named_by_client
 from shoal.text.tokenizer import Tokenizer
 from shoal.values import shown
 
-_MOST_CHARACTERS = 1 << 23  # of a text that is cut at once
+_MAX_CHARACTERS = 1 << 23  # of a text that is cut into tokens in one call
 
 
 def routes(service: Service) -> APIRouter:
@@ -23,15 +24,15 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/tokenize", responses={200: {"model": Tokenized}, **documented(404)}, response_class=Response)
     async def tokenize(body: TokenizeBody) -> Response:
-        """The tokens of a `prompt`, or of `messages` by the chat template."""
+        """Return the tokens of a `prompt`, or of `messages` as the chat template writes them."""
         service.model(body.model)
-        return await respond(partial(_tokenized, service, body), body.weight)
+        return await respond(partial(_tokenized, service, body), body.size)
 
     @router.post("/detokenize", responses={200: {"model": Detokenized}, **documented(404)}, response_class=Response)
     async def detokenize(body: DetokenizeBody) -> Response:
-        """The text of tokens, special ones included."""
+        """Return the text of tokens, special tokens included."""
         service.model(body.model)
-        return await respond(partial(_detokenized, service, body), body.weight)
+        return await respond(partial(_detokenized, service, body), body.size)
 
     return router
 
@@ -52,34 +53,35 @@ def _tokenized(service: Service, body: TokenizeBody) -> dict[str, Any]:
 
 def _tokens(service: Service, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
-        raise Refusal(400, "give either prompt or messages", param="prompt")
+        raise RequestError("give either prompt or messages", "prompt")
     if body.prompt is not None:
-        if len(body.prompt) > _MOST_CHARACTERS:
-            why = f"prompt may have {_MOST_CHARACTERS} characters here, got {len(body.prompt)}: send it in parts"
-            raise Refusal(400, why, param="prompt")
+        if len(body.prompt) > _MAX_CHARACTERS:
+            why = f"prompt may have {_MAX_CHARACTERS} characters here, got {len(body.prompt)}: send it in parts"
+            raise RequestError(why, "prompt")
         try:
             body.prompt.encode()
         except UnicodeEncodeError as error:
             why = f"prompt is not valid Unicode: {error.reason} at character {error.start}"
-            raise Refusal(400, why, param="prompt") from None
+            raise RequestError(why, "prompt") from None
         return _tokenizer(service).encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    template = template_of(service, body) | {"tools": body.tools, "add_special_tokens": bool(body.add_special_tokens)}
-    try:
+    template = template_arguments(service, body) | {
+        "tools": body.tools,
+        "add_special_tokens": bool(body.add_special_tokens),
+    }
+    with named_by_client({"prompt": "messages"}):
         return list(service.llm.chat_tokens(body.messages, **template))
-    except RequestError as error:
-        raise of_request(error, prompt="messages") from None
 
 
 def _detokenized(service: Service, body: DetokenizeBody) -> dict[str, str]:
     tokenizer = _tokenizer(service)
     for i, token in enumerate(body.tokens):
         if token >= service.llm.vocab_size:
-            why = f"{shown(token)} is no id of a vocabulary of {service.llm.vocab_size}"
-            raise Refusal(400, f"tokens[{i}]: {why}", param=f"tokens[{i}]")
+            why = f": {shown(token)} is not an id of the vocabulary, which has {service.llm.vocab_size} tokens"
+            raise RequestError.about(f"tokens[{i}]", why)
     return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
 def _tokenizer(service: Service) -> Tokenizer:
     if service.llm.tokenizer is None:
-        raise Refusal(400, "this model has no tokenizer: it takes and gives token ids alone")
+        raise RequestError("this model has no tokenizer: requests and answers have token ids only")
     return service.llm.tokenizer

@@ -1,12 +1,11 @@
-"""Everything that goes wrong, as OpenAI's error objects: `{"error": {"message", "type", "param", "code"}}`.
+"""Errors as answers, in the form of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`.
 
-The forms are those of OpenAI's API reference, "Error codes".
+OpenAI's API reference describes the form under "Error codes".
 """
 
-import dataclasses
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -16,9 +15,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from shoal.errors import ClosedError, EngineError, QueueFull, RequestError, Unavailable, overflow
+from shoal.errors import UNPROCESSABLE, ClosedError, EngineError, QueueFull, RequestError, Unavailable
 from shoal.log import get_logger
-from shoal.params import SamplingParams
 from shoal.server.http import request_ids
 from shoal.server.http.json_encoding import bytes_of
 from shoal.server.http.methods import allowed
@@ -26,7 +24,7 @@ from shoal.values import shown
 
 log = get_logger("server")
 
-# status -> (type, code)
+# status -> (type, code of an error that has none of its own)
 _KINDS = {
     400: ("invalid_request_error", "invalid_value"),
     401: ("invalid_request_error", "invalid_api_key"),
@@ -42,9 +40,9 @@ _KINDS = {
     500: ("server_error", "internal_error"),
     503: ("server_error", "unavailable"),
 }
-_INTERNAL = "something went wrong in the server; its log says what"
-_CLOSED_RETRY_S = 10.0  # a server that ends is soon replaced, if at all
-_MOST = 1000  # characters of a message
+_INTERNAL = "the request failed because of an error in the server; the log of the server has the details"
+_CLOSED_RETRY_S = 10.0  # a server that has closed is replaced soon, if at all
+_MOST_CHARACTERS = 1000  # of a message
 
 
 class ErrorObject(BaseModel):
@@ -58,8 +56,16 @@ class ErrorAnswer(BaseModel):
     error: ErrorObject
 
 
-class Refusal(Exception):
-    """A request that is answered with an error. `param`: the field, as the client wrote it."""
+class HttpError(Exception):
+    """An error as the client gets it.
+
+    Code that knows nothing of HTTP raises a `RequestError`; this class is for errors with another status.
+
+    Args:
+        param: the field that is at fault, by the client's name for it.
+        code: the kind of mistake, for programs; None: the usual one of the status.
+        retry_after: seconds after which the client should try again.
+    """
 
     def __init__(
         self,
@@ -79,7 +85,7 @@ class Refusal(Exception):
 
     def body(self) -> dict[str, Any]:
         kind, code = _KINDS.get(self.status) or _KINDS[400 if self.status < 500 else 500]
-        text = self.message if len(self.message) <= _MOST else self.message[:_MOST] + "..."
+        text = self.message if len(self.message) <= _MOST_CHARACTERS else self.message[:_MOST_CHARACTERS] + "..."
         return {"error": {"message": text, "type": kind, "param": self.param, "code": self.code or code}}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
@@ -90,94 +96,77 @@ class Refusal(Exception):
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What an endpoint's description says of the errors it may answer with."""
+    """Return the errors of an endpoint, for its description. Those that every endpoint may answer with are added."""
     return {
         status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
         for status in sorted({400, 401, 413, 415, 431, 500, *statuses})
     }
 
 
-ANSWERING = documented(404, 422, 429, 503)  # of an endpoint that has the model answer
+GENERATION_ERRORS = documented(404, 422, 429, 503)  # of an endpoint that generates text
 
 
-def refusal_of(error: BaseException) -> Refusal:
-    """Any error, as it is told to the client. What is nobody's but ours is logged, and told without its particulars."""
+def http_error(error: BaseException) -> HttpError:
+    """Return any error as the client gets it. An internal error is logged in full; the client only hears of it."""
     match error:
-        case Refusal():
+        case HttpError():
             return error
         case RequestError():
-            return of_request(error)
+            status = 422 if error.code == UNPROCESSABLE else 400
+            return HttpError(status, error.message, param=error.param, code=error.code)
         case QueueFull():
-            return Refusal(429, str(error), retry_after=error.retry_after)
+            return HttpError(429, str(error), retry_after=error.retry_after)
         case Unavailable() | ClosedError():
             after = error.retry_after if isinstance(error, Unavailable) else _CLOSED_RETRY_S
-            return Refusal(503, str(error), retry_after=after)
+            return HttpError(503, str(error), retry_after=after)
         case EngineError():
-            return Refusal(500, str(error), code="engine_error")
+            return HttpError(500, str(error), code="engine_error")
     log.error("request %s failed: %s", request_ids.current.get(), error, exc_info=error)
-    return Refusal(500, _INTERNAL)
+    return HttpError(500, _INTERNAL)
 
 
-# --- fields --------------------------------------------------------------------------------------------------------
-
-_OURS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
-_OTHERS = {"tools", "chat_template", "chat_template_kwargs", "continue_final_message", "priority", "cache_salt"}
-_QUOTED = re.compile(r"^`([\w.\[\]]+)`")
-_MESSAGE = re.compile(r"^message (\d+)(?:, part (\d+))?\b")
-_OVERFLOW = overflow(0).partition("0")[0]
-_WORD = re.compile(r"^(?:unknown kind of )?([a-z_]+)\b")
-
-
-def of_request(
-    error: RequestError, names: Mapping[str, str] | None = None, *, prompt: str | None = None, prepared: bool = False
-) -> Refusal:
-    """A refusal that names the field.
+@contextmanager
+def named_by_client(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise each `RequestError` of the block again, with the client's name for the parameter that is at fault.
 
     Args:
-        names: our name of a parameter -> the client's.
-        prompt: the field that the prompt is in; at fault where no other is.
-        prepared: the parameters' values were found right; it came when they were held against the model. A structured
-            output that fails then is well-formed but can't be obeyed.
+        names: our names of parameters -> the client's names, where they differ.
     """
-    message = str(error)
-    if message.startswith(_OVERFLOW):
-        return Refusal(400, message, param=prompt, code="context_length_exceeded")
-    if found := _QUOTED.match(message):
-        return Refusal(400, message, param=found[1])
-    if found := _MESSAGE.match(message):
-        part = f".content[{found[2]}]" if found[2] else ""
-        return Refusal(400, message, param=f"messages[{found[1]}]{part}" if prompt in (None, "messages") else prompt)
-    if message.startswith("there is no replica"):
-        return Refusal(400, message, param="data_parallel_rank")
-    found = _WORD.match(message)
-    ours = found[1] if found else ""
-    if ours not in _OURS:
-        return Refusal(400, message, param=ours if ours in _OTHERS else prompt)
-    theirs = (names or {}).get(ours, ours)
-    status = 422 if prepared and ours == "structured_outputs" else 400
-    written = message if theirs == ours else re.sub(rf"\b{ours}(\.\w+)?", theirs, message, count=1)
-    return Refusal(status, written, param=theirs)
+    try:
+        yield
+    except RequestError as error:
+        raise _renamed(error, names) from None
 
 
-def of_validation(errors: Sequence[Any]) -> Refusal:
-    """What pydantic found; the first of it is told."""
+def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    if error.param is None:
+        return error
+    whole, _, _ = error.param.partition("[")  # "messages[2].role" is a part of "messages"
+    name = names.get(error.param) or names.get(whole)
+    return error if name is None else error.renamed(name)
+
+
+def from_validation(errors: Sequence[Any]) -> RequestError:
+    """Return the first of the mistakes that pydantic has found in a body or in parameters of the URL."""
     first = errors[0]
     kind, (place, *path) = first["type"], first["loc"]
     if kind == "json_invalid":
-        return Refusal(
-            400, f"the body is not JSON: {first['ctx']['error']} at character {path[0]}", code="invalid_json"
-        )
+        why = f"the body is not JSON: {first['ctx']['error']} at character {path[0]}"
+        return RequestError(why, code="invalid_json")
     if place == "body" and not path:
-        return Refusal(400, "the body must be a JSON object, with content-type application/json", code="invalid_json")
+        return RequestError("the body must be a JSON object, with content-type application/json", code="invalid_json")
     field = _path(path)
     if kind == "missing":
-        return Refusal(400, f"{field} is missing", param=field, code="missing_required_parameter")
+        return RequestError(f"{field} is missing", field, "missing_required_parameter")
     message = str(first["msg"]).removeprefix("Value error, ")
-    return Refusal(400, f"{field}: {message[:1].lower()}{message[1:]}, got {shown(first.get('input'))}", param=field)
+    return RequestError(f"{field}: {message[:1].lower()}{message[1:]}, got {shown(first.get('input'))}", field)
 
 
 def _path(path: Sequence[str | int]) -> str:
-    """`messages[0].role`; from a union's branch on, which is no name, nothing more."""
+    """Return the name of a field from pydantic's path to it, such as `messages[0].role`.
+
+    In a union the path goes on with the name of a type, which the client did not write: there the name ends.
+    """
     text = ""
     for step in path:
         if isinstance(step, int):
@@ -197,26 +186,26 @@ def _path(path: Sequence[str | int]) -> str:
 def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
-    for kind in (Refusal, RequestError, EngineError, Exception):
+    for kind in (HttpError, RequestError, EngineError, Exception):
         app.add_exception_handler(kind, _on_error)
 
 
 async def _on_error(_: Request, error: Exception) -> Response:
-    return refusal_of(error).response()
+    return http_error(error).response()
 
 
 async def _on_validation(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return of_validation(error.errors()).response()
+    return http_error(from_validation(error.errors())).response()
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = {
-        400: "the body can't be read as JSON: it must be UTF-8, and neither nested too deeply nor with endless numbers",
+    messages = {
+        400: "the body can't be read as JSON: it must be UTF-8, not nested too deeply, and have no infinite numbers",
         404: f"there is nothing at {shown(request.url.path)}",
         405: f"{shown(request.url.path)} does not take {request.method}",
     }
-    refused = Refusal(error.status_code, told.get(error.status_code, str(error.detail)))
+    answer = HttpError(error.status_code, messages.get(error.status_code, str(error.detail)))
     headers = {"allow": ", ".join(allowed(request.scope))} if error.status_code == 405 else error.headers
-    return refused.response(headers)
+    return answer.response(headers)

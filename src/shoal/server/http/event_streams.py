@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from shoal.server.http.errors import refusal_of
+from shoal.server.http.errors import http_error
 from shoal.server.http.json_encoding import bytes_of, text_of
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class EventStream(Response):
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001 - the status was sent already: only an event is left
-            event = b"data: " + bytes_of(refusal_of(error).body()) + b"\n\n"
+            event = b"data: " + bytes_of(http_error(error).body()) + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": self._end, "more_body": False})
 

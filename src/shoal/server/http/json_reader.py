@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from shoal.server.http.errors import Refusal
+from shoal.errors import RequestError
+from shoal.server.http.errors import HttpError
 from shoal.values import shown
 
 _SPACE = r"[ \t\n\r]*+"
@@ -31,7 +32,7 @@ _SHOWN = 40  # characters of a wrong number that an error shows
 
 def _no_number(text: str) -> Any:
     why = f"the body has the number {shown(text[:_SHOWN])}, which is not valid JSON or does not fit a 64-bit float"
-    raise Refusal(400, why, code="invalid_json")
+    raise RequestError(why, code="invalid_json")
 
 
 def _finite(text: str) -> float:
@@ -62,7 +63,7 @@ class JsonReader:
 
         Raises:
             json.JSONDecodeError: the text is not JSON.
-            Refusal: it holds more than it may, or a number that is not valid JSON or does not fit a 64-bit float.
+            HttpError: it holds more than it may, or a number that is not valid JSON or does not fit a 64-bit float.
         """
         value, at = self._value(self._skip(0))
         at = self._skip(at)
@@ -99,10 +100,12 @@ class JsonReader:
         self._count(1)
         self._containers += 1
         if self._containers > self._most_containers:
-            raise Refusal(413, f"the body has more than {self._most_containers} lists and objects: send fewer prompts")
+            raise HttpError(
+                413, f"the body has more than {self._most_containers} lists and objects: send fewer prompts"
+            )
         self._depth += 1
         if self._depth > self._most_depth:
-            raise Refusal(400, f"the body is nested deeper than {self._most_depth} levels", code="invalid_json")
+            raise RequestError(f"the body is nested deeper than {self._most_depth} levels", code="invalid_json")
         found = read(at + 1)
         self._depth -= 1
         return found
@@ -110,7 +113,7 @@ class JsonReader:
     def _count(self, values: int) -> None:
         self._values += values
         if self._values > self._most_values:
-            raise Refusal(413, f"the body has more than {self._most_values} values: send fewer or shorter prompts")
+            raise HttpError(413, f"the body has more than {self._most_values} values: send fewer or shorter prompts")
 
     def _list(self, at: int) -> tuple[list[Any], int]:
         found: list[Any] = []
@@ -174,10 +177,10 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
     """Return the value that begins at `at`, and where it ends."""
     try:
         return _decoder.raw_decode(text, at)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RequestError):
         raise
     except ValueError:
-        raise Refusal(400, "the body has a number of too many digits", code="invalid_json") from None
+        raise RequestError("the body has a number of too many digits", code="invalid_json") from None
 
 
 def may_have_halves(text: str) -> bool:
@@ -189,7 +192,7 @@ def refuse_halves(value: Any) -> None:
     """Check that no string in a value has half of a surrogate pair.
 
     Raises:
-        Refusal: one has; it names the place.
+        HttpError: one has; it names the place.
     """
     pending: list[tuple[str, Any]] = [("", value)]
     while pending:
@@ -199,10 +202,10 @@ def refuse_halves(value: Any) -> None:
             why = (
                 f"{where or 'the body'} is not valid Unicode: {half} is half of a surrogate pair without the other half"
             )
-            raise Refusal(400, why, param=where or None)
+            raise RequestError(why, where or None)
         if isinstance(each, dict):
             if any(_half(key) is not None for key in each):
-                raise Refusal(400, f"{where or 'the body'} has a name that is not valid Unicode", param=where or None)
+                raise RequestError(f"{where or 'the body'} has a name that is not valid Unicode", where or None)
             pending.extend((f"{where}.{key}" if where else key, inner) for key, inner in reversed(each.items()))
         elif isinstance(each, list):
             pending.extend((f"{where}[{i}]", inner) for i, inner in reversed(list(enumerate(each))))

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.server.http.errors import Refusal
+from shoal.server.http.errors import HttpError
 from shoal.server.settings import ServerSettings
 
 
@@ -75,7 +75,7 @@ class KeyCheck:
         if scope["type"] != "http" or route_of(scope) in PUBLIC or self._knows(_header(scope, b"authorization")):
             await self._app(scope, receive, send)
             return
-        refused = Refusal(401, "this server needs an API key: send it as `Authorization: Bearer KEY`")
+        refused = HttpError(401, "this server needs an API key: send it as `Authorization: Bearer KEY`")
         await refused.response({"www-authenticate": "Bearer"})(scope, receive, send)
 
     def _knows(self, given: bytes | None) -> bool:
@@ -101,7 +101,7 @@ class BodyLimit:
             return
         try:
             replay = await self._take(scope, receive)
-        except Refusal as refused:
+        except HttpError as refused:
             await refused.response()(scope, receive, send)
             return
         if replay is not None:
@@ -111,7 +111,7 @@ class BodyLimit:
         """Return a `receive` that gives the body again; None if the client has gone.
 
         Raises:
-            Refusal: the body is too large, too slow, or in a form that can't be read.
+            HttpError: the body is too large, too slow, or in a form that can't be read.
         """
         body = await self._read(scope, receive)
         return None if body is None else _Replay(body, receive)
@@ -120,10 +120,10 @@ class BodyLimit:
         """Return the body; None if the client has gone.
 
         Raises:
-            Refusal: as `_take`.
+            HttpError: as `_take`.
         """
         if (_header(scope, b"content-encoding") or b"identity").lower() != b"identity":
-            raise Refusal(415, "a body with a content-encoding can't be read: send it without compression")
+            raise HttpError(415, "a body with a content-encoding can't be read: send it without compression")
         self._check_size(int(_header(scope, b"content-length") or 0))
         parts: list[bytes] = []
         size = 0
@@ -141,18 +141,18 @@ class BodyLimit:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise Refusal(408, f"the body did not arrive within {self._limits.body_s:g} s") from None
+            raise HttpError(408, f"the body did not arrive within {self._limits.body_s:g} s") from None
         finally:
             self._held -= size
 
     def _check_size(self, size: int) -> None:
         most = self._limits.body_bytes
         if size > most:
-            raise Refusal(
+            raise HttpError(
                 413, f"a body may have at most {most} bytes, this one has {size} or more: send fewer or shorter prompts"
             )
         if self._held > self._limits.bodies_bytes:
-            raise Refusal(503, "too many large requests are being read: try again", retry_after=1.0)
+            raise HttpError(503, "too many large requests are being read: try again", retry_after=1.0)
 
 
 class _Replay:

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shoal import addresses
 from shoal.errors import AddressInUse, ConfigError
-from shoal.process.malloc import give_back_what_is_large
+from shoal.process.malloc import return_large_blocks
 from shoal.server.http.limits import RequestLimits
 from shoal.server.http.protocol import protocol_with
 from shoal.server.settings import ServerSettings
@@ -63,7 +63,7 @@ class Listening:
             AddressInUse: another process listens there.
             ConfigError: this host can't listen there.
         """
-        host = addresses.host_of(self.host, "--host") if self.host else ""
+        host = addresses.parse_host(self.host, "--host") if self.host else ""
         try:
             found = addresses.listen(host, self.port, _BACKLOG)
         except socket.gaierror as error:
@@ -73,7 +73,7 @@ class Listening:
             hint = "choose another --port, or 0 for a free one" if taken else "choose another --host or --port"
             kind_of_error = AddressInUse if taken else ConfigError
             raise kind_of_error(
-                f"can't listen on {addresses.joined(host, self.port)} ({error.strerror}): {hint}"
+                f"can't listen on {addresses.join_host_port(host, self.port)} ({error.strerror}): {hint}"
             ) from None
         for sock in found:
             sock.setblocking(False)
@@ -83,7 +83,7 @@ class Listening:
         """Return the URL by which a client on this host reaches the server."""
         host, port = sockets[0].getsockname()[:2]
         reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"{'https' if self.ssl_certfile else 'http'}://{addresses.joined(reached, port)}"
+        return f"{'https' if self.ssl_certfile else 'http'}://{addresses.join_host_port(reached, port)}"
 
 
 class Server(uvicorn.Server):
@@ -133,7 +133,7 @@ def _owes(connection: HttpToolsProtocol) -> bool:
 def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) -> Server:
     _log_like_ours(listening.log_level)
     sys.setswitchinterval(_SWITCH_S)
-    give_back_what_is_large()
+    return_large_blocks()
     return Server(
         uvicorn.Config(
             app,

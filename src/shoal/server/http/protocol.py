@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from shoal.process import open_files
 from shoal.server.http import http10
-from shoal.server.http.errors import Refusal
+from shoal.server.http.errors import HttpError
 from shoal.server.http.limits import RequestLimits
 from shoal.server.http.upgrades import RequestParser
 
@@ -40,7 +40,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_fed = 0  # bytes given to the parser since the head began; it may hold them without a callback
         self._messages = 0
         self._discarded = 0
-        self._why = Refusal(400, "this is not HTTP/1.1")  # what the client is told if the parser can't go on
+        self._why = HttpError(400, "this is not HTTP/1.1")  # what the client is told if the parser can't go on
         self._refused = False  # the client was refused; nothing is read any more
         self._running: RequestResponseCycle | None = None
         self._deadline: float | None = None  # until which the client must send what is expected
@@ -52,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections and not self._close_oldest():
-            self._refuse(Refusal(503, f"{self.limits.connections} connections are open: try again", retry_after=1.0))
+            self._refuse(HttpError(503, f"{self.limits.connections} connections are open: try again", retry_after=1.0))
             return
         self.fresh[self] = None
         self._expect(self.limits.header_s)
@@ -112,29 +112,27 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_bytes > self.limits.header_bytes or len(self.headers) > self.limits.headers:
             self._stop(self._too_much())
 
-    def _stop(self, why: Refusal) -> NoReturn:
+    def _stop(self, why: HttpError) -> NoReturn:
         """Refuse the request from within a callback of the parser, which then gives up on the connection."""
         self._why = why
         raise why
 
-    def _too_much(self) -> Refusal:
+    def _too_much(self) -> HttpError:
         most = self.limits
-        return Refusal(
-            431,
-            f"a request may have at most {most.headers} headers, of {most.header_bytes} bytes together: send fewer",
+        return HttpError(
+            431, f"a request may have at most {most.headers} headers, of {most.header_bytes} bytes together: send fewer"
         )
 
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
-            self._stop(Refusal(405, "this server is no proxy: CONNECT is not allowed"))
+            self._stop(HttpError(405, "this server is no proxy: CONNECT is not allowed"))
         if self.parser.should_upgrade():
             return
         self._in_head = False
         if len(self.pipeline) >= self.limits.pipelined:
             self._stop(
-                Refusal(
-                    429,
-                    f"more than {self.limits.pipelined} requests wait on one connection: open more connections",
+                HttpError(
+                    429, f"more than {self.limits.pipelined} requests wait on one connection: open more connections"
                 )
             )
         super().on_headers_complete()
@@ -215,7 +213,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if left > 0:
             self._timer = self.loop.call_later(min(left, _LOOK_S), self._look)
         elif self._in_head:
-            self._refuse(Refusal(408, f"the headers did not arrive within {self.limits.header_s:g} s"))
+            self._refuse(HttpError(408, f"the headers did not arrive within {self.limits.header_s:g} s"))
         else:
             self.transport.close()
 
@@ -236,7 +234,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer a request that the parser can't read."""
         self._refuse(self._why)
 
-    def _refuse(self, refused: Refusal) -> None:
+    def _refuse(self, refused: HttpError) -> None:
         """Answer with an error and read nothing more. What still comes is thrown away for a while: closed with unread
         bytes, the connection would be reset, and the client would not see the answer."""
         self._refused = True
@@ -259,13 +257,13 @@ class BoundedProtocol(HttpToolsProtocol):
 def protocol_with(limits: RequestLimits) -> type[BoundedProtocol]:
     """Return a class for `uvicorn.Config(http=...)`. It takes no more connections than the process may have open
     files."""
-    files = open_files.allow()
+    files = open_files.raise_limit()
     room = max(files - _OTHER_FILES, files // 2)
     limits = dataclasses.replace(limits, connections=min(limits.connections, room))
     return type("Protocol", (BoundedProtocol,), {"limits": limits, "idle": {}, "fresh": {}})
 
 
-def _answer(refused: Refusal) -> bytes:
+def _answer(refused: HttpError) -> bytes:
     response = refused.response({"connection": "close"})
     lines = [b"%s: %s\r\n" % header for header in response.raw_headers]
     return b"".join([STATUS_LINE[refused.status], *lines, b"\r\n", bytes(response.body)])

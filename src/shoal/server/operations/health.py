@@ -10,7 +10,7 @@ from shoal import __version__
 from shoal.activity import ActivityState
 from shoal.errors import ShoalError
 from shoal.server.backend import Backend
-from shoal.server.http.errors import Refusal, documented
+from shoal.server.http.errors import HttpError, documented
 from shoal.server.http.json_encoding import bytes_of
 from shoal.wire.fleet import FleetStatus
 
@@ -93,8 +93,8 @@ def _states(status: FleetStatus, *, local_only: bool) -> str:
     return "; ".join(named) or "there are no replicas"
 
 
-def _unavailable(why: str) -> Refusal:
-    return Refusal(503, why, retry_after=_RETRY_S)
+def _unavailable(why: str) -> HttpError:
+    return HttpError(503, why, retry_after=_RETRY_S)
 
 
 def _answer(body: dict[str, str]) -> Response:

@@ -19,7 +19,7 @@ from shoal.activity import ActivityState
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
 from shoal.server.backend import Backend
-from shoal.server.http.errors import Refusal, documented
+from shoal.server.http.errors import HttpError, documented
 from shoal.server.operations import cache_config
 from shoal.server.operations.exposition import Histogram, MetricFamily, as_histogram, as_metric
 from shoal.server.operations.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
@@ -376,7 +376,9 @@ def _routes(llm: Backend, model_name: str, counts: HandOver) -> APIRouter:
                 told = await _numbers(llm, counts)
                 status = await llm.status()
         except (ShoalError, TimeoutError) as error:
-            raise Refusal(503, f"no numbers from the engine: {error or f'no answer within {_ANSWER_S:g} s'}") from None
+            raise HttpError(
+                503, f"no numbers from the engine: {error or f'no answer within {_ANSWER_S:g} s'}"
+            ) from None
         text = await asyncio.to_thread(page_of, told, status, model_name, llm.options)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 

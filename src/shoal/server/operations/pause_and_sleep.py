@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from shoal.activity import ActivityState
 from shoal.errors import UserError
 from shoal.server.backend import Backend
-from shoal.server.http.errors import Refusal, documented
+from shoal.server.http.errors import HttpError, documented
 from shoal.wire.engine import reset_outcome_decoder
 from shoal.wire.fleet import Operation
 
@@ -128,12 +128,12 @@ async def _operate(llm: Backend, wanted: Operation) -> bytes:
     """Have all replicas do something, and return their answer.
 
     Raises:
-        Refusal: the replicas are in a state in which it can't be done, or the files of the weights have changed.
+        HttpError: the replicas are in a state in which it can't be done, or the files of the weights have changed.
     """
     try:
         return await llm.operate(wanted)
     except UserError as error:
-        raise Refusal(409, str(error)) from None
+        raise HttpError(409, str(error)) from None
 
 
 def _answer(body: dict[str, Any]) -> Response:

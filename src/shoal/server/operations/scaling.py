@@ -4,10 +4,10 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from shoal.errors import UserError
+from shoal.errors import RequestError, UserError
 from shoal.server.api import bodies
 from shoal.server.backend import Backend
-from shoal.server.http.errors import Refusal, documented
+from shoal.server.http.errors import documented
 from shoal.server.operations.status import status_json
 
 _MOST = 4096
@@ -32,6 +32,6 @@ def routes(llm: Backend) -> APIRouter:
         try:
             return JSONResponse(status_json(await llm.scale(wanted.replicas)))
         except UserError as error:
-            raise Refusal(400, str(error), param="replicas") from None
+            raise RequestError(str(error), "replicas") from None
 
     return router

@@ -3,9 +3,9 @@
 from decimal import Decimal
 from typing import Any
 
-from shoal.errors import RequestError
 from shoal.structured.schema import numbers
 from shoal.structured.schema.node import Location, Schema, SchemaRewriter, malformed
+from shoal.structured.schema.schema_error import schema_error
 
 
 def number_keywords(rewriter: SchemaRewriter, keywords: dict[str, Any], here: Location, *, integer: bool) -> Schema:
@@ -61,7 +61,7 @@ def read_number(keywords: dict[str, Any], name: str, here: Location) -> Decimal 
     if found is None:
         raise malformed(name, here, "be a number", keywords[name])
     if not numbers.is_spellable(found):
-        raise RequestError(f"structured_outputs.json can't be obeyed: {name} at {here.pointer} has hundreds of digits")
+        raise schema_error(f"can't be obeyed: {name} at {here.pointer} has hundreds of digits")
     return found
 
 

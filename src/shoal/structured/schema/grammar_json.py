@@ -12,6 +12,7 @@ from typing import Any
 from shoal.errors import RequestError
 from shoal.structured.schema.node import TYPES, Schema
 from shoal.structured.schema.numbers import PLACE, TERMINAL
+from shoal.structured.schema.schema_error import schema_error
 
 _PREFIX = "#/$defs/"
 _OBJECT = ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
@@ -45,7 +46,7 @@ def grammar_json(schema: Mapping[str, Any], whitespace: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise RequestError(f"structured_outputs.json has no UTF-8 form: {error.reason}") from error
+        raise schema_error(f"has no UTF-8 form: {error.reason}") from error
     return text
 
 
@@ -106,7 +107,7 @@ class _Rules:
         """Return the whole grammar."""
         start = self._expression(root)
         if start is None:
-            raise RequestError("structured_outputs.json can't be obeyed: no text satisfies the schema")
+            raise schema_error("can't be obeyed: no text satisfies the schema")
         while self._pending:
             name = self._pending.pop()
             self._lines.append(f"d{name}: {self._expression(self._definitions[name]) or _NEVER}")
@@ -117,8 +118,8 @@ class _Rules:
         """Return the name of the rule with this body, which is written if there is none. Kind "N": a terminal."""
         if body not in self._named:
             if len(self._named) >= _MAX_RULES:
-                raise RequestError(
-                    f"structured_outputs.json can't be obeyed: at most {_MAX_RULES} parts of a schema may contain "
+                raise schema_error(
+                    f"can't be obeyed: at most {_MAX_RULES} parts of a schema may contain "
                     "numbers of more than 15 digits; use smaller bounds"
                 )
             self._named[body] = f"{kind}{len(self._named)}"
@@ -254,8 +255,8 @@ def _long_number_error(schema: Any) -> RequestError:
         if isinstance(each, dict):
             place = each.get(PLACE, "")
         pending.extend(each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
-    return RequestError(
-        f"structured_outputs.json can't be obeyed: a number of more than 15 digits{f' at {place}' if place else ''} "
+    return schema_error(
+        f"can't be obeyed: a number of more than 15 digits{f' at {place}' if place else ''} "
         "can't be combined with allOf, anyOf beside other keywords, patternProperties, minProperties or maxProperties; "
         "write one schema, or use fewer digits"
     )

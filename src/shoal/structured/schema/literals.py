@@ -9,6 +9,7 @@ from shoal.errors import RequestError
 from shoal.structured.schema import numbers
 from shoal.structured.schema.bounds import read_bounds, read_multiple
 from shoal.structured.schema.node import Location, Schema, any_of, has_type, identity, json_type, malformed, too_deep
+from shoal.structured.schema.schema_error import schema_error
 
 _MAX_LEVELS = 80  # lists and objects inside each other in one value
 _NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
@@ -56,8 +57,8 @@ class Literals:
         others = [value for value in fitting if not is_plain(value)]
         beside = {name: value for name, value in rewritten.items() if name not in _NUMBERS}
         if others and any(json_type(value) in ("array", "object") for value in others) and beside:
-            raise RequestError(
-                f"structured_outputs.json can't be obeyed: a number of more than 15 digits in enum or const at "
+            raise schema_error(
+                f"can't be obeyed: a number of more than 15 digits in enum or const at "
                 f"{here.pointer} beside {', '.join(beside)}; remove those, the listed value needs no other keyword"
             )
         if any(json_type(value) in ("string", "array", "object") for value in plain) and beside:
@@ -150,6 +151,4 @@ def _json_value(value: Any) -> Any:
 
 
 def _too_long(here: Location) -> RequestError:
-    return RequestError(
-        f"structured_outputs.json can't be obeyed: a number in enum or const at {here.pointer} has hundreds of digits"
-    )
+    return schema_error(f"can't be obeyed: a number in enum or const at {here.pointer} has hundreds of digits")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from shoal.errors import RequestError
 from shoal.structured.schema.numbers import to_decimal
 from shoal.structured.schema.references import References, Resource, Target, pointer_step
+from shoal.structured.schema.schema_error import schema_error
 from shoal.values import shown
 
 Schema = dict[str, Any] | bool
@@ -60,11 +61,11 @@ KeywordReader = Callable[[SchemaRewriter, dict[str, Any], Location], list[Schema
 
 def malformed(name: str, here: Location, must: str, value: Any) -> RequestError:
     """Return an error that says what the keyword `name` must be (`must`: "be a list") and what it is."""
-    return RequestError(f"structured_outputs.json: {name} at {here.pointer} must {must}, got {shown(value)}")
+    return schema_error(f": {name} at {here.pointer} must {must}, got {shown(value)}")
 
 
 def too_deep(levels: int, most: int) -> RequestError:
-    return RequestError(f"structured_outputs.json is nested too deeply ({levels} levels, {most} are allowed)")
+    return schema_error(f"is nested too deeply ({levels} levels, {most} are allowed)")
 
 
 def read_types(keywords: dict[str, Any], here: Location) -> list[str] | None:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.errors import RequestError
 from shoal.structured.schema.compile_order import compile_order, leaves_first
 from shoal.structured.schema.node import Schema
 from shoal.structured.schema.read_schema import read_schema
 from shoal.structured.schema.rewriting import Rewriter
 from shoal.structured.schema.satisfiable import is_endless, remove_unsatisfiable
+from shoal.structured.schema.schema_error import schema_error
 
 _MAX_LEVELS = 500  # recursive calls inside the library: at 2,000 it overflows a stack of 8 MiB
 _HARMLESS_DEPTH = 100  # up to this depth the order of compilation does not matter
@@ -45,7 +45,7 @@ def prepare(schema: Any, *, strict: bool) -> PreparedSchema:
     found, definitions = remove_unsatisfiable(root, whole)
     if found is False:
         why = ", because what it requires refers to itself without end" if is_endless(root, whole) else ""
-        raise RequestError(f"structured_outputs.json can't be obeyed: no text satisfies the schema{why}")
+        raise schema_error(f"can't be obeyed: no text satisfies the schema{why}")
     return PreparedSchema(_with_bounded_depth(found, definitions), tuple(rewriter.dropped))
 
 
@@ -78,8 +78,5 @@ def _with_bounded_depth(root: Schema, definitions: dict[str, Schema]) -> dict[st
         whole = {"anyOf": [first, whole]}
         depth, _ = compile_order(whole, definitions)
     if depth > _MAX_LEVELS:
-        raise RequestError(
-            f"structured_outputs.json is nested too deeply ({depth} levels including its references, {_MAX_LEVELS} are "
-            "allowed)"
-        )
+        raise schema_error(f"is nested too deeply ({depth} levels including its references, {_MAX_LEVELS} are allowed)")
     return {**whole, "$defs": definitions} if definitions else whole

@@ -9,6 +9,7 @@ from typing import Any
 
 from shoal.errors import RequestError
 from shoal.structured.schema.node import Schema, too_deep
+from shoal.structured.schema.schema_error import schema_error
 
 _MAX_LEVELS = 300  # lists and objects inside each other: more than people write, few enough for recursive functions
 _MAX_CHARACTERS = 4 << 20
@@ -24,18 +25,16 @@ def read_schema(given: Any) -> Schema:
     """
     schema = _parsed(given) if isinstance(given, str) else _copied(given)
     if schema is False:
-        raise RequestError("structured_outputs.json can't be obeyed: no text satisfies the schema false")
+        raise schema_error("can't be obeyed: no text satisfies the schema false")
     if schema is not True and not isinstance(schema, dict):
         text = given if isinstance(given, str) else type(given).__name__
-        raise RequestError(f"structured_outputs.json must be a JSON schema, which is an object, got {text[:40]}")
+        raise schema_error(f"must be a JSON schema, which is an object, got {text[:40]}")
     return schema
 
 
 def _parsed(text: str) -> Any:
     if len(text) > _MAX_CHARACTERS:
-        raise RequestError(
-            f"structured_outputs.json is too large: {len(text)} characters, but at most {_MAX_CHARACTERS} are allowed"
-        )
+        raise schema_error(f"is too large: {len(text)} characters, but at most {_MAX_CHARACTERS} are allowed")
     level = deepest = 0
     for token in _TOKENS.finditer(text):
         level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
@@ -58,7 +57,7 @@ def _copied(given: Any) -> Any:
         count += 1
         deepest = max(deepest, level)
         if count > _MAX_VALUES:
-            raise RequestError(f"structured_outputs.json is too large: it has more than {_MAX_VALUES} values")
+            raise schema_error(f"is too large: it has more than {_MAX_VALUES} values")
         if isinstance(value, Mapping):
             into[key] = made = {_name(name): None for name in value}
             pending.extend((each, made, _name(name), level + 1) for name, each in value.items())
@@ -89,4 +88,4 @@ def _no_constant(name: str) -> Any:
 
 
 def _no_json(error: Exception) -> RequestError:
-    return RequestError(f"structured_outputs.json is not JSON: {' '.join(str(error).split())[:300]}")
+    return schema_error(f"is not JSON: {' '.join(str(error).split())[:300]}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
-from shoal.errors import RequestError
+from shoal.structured.schema.schema_error import schema_error
 
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-05", "draft-06", "draft-07")
 # Keywords whose value is one subschema, a list of subschemas, or an object of subschemas by name.
@@ -87,7 +87,7 @@ class References:
                 depends on the path by which the schema was entered (`$dynamicRef`, `$recursiveRef`).
         """
         if not isinstance(reference, str):
-            raise RequestError(f"structured_outputs.json: {keyword} at {here} must be a text")
+            raise schema_error(f": {keyword} at {here} must be a text")
         if keyword == "$recursiveRef":
             self._check_only_one(keyword, here, sum(each.recursive for each in self._by_uri.values()))
         uri, fragment = ("", reference[1:]) if reference.startswith("#") else urldefrag(reference)
@@ -95,9 +95,8 @@ class References:
             full = urldefrag(_joined(resource.uri, uri))[0]
             found = self._by_uri.get(full)
             if found is None:
-                raise RequestError(
-                    f"structured_outputs.json: {reference} at {here} is not in the schema, and nothing is fetched: "
-                    "add it to $defs"
+                raise schema_error(
+                    f": {reference} at {here} is not in the schema, and nothing is fetched: add it to $defs"
                 )
             resource = found
         fragment = unquote(fragment)
@@ -105,9 +104,7 @@ class References:
             if keyword == "$dynamicRef" and fragment in resource.dynamic:
                 self._check_only_one(keyword, here, sum(fragment in each.dynamic for each in self._by_uri.values()))
             if fragment not in resource.anchors:
-                raise RequestError(
-                    f"structured_outputs.json: {reference} at {here} names an $anchor that does not exist"
-                )
+                raise schema_error(f": {reference} at {here} names an $anchor that does not exist")
             node, at = resource.anchors[fragment]
             return Target(node, self.enter(node, resource), at)
         return self._follow_pointer(fragment, resource, reference, here)
@@ -121,16 +118,16 @@ class References:
             elif isinstance(node, list) and _is_index(key) and int(key) < len(node):
                 node = node[int(key)]
             else:
-                raise RequestError(f"structured_outputs.json: {reference} at {here} points to nothing in the schema")
+                raise schema_error(f": {reference} at {here} points to nothing in the schema")
             resource = self.enter(node, resource)
         if not isinstance(node, dict | bool):
-            raise RequestError(f"structured_outputs.json: {reference} at {here} points to something that is no schema")
+            raise schema_error(f": {reference} at {here} points to something that is no schema")
         return Target(node, resource, (self.root.pointer if pointer else resource.pointer) + pointer)
 
     def _check_only_one(self, keyword: str, here: str, count: int) -> None:
         if count > 1:
-            raise RequestError(
-                f"structured_outputs.json: {keyword} at {here} can't be obeyed: {count} parts with an $id have its "
+            raise schema_error(
+                f": {keyword} at {here} can't be obeyed: {count} parts with an $id have its "
                 "anchor, and which of them is meant depends on the path that leads there; use $ref"
             )
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shoal.errors import RequestError
 from shoal.structured.schema import numbers
 from shoal.structured.schema.arrays import array_keywords
 from shoal.structured.schema.bounds import number_keywords
@@ -20,6 +19,7 @@ from shoal.structured.schema.literals import Literals
 from shoal.structured.schema.node import STRICT, TYPES, Location, Schema, all_of, any_of, malformed, read_types
 from shoal.structured.schema.objects import object_keywords
 from shoal.structured.schema.references import References, Target
+from shoal.structured.schema.schema_error import schema_error
 from shoal.structured.schema.strings import string_keywords
 
 _MAX_NESTED = 12  # subschemas inside each other; a deeper one becomes a definition in $defs
@@ -81,8 +81,8 @@ class Rewriter:
             RequestError: the subschema is strict.
         """
         if here.strict:
-            raise RequestError(
-                f"structured_outputs.json can't be obeyed: {keyword} at {here.pointer} is not supported"
+            raise schema_error(
+                f"can't be obeyed: {keyword} at {here.pointer} is not supported"
                 f"{f' ({why})' if why else ''}; remove it, or remove strict to have it ignored"
             )
         self.dropped[f"{keyword} at {here.pointer}"] = None
@@ -113,8 +113,8 @@ class Rewriter:
                     self._resolved[asked] = found
                 return found
             if id(found.node) in seen:
-                raise RequestError(
-                    "structured_outputs.json can't be obeyed: no text satisfies the schema, because what it requires "
+                raise schema_error(
+                    "can't be obeyed: no text satisfies the schema, because what it requires "
                     f"refers to itself without end at {found.pointer}"
                 )
             seen.add(id(found.node))

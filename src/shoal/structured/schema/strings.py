@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from shoal.errors import RequestError
 from shoal.structured.schema.node import Location, Schema, SchemaRewriter, malformed, read_count
 from shoal.structured.schema.patterns import PatternNotSupported, translate
+from shoal.structured.schema.schema_error import schema_error
 
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
 _DATE = (
@@ -86,9 +86,7 @@ def read_pattern(rewriter: SchemaRewriter, pattern: Any, name: str, here: Locati
         rewriter.drop_keyword(name, here, str(why))
         return None
     except ValueError as error:
-        raise RequestError(
-            f"structured_outputs.json: {name} at {here.pointer} is not a regular expression: {error}"
-        ) from None
+        raise schema_error(f": {name} at {here.pointer} is not a regular expression: {error}") from None
 
 
 def read_format(name: str) -> dict[str, Any] | None:

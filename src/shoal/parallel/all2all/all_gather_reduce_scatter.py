@@ -1,4 +1,4 @@
-"""Every token to every rank, and the sums of what they gave back: two collectives a layer, whatever was routed."""
+"""Dispatch that sends every token to every rank: an all-gather and a reduce-scatter a layer, for any routing."""
 
 from torch import Tensor
 
@@ -16,11 +16,11 @@ class AllGatherReduceScatter:
     def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> Routed:
         group = self.group
         rows = group.ep.comm.all_gather(group.pack(x, experts, weights), group.sizes)
-        tokens, numbers, shares = group.unpack(rows, x, experts)
-        return Routed(tokens, group.slots[numbers], shares)
+        tokens, numbers, weights = group.unpack(rows, x, experts)
+        return Routed(tokens, group.expert_map[numbers], weights)
 
     def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
         group = self.group
-        if partial is not None:  # summed over the replica's ranks along with the rest
+        if partial is not None:  # the reduce-scatter sums it over the replica's ranks too
             out[group.replica] += partial
-        return group.whole(group.ep.comm.reduce_scatter(out, group.sizes))
+        return group.gather_replica(group.ep.comm.reduce_scatter(out, group.sizes))

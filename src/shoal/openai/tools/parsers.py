@@ -1,6 +1,6 @@
-"""How models write tool calls. A parser is fed the text as it comes; however the text is cut, the outcome is the same.
+"""Parsers of the formats in which models write tool calls, as the models' own chat templates show them.
 
-The forms are those that the models' own chat templates show.
+A parser gets the text of an output piece by piece. Its result does not depend on how the text was cut.
 """
 
 import ast
@@ -9,25 +9,25 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from shoal.server.tools.reading import Arguments, Brackets, CallReader, Piece, Start
+from shoal.openai.tools.call_reader import Arguments, Brackets, CallReader, Piece, Start
 
 
 class ToolParser(Protocol):
     def feed(self, text: str) -> list[Piece]:
-        """What is certain with this text."""
+        """Read more text. Return the pieces that are certain now."""
 
     def finish(self) -> list[Piece]:
-        """What is left, at the end of the text."""
+        """Return the rest, at the end of the text."""
 
 
 class Marked:
-    """Calls in JSON behind a marker; a text without one is content.
+    """Calls in JSON after a marker. Text without a marker is content.
 
     Args:
-        marker: begins calls; "" where they can only be at the text's beginning.
-        between: what may stand before, between and behind calls, beside spaces.
-        closing: what of it ends a call or all of them, so that a text behind it begins there.
-        names: a call may also be its name, and behind it the arguments.
+        marker: begins calls; "": calls are only at the beginning of the text.
+        between: texts that may stand before, between and after calls, beside spaces.
+        closing: the one of these that ends a call, or all calls. Content begins after it.
+        names: True: a call may also be written as its name, followed by the arguments.
     """
 
     def __init__(self, marker: str, between: Sequence[str] = (), *, closing: str = "", names: bool = False) -> None:
@@ -35,88 +35,90 @@ class Marked:
         self._between = [*([marker] if marker else []), *between]
         self._closing = closing
         self._names = names
-        self._reading = self._text if marker else self._calls  # what the next text is read by
+        # What reads the next text: one of the methods `_read_...`. Each reads what it can of the buffer, and returns
+        # False if it needs more text to go on.
+        self._read_next = self._read_text if marker else self._read_between
         self._buffer = ""
-        self._skipped = ""  # since the last call: content, if none follows
+        self._skipped = ""  # the text since the last call; it becomes content if no call follows
         self._call: CallReader | None = None
-        self._found = False  # there was a call
-        self._said = False  # there was content
-        self._closes = False  # what was skipped last stands behind a call
+        self._has_calls = False
+        self._has_content = False
+        self._closes = False  # the text that was skipped last comes after a call
 
     def feed(self, text: str) -> list[Piece]:
         self._buffer += text
-        found: list[Piece] = []
-        while self._buffer and self._reading(found):
+        pieces: list[Piece] = []
+        while self._buffer and self._read_next(pieces):
             pass
-        return found
+        return pieces
 
     def finish(self) -> list[Piece]:
         left = self._skipped + self._buffer
         if self._call is not None and not self._call.begun:
             left = self._skipped + self._call.text
-        elif self._call is not None or (self._found and not left.strip()):
+        elif self._call is not None or (self._has_calls and not left.strip()):
             left = ""
-        if self._closes and self._reading == self._calls:  # maybe cut in the midst of what closes a call
+        if self._closes and self._read_next == self._read_between:  # perhaps half of what closes a call
             left = ""
         return [left] if left else []
 
-    # Each of these reads what it can of the buffer; False if it needs more of the text.
-
-    def _text(self, found: list[Piece]) -> bool:
+    def _read_text(self, pieces: list[Piece]) -> bool:
+        """Read content up to a marker."""
         if not self._marker:
-            self._say(found, self._buffer)
+            self._add_content(pieces, self._buffer)
             self._buffer = ""
             return False
-        before, marker, behind = self._buffer.partition(self._marker)
-        if not marker:  # spaces in front of a call are no content
-            shown = before.rstrip()
+        before, marker, after = self._buffer.partition(self._marker)
+        if not marker:  # spaces before a call are not content, so they wait for what follows
+            content = before.rstrip()
             held = _overlap(before, self._marker) or ""
-            shown = before[: len(before) - len(held)].rstrip() if held else shown
-            self._buffer = before[len(shown) :]
-            self._say(found, shown)
+            content = before[: len(before) - len(held)].rstrip() if held else content
+            self._buffer = before[len(content) :]
+            self._add_content(pieces, content)
             return False
-        self._say(found, before.rstrip())
+        self._add_content(pieces, before.rstrip())
         self._skipped = before[len(before.rstrip()) :] + marker
         self._closes = False
-        self._buffer = behind
-        self._reading = self._calls
+        self._buffer = after
+        self._read_next = self._read_between
         return True
 
-    def _calls(self, found: list[Piece]) -> bool:
+    def _read_between(self, pieces: list[Piece]) -> bool:
+        """Read what stands between calls, up to the next call or to content."""
         rest = self._buffer.lstrip()
         self._skip(len(self._buffer) - len(rest))
         if not rest or any(known.startswith(rest) and known != rest for known in self._between):
             return False
         for known in self._between:
             if rest.startswith(known):
-                if known == self._marker and self._closes:  # what was skipped has closed the call before
+                if known == self._marker and self._closes:  # the text that was skipped has closed the call before
                     self._skipped, self._closes = "", False
                 self._skip(len(known))
                 return True
         if rest[0] == "{":
             self._begin(CallReader())
         elif self._names and self._skipped and re.match(r"[\w.\-]", rest):
-            self._reading = self._name
+            self._read_next = self._read_name
         else:
-            self._leave(found)
+            self._end_calls(pieces)
         return True
 
-    def _leave(self, found: list[Piece]) -> None:
-        """What is in the buffer is no call, and nor was what was skipped, but for what closed one."""
+    def _end_calls(self, pieces: list[Piece]) -> None:
+        """Go on with content, which begins in the skipped text, after what closed the last call."""
         skipped = self._skipped
         if self._closes and self._closing:
             skipped = skipped.rpartition(self._closing)[2]
-        if self._closes and not self._said:
+        if self._closes and not self._has_content:
             skipped = skipped.lstrip()
-        self._say(found, skipped)
+        self._add_content(pieces, skipped)
         self._skipped = ""
-        self._reading = self._text
+        self._read_next = self._read_text
 
-    def _name(self, found: list[Piece]) -> bool:
+    def _read_name(self, pieces: list[Piece]) -> bool:
         head, brace, _ = self._buffer.partition("{")
         name = head.partition("[")[0].strip()
         if re.fullmatch(r"[\w.\-]*", name) is None:
-            self._leave(found)
+            self._end_calls(pieces)
             return True
         if not brace:
             return False
@@ -124,27 +126,27 @@ class Marked:
         self._begin(CallReader(name))
         return True
 
-    def _object(self, found: list[Piece]) -> bool:
+    def _read_object(self, pieces: list[Piece]) -> bool:
         assert self._call is not None
-        pieces, self._buffer = self._call.feed(self._buffer)
+        found, self._buffer = self._call.feed(self._buffer)
         if not self._call.done:
-            found += pieces
+            pieces += found
             return False
-        if isinstance(pieces[0] if pieces else None, str):  # an object, but no call
-            self._say(found, self._skipped + self._call.text)
-            self._reading = self._text
+        if isinstance(found[0] if found else None, str):  # an object that is not a call
+            self._add_content(pieces, self._skipped + self._call.text)
+            self._read_next = self._read_text
         else:
-            found += pieces
-            self._found = self._closes = True
-            self._reading = self._calls
+            pieces += found
+            self._has_calls = self._closes = True
+            self._read_next = self._read_between
         self._skipped = ""
         self._call = None
         return True
 
-    def _say(self, found: list[Piece], text: str) -> None:
+    def _add_content(self, pieces: list[Piece], text: str) -> None:
         if text:
-            found.append(text)
-            self._said = True
+            pieces.append(text)
+            self._has_content = True
 
     def _skip(self, count: int) -> None:
         self._skipped += self._buffer[:count]
@@ -152,25 +154,25 @@ class Marked:
 
     def _begin(self, call: CallReader) -> None:
         self._call = call
-        self._reading = self._object
+        self._read_next = self._read_object
 
 
 class Pythonic:
-    """`[name(key=value, ...), ...]`, values being Python's literals, as the whole of the text."""
+    """Calls like `[name(key=value, ...), ...]` with literals of Python. Such a list is the whole of the text."""
 
     _BEGIN = re.compile(r"\s*\[\s*[A-Za-z_][\w.]*\s*\(")
     _MAY_BEGIN = re.compile(r"\s*(\[\s*([A-Za-z_][\w.]*\s*)?)?")
 
     def __init__(self) -> None:
         self._buffer = ""
-        self._brackets: Brackets | None = None  # of the list; None before it
-        self._over = False  # what comes is content
-        self._spaces: str | None = None  # behind the list: content too, if more than spaces come
-        self._found = False
+        self._brackets: Brackets | None = None  # of the list; None before the list
+        self._over = False  # all text from here on is content
+        self._spaces: str | None = None  # after the list; they are content if other text follows
+        self._has_calls = False
 
     def feed(self, text: str) -> list[Piece]:
         if self._over:
-            return self._content(text)
+            return self._read_content(text)
         if self._brackets is None:
             text = self._buffer + text
             self._buffer = ""
@@ -182,27 +184,27 @@ class Pythonic:
                 return [text]
             self._brackets = Brackets("\"'")
             text = text.lstrip()
-        return self._list(self._brackets, text)
+        return self._read_list(self._brackets, text)
 
-    def _list(self, brackets: Brackets, text: str) -> list[Piece]:
-        found: list[Piece] = []
+    def _read_list(self, brackets: Brackets, text: str) -> list[Piece]:
+        pieces: list[Piece] = []
         for at, character in enumerate(text):
-            bracket = brackets.step(character)
+            is_bracket = brackets.step(character)
             self._buffer += character
-            if not bracket or brackets.depth > 1 or character == "[":
+            if not is_bracket or brackets.depth > 1 or character == "[":
                 continue
-            if brackets.depth == 1 and (call := self._call()):
-                found += call
+            if brackets.depth == 1 and (call := self._read_call()):
+                pieces += call
                 continue
             self._over = True
-            if brackets.depth == 0 and self._found:
+            if brackets.depth == 0 and self._has_calls:
                 self._spaces = self._buffer = ""
-                return found + self._content(text[at + 1 :])
-            rest, self._buffer = self._buffer + text[at + 1 :], ""  # it is no list of calls, or not from here on
-            return [*found, rest]
-        return found
+                return pieces + self._read_content(text[at + 1 :])
+            rest, self._buffer = self._buffer + text[at + 1 :], ""  # from here on, this is not a list of calls
+            return [*pieces, rest]
+        return pieces
 
-    def _content(self, text: str) -> list[Piece]:
+    def _read_content(self, text: str) -> list[Piece]:
         if self._spaces is not None:
             text = self._spaces + text
             self._spaces = None if text.strip() else text
@@ -210,7 +212,8 @@ class Pythonic:
                 return []
         return [text] if text else []
 
-    def _call(self) -> list[Piece]:
+    def _read_call(self) -> list[Piece]:
+        """Return the pieces of the call in the buffer; none if there is no call."""
         text = self._buffer.lstrip("[, \n\t")
         try:
             call = ast.parse(text, mode="eval").body
@@ -224,15 +227,15 @@ class Pythonic:
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             return []
         self._buffer = ""
-        self._found = True
+        self._has_calls = True
         return pieces
 
     def finish(self) -> list[Piece]:
-        return [self._buffer] if self._buffer.strip(", \n\t[" if self._found else "") else []
+        return [self._buffer] if self._buffer.strip(", \n\t[" if self._has_calls else "") else []
 
 
 class Named:
-    """The arguments of one function, and nothing else: a structured output."""
+    """The arguments of one function and nothing else, as a structured output makes them."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -261,8 +264,8 @@ def mistral() -> ToolParser:
     return Marked("[TOOL_CALLS]", ["[", "]", ","], closing="]", names=True)
 
 
-def array() -> ToolParser:
-    """A list of calls: what a structured output makes where a call is required."""
+def call_list() -> ToolParser:
+    """Return a parser of a JSON list of calls, which a structured output makes if a call is required."""
     return Marked("", ["[", "]", ","], closing="]")
 
 
@@ -272,11 +275,11 @@ PARSERS: dict[str, Callable[[], ToolParser]] = {
     "mistral": mistral,
     "pythonic": Pythonic,
 }
-SPECIAL = {"mistral", "hermes"}  # their markers are special tokens of some models, which must be in the text
+WITH_SPECIAL_TOKENS = {"mistral", "hermes"}  # parsers whose markers are special tokens of some models
 
 
 def _overlap(text: str, marker: str) -> str:
-    """The end of the text that may be the beginning of the marker."""
+    """Return the end of the text that may be the beginning of the marker."""
     for length in range(min(len(text), len(marker) - 1), 0, -1):
         if text.endswith(marker[:length]):
             return marker[:length]

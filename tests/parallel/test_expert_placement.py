@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.parallel.placement import place_experts
+from shoal.parallel.expert_placement import place_experts
 from support.fakes import steady
 
 Strategy = Literal["linear", "round_robin"]

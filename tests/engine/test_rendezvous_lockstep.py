@@ -1,4 +1,4 @@
-"""Replicas that tell each other how far they are."""
+"""Lockstep between engine processes, which meet at a rendezvous."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
+from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import wait
 from shoal.transport.rendezvous import Rendezvous
@@ -31,7 +31,7 @@ def replicas() -> Iterator[list[RendezvousLockstep]]:
 
 
 def refusals(meeting: Rendezvous, at: list[str]) -> set[str]:
-    """What each of two replicas says that comes to the rendezvous by an address of its own."""
+    """Return the errors of two replicas that join the rendezvous, each at an address of its own."""
 
     def join(rank: int) -> str:
         there = ReplicaPlace(rank, 2, rendezvous=at[rank], key="key")
@@ -43,22 +43,22 @@ def refusals(meeting: Rendezvous, at: list[str]) -> set[str]:
         return set(pool.map(join, range(2)))
 
 
-def test_replicas_that_come_by_different_kinds_of_addresses_are_told() -> None:
+def test_replicas_over_ipv4_and_over_ipv6_are_refused() -> None:
     with Rendezvous("::", key="key") as meeting:
         port = meeting.address.rpartition(":")[2]
         (why,) = refusals(meeting, [f"127.0.0.1:{port}", f"[::1]:{port}"])
-    assert "some by IPv6 (replica 0: 127.0.0.1, replica 1: ::1)" in why
-    assert "give all of them the same address" in why
+    assert "some over IPv6 (replica 0: 127.0.0.1, replica 1: ::1)" in why
+    assert "give all replicas the same IP address" in why
 
 
 @pytest.mark.parametrize(
     ("known", "says"),
     [
-        (["127.0.0.1", "10.0.0.2"], "replica 0 has come to the rendezvous by 127.0.0.1, a loopback address"),
-        (["fd02::1", "fe80::1%eth0"], "replica 1 has come to the rendezvous by fe80::1%eth0, a link-local address"),
+        (["127.0.0.1", "10.0.0.2"], "replica 0 has joined the rendezvous from 127.0.0.1, a loopback address"),
+        (["fd02::1", "fe80::1%eth0"], "replica 1 has joined the rendezvous from fe80::1%eth0, a link-local address"),
     ],
 )
-def test_an_address_that_leads_nowhere_on_other_hosts_is_told(
+def test_an_address_that_other_hosts_cannot_reach_is_refused(
     monkeypatch: pytest.MonkeyPatch, known: list[str], says: str
 ) -> None:
     monkeypatch.setattr(RendezvousLockstep, "host_address", property(lambda replica: known[replica.rank]))
@@ -69,23 +69,23 @@ def test_an_address_that_leads_nowhere_on_other_hosts_is_told(
 
 def await_due(replica: RendezvousLockstep, count: int) -> None:
     for _ in range(600):
-        if replica.due() == count:
+        if replica.steps_due() == count:
             return
         assert wait([replica], 60)  # type: ignore[list-item]
-        replica.quiet()
-    raise AssertionError(f"due stays at {replica.due()}, not {count}")
+        replica.clear()
+    raise AssertionError(f"steps_due() stays at {replica.steps_due()}, not {count}")
 
 
-def test_the_furthest_ahead_counts(replicas: list[RendezvousLockstep]) -> None:
-    assert [each.due() for each in replicas] == [0, 0, 0]
+def test_all_must_launch_as_many_steps_as_the_furthest(replicas: list[RendezvousLockstep]) -> None:
+    assert [each.steps_due() for each in replicas] == [0, 0, 0]
     replicas[1].launched(1)
     replicas[2].launched(3)
     for rank, due in enumerate([3, 3, 1]):
         await_due(replicas[rank], due)
 
 
-def test_it_wakes_whoever_waits(replicas: list[RendezvousLockstep]) -> None:
-    replicas[0].quiet()
+def test_a_launched_step_wakes_a_replica_that_waits(replicas: list[RendezvousLockstep]) -> None:
+    replicas[0].clear()
     assert not wait([replicas[0]], 0)  # type: ignore[list-item]
     timer = threading.Timer(0.05, lambda: replicas[1].launched(7))
     timer.start()
@@ -93,7 +93,7 @@ def test_it_wakes_whoever_waits(replicas: list[RendezvousLockstep]) -> None:
     timer.join()
 
 
-def test_a_failure_is_told_with_the_name(replicas: list[RendezvousLockstep]) -> None:
+def test_the_others_are_told_which_replica_has_failed(replicas: list[RendezvousLockstep]) -> None:
     replicas[2].close("out of memory")
     for each in replicas[:2]:
         with pytest.raises(EngineError, match=r"another replica has failed.*replica 2 \(.*\) out of memory"):
@@ -105,7 +105,7 @@ def await_end(replica: RendezvousLockstep, message: str) -> None:
         await_due(replica, -1)
 
 
-def test_whoever_leaves_is_missed_by_those_that_have_work(replicas: list[RendezvousLockstep]) -> None:
+def test_a_replica_that_leaves_early_fails_those_that_have_work(replicas: list[RendezvousLockstep]) -> None:
     for each in replicas:
         each.launched(1)
     for each in replicas:
@@ -114,21 +114,21 @@ def test_whoever_leaves_is_missed_by_those_that_have_work(replicas: list[Rendezv
     while 2 not in replicas[0].gone() or 2 not in replicas[1].gone():
         assert wait([replicas[0], replicas[1]], 60)  # type: ignore[list-item]
         for each in replicas[:2]:
-            each.quiet()
-    assert [each.due() for each in replicas[:2]] == [1, 1], "at rest nobody minds"
+            each.clear()
+    assert [each.steps_due() for each in replicas[:2]] == [1, 1], "the others rest, so they do not need it"
     replicas[0].launched(2)
-    await_end(replicas[0], r"^replica 2 \(.*\) ended while this one has work$")
-    await_end(replicas[1], r"^replica 2 \(.*\) ended while another one has work$")
+    await_end(replicas[0], r"^replica 2 \(.*\) ended while this replica has work$")
+    await_end(replicas[1], r"^replica 2 \(.*\) ended while another replica has work$")
 
 
-def test_engines_that_follow_each_other_have_rooms_of_their_own() -> None:
+def test_engines_made_one_after_the_other_meet_in_rooms_of_their_own() -> None:
     with Rendezvous(key="key") as meeting, ThreadPoolExecutor(SIZE) as pool, ExitStack() as stack:
-        for number in range(2):  # the first ones are still there
+        for number in range(2):  # the first engines are still in their room
             places = [replace_fields(place(meeting, rank), meeting=number) for rank in range(SIZE)]
             found = list(pool.map(lambda each: RendezvousLockstep(each, {}, timeout=60), places))
             for each in found:
                 stack.callback(each.close)
-            assert [each.due() for each in found] == [0] * SIZE
+            assert [each.steps_due() for each in found] == [0] * SIZE
         assert len(meeting.rooms) == 2
 
 
@@ -145,6 +145,6 @@ def test_replicas_that_differ_are_refused() -> None:
             first.result()
 
 
-def test_who_was_there_before_has_set_nothing_wrong() -> None:
+def test_a_returning_replica_that_waits_too_long_has_no_wrong_options() -> None:
     with Rendezvous(key="key") as meeting, pytest.raises(EngineError, match="ranks 0, 2 missing"):
         RendezvousLockstep(replace_fields(place(meeting, 1), returning=True), {}, timeout=1)

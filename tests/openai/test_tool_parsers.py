@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.server.tools.parsers import Named, Pythonic, ToolParser, array, hermes, llama3_json, mistral
-from shoal.server.tools.reading import Arguments, Start
+from shoal.openai.tools.call_reader import Arguments, Start
+from shoal.openai.tools.parsers import Named, Pythonic, ToolParser, call_list, hermes, llama3_json, mistral
 from support.fakes import steady
 
 Call = tuple[str, str]
-PARSERS: list[Callable[[], ToolParser]] = [hermes, llama3_json, mistral, array, Pythonic, lambda: Named("f")]
+PARSERS: list[Callable[[], ToolParser]] = [hermes, llama3_json, mistral, call_list, Pythonic, lambda: Named("f")]
 
 
 def read(parser: ToolParser, pieces: list[str]) -> tuple[str, list[Call]]:
@@ -74,7 +74,7 @@ def cut(text: str, at: list[int]) -> list[str]:
          [("f", '{"a": 1}'), ("g", "{}")]),
         (mistral, 'ok[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g[ARGS]{"b":2}', "ok", [("f", '{"a": 1}'), ("g", '{"b":2}')]),
         (mistral, "a list: [1, 2]", "a list: [1, 2]", []),
-        (array, '[ {"name":"f","parameters":{"a":"]"}} ,\n{"name":"g","parameters":{}} ]', "",
+        (call_list, '[ {"name":"f","parameters":{"a":"]"}} ,\n{"name":"g","parameters":{}} ]', "",
          [("f", '{"a":"]"}'), ("g", "{}")]),
         (Pythonic, "[f(a='x)]', b=[1, -2]), g.h(c={'d': None})]", "",
          [("f", '{"a": "x)]", "b": [1, -2]}'), ("g.h", '{"c": {"d": null}}')]),
@@ -123,7 +123,7 @@ def test_what_is_written_is_read(calls: list[tuple[str, Any]], at: list[int], as
         (hermes, "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects)),
         (llama3_json, "; ".join(objects)),
         (mistral, f"[TOOL_CALLS][{', '.join(objects)}]"),
-        (array, f"[{','.join(objects)}]"),
+        (call_list, f"[{','.join(objects)}]"),
     ):
         content, found = read(make(), cut(text, at))
         assert (content, [(name, json.loads(arguments)) for name, arguments in found]) == ("", calls)

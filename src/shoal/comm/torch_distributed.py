@@ -1,7 +1,7 @@
-"""Ranks as processes, through torch.distributed's backends: gloo on CPUs, NCCL on GPUs.
+"""Communicators for ranks that are processes, on torch.distributed's backends: gloo for CPUs, NCCL for GPUs.
 
-The process groups are built directly, not through `init_process_group`: no global state, so that any number of
-groups and engines live side by side.
+The process groups are built directly instead of with `init_process_group`, which keeps global state: so one process
+can be in any number of groups and engines.
 """
 
 import datetime
@@ -15,24 +15,27 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from shoal.comm.base import Progress, Sending, bytes_to_others, reduced_bytes, sum_in_order
+from shoal.comm.base import PendingSend, Progress, bytes_to_others, reduced_bytes, sum_in_order
 from shoal.errors import CommAborted, CommError, CommTimeout
 
 c10d: Any = torch.distributed  # its bindings carry no usable types
 
-_LOOK_UP = datetime.timedelta(seconds=0.1)  # how often a wait looks whether this end was called off
-_ASK_S = 1.0  # ... how often it has the store asked whether another rank has called the group off
-_ANSWER_S = 1.0  # how long a store is waited for: one that is slow or has gone must not hold up what it is asked about
+_POLL = datetime.timedelta(seconds=0.1)  # how often a wait checks whether this rank has aborted the group
+_STORE_POLL_S = 1.0  # how often a wait asks the store whether another rank has aborted the group
+_STORE_TIMEOUT_S = 1.0  # the longest wait for a store: a slow or dead store must not delay an operation or its error
 
 
 def file_store(fd: int, size: int) -> Any:
-    """A store of `size` ranks in a file that all of them have inherited, under the number `fd`. The file may have no
-    name; its owner's entry in /proc is not needed, which nobody else may open if the owner has changed its user id."""
+    """Return a store for `size` ranks in a file that each of them has inherited as file descriptor `fd`.
+
+    The file may have no name. A rank opens it through its own entry in /proc: the entry of the process that made the
+    file is closed to others when that process has changed its user id.
+    """
     return c10d.FileStore(f"/proc/self/fd/{fd}", size)
 
 
 class TorchComm:
-    """A group over a store that all its ranks share. `prefix` keeps groups over one store apart."""
+    """One process's communicator in a group whose ranks share a store. `prefix` names the group in the store."""
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class TorchComm:
         self.progress = Progress()
         self._timeout_s = timeout_s
         self._aborted = False
-        self._asked = threading.Thread()
+        self._store_query = threading.Thread()
         timeout = datetime.timedelta(seconds=timeout_s)
         self._store = group_store = c10d.PrefixStore(prefix, store)
         self._backend = backend
@@ -64,82 +67,82 @@ class TorchComm:
             gloo = c10d.ProcessGroupGloo._Options()
             gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=interface_address)]
             gloo._timeout = timeout
-            with self._named("connect"):
+            with self._operation("connect"):
                 self._group = c10d.ProcessGroupGloo(group_store, rank, size, gloo)
         self._device = device
 
     @contextmanager
-    def _named(self, operation: str, sent_bytes: int = 0) -> Iterator[None]:
-        with self.naming(operation), self.progress.during(operation, sent_bytes):
+    def _operation(self, name: str, sent_bytes: int = 0) -> Iterator[None]:
+        with self.translated_errors(name), self.progress.during(name, sent_bytes):
             if self._aborted:
-                raise RuntimeError("called off before it began")
+                raise RuntimeError("aborted before it began")
             yield
 
     @contextmanager
-    def naming(self, operation: str) -> Iterator[None]:
-        """Gives the backends' errors a name, a rank and a number; gloo's own say only that something timed out."""
+    def translated_errors(self, operation: str) -> Iterator[None]:
+        """Turn a backend's error into ours, which names rank and operation: gloo's says only that a wait timed out."""
         try:
             yield
         except RuntimeError as error:
             where = f"rank {self.rank} of {self.size}: {operation} #{self.progress.number}"
-            self._ask_store()
-            self._asked.join(_ANSWER_S)
+            self._query_store()
+            self._store_query.join(_STORE_TIMEOUT_S)
             if self._aborted:
                 raise CommAborted(f"{where} was aborted") from error
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise CommTimeout(f"{where} waited {self._timeout_s:g} s") from error
             raise CommError(f"{where} failed: {str(error).splitlines()[0]}") from error
 
-    def _ask_store(self) -> None:
-        """Whether the group was called off, on a thread: a store may take long to answer."""
+    def _query_store(self) -> None:
+        """Start to ask the store whether a rank has aborted the group, on a thread, since the answer may take long."""
 
-        def ask() -> None:
-            with suppress(RuntimeError, CommError):  # it may have gone, which is another story
+        def query() -> None:
+            with suppress(RuntimeError, CommError):  # the store may be dead, which is not the error to report here
                 if self._store.check(["aborted"]):
                     self._aborted = True
 
-        if not self._asked.is_alive():
-            self._asked = _begin(ask)
+        if not self._store_query.is_alive():
+            self._store_query = _start_thread(query)
 
     def _wait(self, work: Any) -> None:
-        """gloo's own abort wakes nobody, here or elsewhere, so that waits for it look up now and then."""
-        next_question = time.monotonic() + _ASK_S
+        """Wait for an operation. gloo's own abort wakes no waiting thread on any rank, so for gloo the wait polls."""
+        next_query = time.monotonic() + _STORE_POLL_S
         while self._backend == "gloo" and not work.is_completed():
             try:
-                work.wait(_LOOK_UP)
+                work.wait(_POLL)
             except RuntimeError:
                 if self._aborted:
                     raise
-                if time.monotonic() >= next_question:
-                    self._ask_store()
-                    next_question = time.monotonic() + _ASK_S
-        work.wait()  # gives the work's own error
+                if time.monotonic() >= next_query:
+                    self._query_store()
+                    next_query = time.monotonic() + _STORE_POLL_S
+        work.wait()  # raises the operation's own error
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        with self._named("all_reduce", reduced_bytes(x, self.size)):
+        with self._operation("all_reduce", reduced_bytes(x, self.size)):
             self._wait(self._group.allreduce([x]))
         return x
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         if dim != 0:
             return self.all_gather(x.transpose(0, dim), sizes).transpose(0, dim).contiguous()
-        # The backends' own takes equal sizes only, and copies what it has received twice.
+        # The backends' own all-gather takes equal sizes only, and copies the received rows twice.
         copies = x.repeat(self.size, *[1] * (x.dim() - 1))
         return self._exchange("all_gather", copies, [len(x)] * self.size, sizes)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        # Neither backend scatters uneven shares, and how they sum a row depends on where it stands.
-        mine = sizes[self.rank]
-        parts = self._exchange("reduce_scatter", x, sizes, [mine] * self.size)
-        return sum_in_order(parts.view(self.size, mine, *x.shape[1:]).unbind())
+        # Neither backend scatters uneven shares, and their order of summation depends on the row's index.
+        rows = sizes[self.rank]
+        parts = self._exchange("reduce_scatter", x, sizes, [rows] * self.size)
+        return sum_in_order(parts.view(self.size, rows, *x.shape[1:]).unbind())
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         return self._exchange("all_to_all", x, send, receive)
 
     def _exchange(self, operation: str, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         out = x.new_empty((sum(receive), *x.shape[1:]))
-        with self._named(operation, bytes_to_others(x, send, self.rank)):
+        with self._operation(operation, bytes_to_others(x, send, self.rank)):
             self._wait(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
         return out
 
@@ -148,17 +151,17 @@ class TorchComm:
         options = c10d.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
-        with self._named("broadcast", x.nbytes * (self.size - 1) if self.rank == root else 0):
+        with self._operation("broadcast", x.nbytes * (self.size - 1) if self.rank == root else 0):
             self._wait(self._group.broadcast([x], options))
         return x
 
-    def send(self, x: Tensor, to: int) -> Sending:
+    def send(self, x: Tensor, to: int) -> PendingSend:
         x = x.contiguous()
-        with self._named("send", x.nbytes):
-            return _PendingSend(self, self._group.send([x], to, 0), x)
+        with self._operation("send", x.nbytes):
+            return _PendingTorchSend(self, self._group.send([x], to, 0), x)
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        with self._named("recv"):
+        with self._operation("recv"):
             self._group.recv([x], source, 0).wait()
         return x
 
@@ -166,26 +169,26 @@ class TorchComm:
         self.all_reduce(torch.zeros(1, device=self._device))
 
     def abort(self) -> None:
-        """gloo's `send` and `recv` end at their timeout only: they can't be looked at while they wait."""
+        """End every operation of the group, but gloo's `send` and `recv`: these cannot be polled, and time out."""
         self._aborted = True
 
-        def tell() -> None:
+        def publish() -> None:
             with suppress(RuntimeError, CommError):
                 self._store.set("aborted", "1")
 
-        _begin(tell).join(_ANSWER_S)
-        if self._backend != "gloo":  # gloo's own wakes nobody, and can itself wait for the operation's timeout
+        _start_thread(publish).join(_STORE_TIMEOUT_S)
+        if self._backend != "gloo":  # gloo's own abort wakes no waiting thread, and may itself wait for the timeout
             self._group.abort()
 
 
-def _begin(work: Callable[[], None]) -> threading.Thread:
+def _start_thread(work: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True, name="store")
     thread.start()
     return thread
 
 
-class _PendingSend:
-    """Keeps the tensor until it has been taken over."""
+class _PendingTorchSend:
+    """A pending send of a backend, which keeps the tensor alive until the backend has read it."""
 
     def __init__(self, comm: TorchComm, work: Any, x: Tensor) -> None:
         self._comm = comm
@@ -194,5 +197,5 @@ class _PendingSend:
         self._number = comm.progress.number
 
     def wait(self) -> None:
-        with self._comm.naming("send"), self._comm.progress.ending("send", self._number):
+        with self._comm.translated_errors("send"), self._comm.progress.finishing("send", self._number):
             self._work.wait()

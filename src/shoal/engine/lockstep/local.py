@@ -1,4 +1,4 @@
-"""Replicas whose ranks compute together, telling each other how many steps they have launched."""
+"""Lockstep between engines on threads of one process."""
 
 import contextlib
 import os
@@ -9,24 +9,33 @@ from shoal.errors import EngineError
 from shoal.protocols import Lockstep
 
 
-class Joined(Lockstep, Protocol):
-    """A place in a lockstep, among what is waited for: readable when others have advanced or failed."""
+class LockstepMember(Lockstep, Protocol):
+    """A replica's end of a lockstep. A wait for channels can include it.
+
+    It is readable when another replica has launched a step or failed.
+    """
 
     backlog: bool
 
     def fileno(self) -> int: ...
 
-    def quiet(self) -> None:
-        """Not readable until something new comes."""
+    def clear(self) -> None:
+        """Make this not readable until another replica launches a step or fails."""
 
     def close(self, why: str = "") -> None:
-        """Leaves. `why` is empty when all is done, else what the others are told. Idempotent."""
+        """Leave the lockstep. Idempotent.
+
+        Args:
+            why: the failure that the other replicas are told of; "" if the work is done.
+        """
 
 
 class _SharedCounts:
+    """The state that all members share: the highest number of launched steps, a failure, and an eventfd per member."""
+
     def __init__(self, size: int) -> None:
         self.lock = threading.Lock()
-        self.furthest = 0
+        self.most_launched = 0
         self.failure = ""
         self.wakers: list[int | None] = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(size)]
 
@@ -37,7 +46,7 @@ class _SharedCounts:
 
 
 class LocalLockstep:
-    """Of engines on threads of one process."""
+    """A `LockstepMember` for an engine on a thread of this process."""
 
     backlog = False
 
@@ -46,8 +55,8 @@ class LocalLockstep:
         self._number = number
 
     @classmethod
-    def of(cls, size: int) -> "list[LocalLockstep]":
-        """A place for each of `size` replicas."""
+    def make_all(cls, size: int) -> "list[LocalLockstep]":
+        """Return the members of a new lockstep of `size` replicas."""
         shared = _SharedCounts(size)
         return [cls(shared, number) for number in range(size)]
 
@@ -55,21 +64,21 @@ class LocalLockstep:
         waker = self._shared.wakers[self._number]
         return -1 if waker is None else waker
 
-    def quiet(self) -> None:
+    def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fileno())
 
     def launched(self, count: int) -> None:
         with self._shared.lock:
-            if count > self._shared.furthest:
-                self._shared.furthest = count
+            if count > self._shared.most_launched:
+                self._shared.most_launched = count
                 self._shared.wake_all_but(self._number)
 
-    def due(self) -> int:
+    def steps_due(self) -> int:
         with self._shared.lock:
             if self._shared.failure:
                 raise EngineError(self._shared.failure)
-            return self._shared.furthest
+            return self._shared.most_launched
 
     def close(self, why: str = "") -> None:
         with self._shared.lock:

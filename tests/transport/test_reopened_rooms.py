@@ -1,4 +1,4 @@
-"""Rooms that fill anew when somebody has gone, and doors, behind which a connection is somebody else's."""
+"""Tests of rooms that are opened again after a member has left, and of doors."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ KEY = "a key"
 
 
 class Door:
-    """Refuses `refusals` times, then lets in."""
+    """A door that refuses `refusals` times, then admits."""
 
     def __init__(self, refusals: int = 0, again: bool = True) -> None:
         self.refusals = refusals
@@ -42,7 +42,7 @@ class Door:
 
 @pytest.fixture
 def meeting() -> Iterator[Rendezvous]:
-    with Rendezvous(key=KEY, renewing=True) as found:
+    with Rendezvous(key=KEY, reopen_rooms=True) as found:
         yield found
 
 
@@ -58,8 +58,8 @@ def all_of(meeting: Rendezvous, ranks: list[int]) -> list[RoomMember]:
         return [future.result() for future in [pool.submit(one) for one in joins]]
 
 
-def test_those_who_come_after_a_failure_are_among_themselves(meeting: Rendezvous) -> None:
-    """The one that is left of the first ones hears nothing of the second ones, nor they of it."""
+def test_members_after_a_failure_are_in_a_room_of_their_own(meeting: Rendezvous) -> None:
+    """The remaining member of the first room gets no messages from the second room, and sends none to it."""
     first = all_of(meeting, [0, 1])
     first[1].close("broke")
     second = all_of(meeting, [0, 1])
@@ -70,7 +70,7 @@ def test_those_who_come_after_a_failure_are_among_themselves(meeting: Rendezvous
     second[0].post("topic", b"still there")
     while second[1].latest("topic")[0] != b"still there":
         assert wait([second[1]], 60)  # type: ignore[list-item]
-        second[1].quiet()
+        second[1].clear()
     assert not second[1].failures()
     assert first[0].latest("topic") == {}
     for each in second:
@@ -80,7 +80,7 @@ def test_those_who_come_after_a_failure_are_among_themselves(meeting: Rendezvous
 @settings(steady, max_examples=10)
 @given(leavers=st.lists(st.integers(0, 2), min_size=1, max_size=4))
 def test_formations_are_never_used_twice(leavers: list[int]) -> None:
-    with Rendezvous(key=KEY, renewing=True) as meeting:
+    with Rendezvous(key=KEY, reopen_rooms=True) as meeting:
         for count, leaver in enumerate(leavers):
             members = all_of(meeting, [2, 0, 1])
             assert {each.formation for each in members} == {count}
@@ -89,11 +89,11 @@ def test_formations_are_never_used_twice(leavers: list[int]) -> None:
                 each.close()
 
 
-def test_a_number_that_is_there_twice_is_refused_in_the_end(
+def test_a_second_process_with_the_same_rank_is_refused_after_a_while(
     meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at once: the first one may have been cut off, and that not be known yet."""
-    monkeypatch.setattr(members_module, "REFUSED_S", 0.3)
+    """It is not refused immediately, since the first one may be unreachable and not removed yet."""
+    monkeypatch.setattr(members_module, "REFUSED_TIMEOUT_S", 0.3)
     members = all_of(meeting, [0, 1])
     with pytest.raises(ConfigError, match=r"rank 1 \(.*\) is there already: give every process a rank of its own"):
         join(meeting, 1)
@@ -106,13 +106,13 @@ def enter(meeting: Rendezvous, key: str = KEY, **options: Any) -> Channel:
     return connect(Address.parse(meeting.address), key, **settings)
 
 
-def test_behind_a_door_a_connection_goes_both_ways() -> None:
+def test_a_connection_through_a_door_works_in_both_directions() -> None:
     door = Door()
     with Rendezvous(key=KEY, doors={"door": door}) as meeting:
         theirs = enter(meeting)
         hello, ours = door.entered.get(timeout=60)
     assert (hello.rank, hello.size, hello.agreement) == (3, 4, {"a": "b"})
-    for sender, receiver in ((theirs, ours), (ours, theirs)):  # after the rendezvous has ended, too
+    for sender, receiver in ((theirs, ours), (ours, theirs)):  # even after the end of the rendezvous
         sender.send(b"frame")
         assert wait([receiver], 60)
         assert receiver.receive() == [b"frame"]
@@ -120,15 +120,15 @@ def test_behind_a_door_a_connection_goes_both_ways() -> None:
     ours.close()
 
 
-def test_a_door_that_is_shut_for_now_is_asked_again() -> None:
+def test_a_door_that_refuses_for_now_is_asked_again() -> None:
     door = Door(refusals=2)
     with Rendezvous(key=KEY, doors={"door": door}) as meeting:
         enter(meeting).close()
         door.entered.get(timeout=60)[1].close()
 
 
-class Hours:
-    """Time that passes with each pause."""
+class FakeTime:
+    """A clock that advances by `pause` with each sleep."""
 
     def __init__(self, pause: float) -> None:
         self.now = 0.0
@@ -145,7 +145,7 @@ Answer = Literal["not now", "hang up", "unreachable", "come in"]
 
 
 class ScriptedRendezvous:
-    """A connection to it is answered by the next of the `answers`."""
+    """A rendezvous that gives the next of the `answers` to each connection."""
 
     address = Address("127.0.0.1", 1)
 
@@ -177,10 +177,10 @@ class ScriptedRendezvous:
             channel.flush(60)
 
 
-def test_only_refusals_without_a_break_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refusal, a long time in which nobody is there, another refusal: the second one is the first of its kind."""
+def test_only_consecutive_refusals_end_the_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a refusal and a long time without an answer, another refusal counts as the first one."""
     script = ScriptedRendezvous()
-    monkeypatch.setattr(members_module, "time", Hours(members_module.REFUSED_S * 2))
+    monkeypatch.setattr(members_module, "time", FakeTime(members_module.REFUSED_TIMEOUT_S * 2))
     monkeypatch.setattr("shoal.transport.member.addresses.connect", script.connect)
     script.answers = ["not now", "hang up", "not now", "unreachable", "not now", "come in"]
     connect(script.address, KEY, timeout=1e6).close()
@@ -188,11 +188,11 @@ def test_only_refusals_without_a_break_come_to_an_end(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="not now"):
         connect(script.address, KEY, timeout=1e6)
     script.answers = [*["not now"] * 9, "come in"]  # type: ignore[list-item]
-    connect(script.address, KEY, timeout=1e6, returning=True).close()  # it was there before: it goes on asking
+    connect(script.address, KEY, timeout=1e6, returning=True).close()  # a returning process keeps trying
     assert not script.answers
 
 
-def test_a_door_that_stays_shut_says_why() -> None:
+def test_a_final_refusal_of_a_door_shows_its_reason() -> None:
     with (
         Rendezvous(key=KEY, doors={"door": Door(refusals=1, again=False)}) as meeting,
         pytest.raises(ConfigError, match=r"rank 3 may not join at .*: not now"),
@@ -200,9 +200,9 @@ def test_a_door_that_stays_shut_says_why() -> None:
         enter(meeting)
 
 
-def test_a_stranger_does_not_come_to_the_door() -> None:
+def test_a_process_with_another_key_does_not_reach_the_door() -> None:
     door = Door()
     with Rendezvous(key=KEY, doors={"door": door}) as meeting:
-        with pytest.raises(ConfigError, match="the shared key is another one"):
+        with pytest.raises(ConfigError, match="the shared key differs"):
             enter(meeting, "another key")
         assert door.entered.empty()

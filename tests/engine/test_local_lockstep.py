@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from shoal.cluster.lockstep.local import LocalLockstep
+from shoal.engine.lockstep.local import LocalLockstep
 from shoal.errors import EngineError
 from support.descriptors import many_open_files
 
@@ -14,29 +14,29 @@ def readable(lockstep: LocalLockstep) -> bool:
     return bool(select.select([lockstep], [], [], 0)[0])
 
 
-def test_all_are_due_what_the_furthest_has_launched() -> None:
-    a, b, c = LocalLockstep.of(3)
-    assert a.due() == 0
+def test_all_must_launch_as_many_steps_as_the_furthest() -> None:
+    a, b, c = LocalLockstep.make_all(3)
+    assert a.steps_due() == 0
     a.launched(1)
     a.launched(2)
     b.launched(1)  # it follows
-    assert [each.due() for each in (a, b, c)] == [2, 2, 2]
+    assert [each.steps_due() for each in (a, b, c)] == [2, 2, 2]
     b.launched(3)
-    assert [each.due() for each in (a, b, c)] == [3, 3, 3]
+    assert [each.steps_due() for each in (a, b, c)] == [3, 3, 3]
     for each in (a, b, c):
         each.close()
 
 
-def test_who_is_behind_is_woken_until_it_has_listened() -> None:
-    a, b = LocalLockstep.of(2)
+def test_a_replica_that_is_behind_is_woken_until_it_clears_the_signal() -> None:
+    a, b = LocalLockstep.make_all(2)
     a.launched(1)
     assert readable(b)
     assert not readable(a)
-    b.quiet()
-    b.quiet()
+    b.clear()
+    b.clear()
     assert not readable(b)
     b.launched(1)
-    assert not readable(a), "it is there already"
+    assert not readable(a), "it has launched that step already"
     a.close()
     b.launched(2)
     b.close()
@@ -45,59 +45,59 @@ def test_who_is_behind_is_woken_until_it_has_listened() -> None:
 
 def test_a_process_may_have_many_files_open() -> None:
     with many_open_files():
-        a, b = LocalLockstep.of(2)
+        a, b = LocalLockstep.make_all(2)
     poller = select.poll()
     poller.register(b.fileno(), select.POLLIN)
     a.launched(1)
     assert poller.poll(0)
-    b.quiet()
-    b.quiet()
+    b.clear()
+    b.clear()
     assert not poller.poll(0)
     for each in (a, b):
         each.close()
 
 
-def test_a_failure_reaches_the_others_and_the_first_one_counts() -> None:
-    a, b, c = LocalLockstep.of(3)
+def test_the_others_are_told_of_the_first_failure() -> None:
+    a, b, c = LocalLockstep.make_all(3)
     a.close("replica 0: out of memory")
     b.close("replica 1: lost contact")
     assert readable(c)
     with pytest.raises(EngineError, match=r"^replica 0: out of memory$"):
-        c.due()
+        c.steps_due()
     c.close()
 
 
-def test_whoever_ends_its_work_takes_nobody_along() -> None:
-    a, b = LocalLockstep.of(2)
+def test_a_replica_that_leaves_after_its_work_ends_no_other() -> None:
+    a, b = LocalLockstep.make_all(2)
     a.launched(4)
     a.close()
-    assert b.due() == 4
+    assert b.steps_due() == 4
     b.close()
 
 
-def test_idle_ones_follow_whoever_has_work_and_all_rest_at_the_same_step() -> None:
-    places = LocalLockstep.of(4)
+def test_idle_replicas_follow_busy_ones_and_all_rest_at_the_same_step() -> None:
+    members = LocalLockstep.make_all(4)
     work = [0, 30, 0, 7]
-    ready = threading.Barrier(len(places), timeout=60)
-    counts = [0] * len(places)
+    ready = threading.Barrier(len(members), timeout=60)
+    counts = [0] * len(members)
 
     def run(number: int) -> None:
-        mine = places[number]
+        mine = members[number]
         ready.wait()
         while True:
-            while counts[number] < max(mine.due(), work[number]):
+            while counts[number] < max(mine.steps_due(), work[number]):
                 counts[number] += 1
                 mine.launched(counts[number])
             if counts[number] == max(work):
                 return
-            assert select.select([mine], [], [], 60)[0], "nobody wakes it"
-            mine.quiet()
+            assert select.select([mine], [], [], 60)[0], "no other replica wakes it"
+            mine.clear()
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(places))]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(members))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert counts == [30] * 4
-    for place in places:
-        place.close()
+    for member in members:
+        member.close()

@@ -1,0 +1,127 @@
+"""Lockstep between engine processes, on one host or several, which exchange their counts at a rendezvous."""
+
+from collections.abc import Mapping
+
+from shoal import addresses
+from shoal.addresses import Address
+from shoal.errors import ConfigError, EngineError
+from shoal.transport.member import RoomMember
+from shoal.wire.plan import ReplicaPlace
+
+_ROOM = "replicas"
+_LAUNCHED = "launched"  # the topic of posts with a number of steps
+_ADDRESS = "address"  # ... with the address of a host
+
+
+class RendezvousLockstep:
+    """A `LockstepMember` for an engine in a process of its own."""
+
+    backlog = False
+
+    def __init__(self, place: ReplicaPlace, agreement: Mapping[str, str], *, timeout: float) -> None:
+        """Join the other replicas, and wait until all have joined.
+
+        Raises:
+            ConfigError: not all replicas have joined within `timeout` seconds; or one differs in its agreement; or
+                their ranks could not reach each other at the addresses by which their hosts have joined.
+            EngineError: the rendezvous has gone; or this replica is returning, and not all others have returned within
+                `timeout` seconds.
+        """
+        self._member = RoomMember(
+            Address.parse(place.rendezvous),
+            place.key,
+            room=f"{_ROOM} {place.meeting}",
+            rank=place.rank,
+            size=place.size,
+            agreement=agreement,
+            timeout=timeout,
+            returning=place.returning,
+        )
+        self._launched = 0
+        try:
+            self._compare_addresses(place, timeout)
+        except BaseException:
+            self._member.close()
+            raise
+
+    def _compare_addresses(self, place: ReplicaPlace, timeout: float) -> None:
+        """Check that ranks can reach each other at the addresses by which their hosts have joined."""
+        self._member.post(_ADDRESS, self.host_address.encode())
+        found = {rank: self._member.await_post(_ADDRESS, rank, timeout=timeout).decode() for rank in self._others}
+        found[place.rank] = self.host_address
+        loopback = [rank for rank, each in found.items() if addresses.is_local(each)]
+        if loopback and len(loopback) < len(found):
+            first = min(loopback)
+            raise ConfigError(
+                f"replica {first} has joined the rendezvous from {found[first]}, a loopback address at which replicas "
+                "on other hosts cannot reach its ranks: give all replicas, those of the first host too, an address of "
+                "the first host that the other hosts can reach"
+            )
+        scoped = [rank for rank, each in found.items() if "%" in each]
+        if scoped:
+            raise ConfigError(
+                f"replica {scoped[0]} has joined the rendezvous from {found[scoped[0]]}, a link-local address, whose "
+                "scope (the part after %) means nothing on other hosts: give all replicas an address without a scope"
+            )
+        if len({":" in each for each in found.values()}) > 1:
+            shown = ", ".join(f"replica {rank}: {each}" for rank, each in sorted(found.items()))
+            raise ConfigError(
+                f"some replicas have joined the rendezvous over IPv4 and some over IPv6 ({shown}), so their ranks "
+                "could not reach each other: give all replicas the same IP address instead of a host name"
+            )
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._member.size) if rank != self._member.rank]
+
+    @property
+    def host_address(self) -> str:
+        """The address of this host at which the other replicas reach it."""
+        return self._member.host_address
+
+    @property
+    def rank(self) -> int:
+        return self._member.rank
+
+    @property
+    def formation(self) -> int:
+        """The number of this meeting of replicas at the rendezvous. Every meeting there has another one."""
+        return self._member.formation
+
+    def launched(self, count: int) -> None:
+        self._launched = count
+        self._member.post(_LAUNCHED, str(count).encode())
+
+    def steps_due(self) -> int:
+        failures = self._member.failures()
+        if failures:
+            causes = "; ".join(why.replace("rank", "replica", 1) for _, why in sorted(failures.items()))
+            raise EngineError(f"another replica has failed, and this one cannot go on without it: {causes}")
+        launched = {rank: int(count) for rank, count in self._member.latest(_LAUNCHED).items()}
+        self._check_gone(launched)
+        return max(launched.values(), default=0)
+
+    def _check_gone(self, launched: Mapping[int, int]) -> None:
+        """Check that no replica has left before a step in which its ranks had to take part.
+
+        A replica may leave when all have launched the same steps.
+        """
+        for rank in self._member.gone():
+            name = self._member.members[rank].replace("rank", "replica", 1)
+            if launched.get(rank, 0) < self._launched:
+                raise EngineError(f"{name} ended while this replica has work")
+            if launched.get(rank, 0) < max(launched.values(), default=0):
+                raise EngineError(f"{name} ended while another replica has work")
+
+    def gone(self) -> list[int]:
+        """Return the replicas that have left."""
+        return self._member.gone()
+
+    def fileno(self) -> int:
+        return self._member.fileno()
+
+    def clear(self) -> None:
+        self._member.clear()
+
+    def close(self, why: str = "") -> None:
+        self._member.close(why)

@@ -1,0 +1,48 @@
+"""The schemas of requests have all sampling parameters of the table, with the table's ranges and descriptions."""
+
+from typing import Any
+
+import pytest
+
+from shoal.parameter_forms import Number, Unsupported
+from shoal.params import SAMPLING_TABLE
+from shoal.sampling_table import Endpoint
+from shoal.server.api.request_schemas import Body, ChatBody, CompletionBody, ResponsesBody
+
+BODIES: dict[Endpoint, type[Body]] = {"completions": CompletionBody, "chat": ChatBody, "responses": ResponsesBody}
+FIELDS = [
+    (endpoint, row.http[endpoint], name)
+    for name, row in SAMPLING_TABLE.items()
+    for endpoint in BODIES
+    if endpoint in row.http and not isinstance(row.form, Unsupported)
+]
+
+
+def schema_of(endpoint: Endpoint, field: str) -> dict[str, Any]:
+    found: dict[str, Any] = BODIES[endpoint].model_json_schema()["properties"][field]
+    return found
+
+
+@pytest.mark.parametrize(("endpoint", "field", "name"), FIELDS)
+def test_every_parameter_is_described(endpoint: Endpoint, field: str, name: str) -> None:
+    assert SAMPLING_TABLE[name].help in schema_of(endpoint, field)["description"]
+
+
+@pytest.mark.parametrize(("endpoint", "field", "name"), FIELDS)
+def test_numbers_have_their_ranges(endpoint: Endpoint, field: str, name: str) -> None:
+    form = SAMPLING_TABLE[name].form
+    if not isinstance(form, Number):
+        return
+    number, null = schema_of(endpoint, field)["anyOf"]
+    assert (number["type"], null["type"]) == ("integer" if form.integer else "number", "null")
+    low = number.get("exclusiveMinimum" if form.above_low else "minimum", form.low)
+    # A completion may have no tokens, with echo; a response can't ask for all of the vocabulary.
+    others = {("completions", "max_tokens"): 0, ("responses", "logprobs"): 0}
+    assert low == others.get((endpoint, name), form.least)
+    assert number.get("maximum", form.high) == (2048 if name == "n" else form.high)
+
+
+def test_a_schema_has_no_other_names_of_numbers() -> None:
+    """pydantic writes `ge` instead of `minimum` where it does not understand which type a range belongs to."""
+    for body in BODIES.values():
+        assert '"ge"' not in str(body.model_json_schema()).replace("'", '"')
