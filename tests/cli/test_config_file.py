@@ -164,7 +164,7 @@ def test_our_variables_override_those_of_vllm(seen: Any, monkeypatch: pytest.Mon
         ("output: 1", "output takes a text, got 1"),
         ("model: 1", "model takes a text, got 1"),
         ("logit-bias: '{'", "logit-bias: '{' is not JSON"),
-        ("stop-token-ids: a,b", "'a,b' is no list of token ids"),
+        ("stop-token-ids: a,b", "'a,b' is not a list of token ids"),
         ("top-p: 1\ntop_p: 0.5", "top_p is given twice"),
         ("seed: 1\nseed: 2", ", line 2: seed is given twice"),
         ("speculative-config: {method: ngram, method: draft}", ", line 1: method is given twice"),
