@@ -10,7 +10,7 @@ import pytest
 from support import checkpoints, effort
 
 QUICK_CASES = 3  # cases of a parametrized test that a quick run has
-QUICK_S = 1.0  # CPU time that a test may take in a quick run without being named at its end
+QUICK_S = 1.0  # tests of a quick run that take more CPU time are named at its end
 
 
 @pytest.fixture(scope="session")
