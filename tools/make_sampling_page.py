@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shoal.parameter_forms import Unsupported
+from shoal.parameter_forms import UnsupportedParameter
 from shoal.params import SAMPLING_TABLE
 from shoal.sampling_table import Endpoint, SamplingParameter
 
@@ -39,7 +39,7 @@ a key in it is refused, and the error names the key.
 
 
 def page() -> str:
-    supported = [row for row in SAMPLING_TABLE.values() if not isinstance(row.form, Unsupported)]
+    supported = [row for row in SAMPLING_TABLE.values() if not isinstance(row.form, UnsupportedParameter)]
     lines = [
         f"| `{row.name}` | {_plain(row.help)} | {_plain(str(row.form))} | {_default(row)} | {_flag(row)} | "
         f"{' | '.join(_names(row))} |"
@@ -52,7 +52,7 @@ def _unsupported() -> Iterator[str]:
     yield "\n## Parameters of vLLM that Shoal does not have\n"
     yield "| parameter | what it would do | why not, and what to do |\n|---|---|---|"
     for row in SAMPLING_TABLE.values():
-        if isinstance(row.form, Unsupported):
+        if isinstance(row.form, UnsupportedParameter):
             yield f"| `{row.name}` | {_plain(row.help)} | {_plain(row.form.instead)} |"
     yield ""
 

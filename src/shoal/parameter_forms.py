@@ -170,7 +170,7 @@ class AnyObject:
 
 
 @dataclass(frozen=True, slots=True)
-class Unsupported:
+class UnsupportedParameter:
     """The form of a parameter that other engines have and Shoal does not: only an empty value is allowed."""
 
     instead: str  # what to use instead

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from shoal.errors import RequestError
-from shoal.parameter_forms import AnyObject, Biases, Number, Switch, Texts, TokenIds, Unsupported
+from shoal.parameter_forms import AnyObject, Biases, Number, Switch, Texts, TokenIds, UnsupportedParameter
 from shoal.sampling_table import NOT_RESPONSES, SamplingParameter, parameter, table_of
 from shoal.values import shown
 
@@ -190,7 +190,7 @@ class SamplingParams:
     )
     logits_processors: None = parameter(
         None,
-        Unsupported(
+        UnsupportedParameter(
             "tokens are drawn in other processes, which do not run functions of the caller; use logit_bias, "
             "allowed_token_ids, bad_words, the penalties or structured_outputs"
         ),
@@ -199,7 +199,7 @@ class SamplingParams:
     )
     thinking_token_budget: None = parameter(
         None,
-        Unsupported(
+        UnsupportedParameter(
             "Shoal does not know where the reasoning of a model ends; limit the whole output with max_tokens, or ask "
             "the model for less by its chat template (reasoning_effort, chat_template_kwargs)"
         ),

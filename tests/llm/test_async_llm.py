@@ -28,8 +28,9 @@ from shoal.errors import (
 from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm import outputs
-from shoal.llm.async_llm import AsyncLLM, RequestStream
+from shoal.llm.async_llm import AsyncLLM
 from shoal.llm.deltas import Delta
+from shoal.llm.request_stream import RequestStream
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
 from shoal.wire.base import encode

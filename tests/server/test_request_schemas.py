@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from shoal.parameter_forms import Number, Unsupported
+from shoal.parameter_forms import Number, UnsupportedParameter
 from shoal.params import SAMPLING_TABLE
 from shoal.sampling_table import Endpoint
 from shoal.server.api.request_schemas import Body, ChatBody, CompletionBody, ResponsesBody
@@ -14,7 +14,7 @@ FIELDS = [
     (endpoint, row.http[endpoint], name)
     for name, row in SAMPLING_TABLE.items()
     for endpoint in BODIES
-    if endpoint in row.http and not isinstance(row.form, Unsupported)
+    if endpoint in row.http and not isinstance(row.form, UnsupportedParameter)
 ]
 
 

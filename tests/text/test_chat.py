@@ -307,7 +307,7 @@ def test_malformed_files_are_named(config: dict[str, Any], tmp_path: Path) -> No
             [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}],
             "message 0: the arguments of a tool call are no JSON",
         ),
-        ([{"role": "user", "content": "x", "extra": b"x"}], "message 0: a value of type bytes is none that JSON has"),
+        ([{"role": "user", "content": "x", "extra": b"x"}], "message 0: a value of type bytes is not a JSON value"),
     ],
 )
 def test_malformed_messages_are_named(messages: Any, expected: str) -> None:

@@ -15,7 +15,7 @@ from shoal import env
 from shoal.bench.engine_speed import BatchShape, SpeedMeter, medians
 from shoal.bench.expert_exchange import ExpertTraffic, measure_experts
 from shoal.cli.bench_serve import serve
-from shoal.cli.numbers import IntRange, Number
+from shoal.cli.numbers import DecimalFloat, IntRange
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
 from shoal.launch import hub
@@ -49,7 +49,9 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lengths(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--temperature", type=Number(), default=0.0, show_default=True, help="0 is greedy")(command)
+    command = click.option("--temperature", type=DecimalFloat(), default=0.0, show_default=True, help="0 is greedy")(
+        command
+    )
     command = click.option("--output-len", type=IntRange(2), default=64, show_default=True, help="tokens of an output")(
         command
     )

@@ -15,14 +15,14 @@ class Integer(click.types.IntParamType):
         return super().convert(value, param, ctx)
 
 
-class Number(click.types.FloatParamType):
+class DecimalFloat(click.types.FloatParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and decimal_number(value) is None:
             self.fail(f"{value!r} is not a valid float.", param, ctx)
         return super().convert(value, param, ctx)
 
 
-class AnyNumber(Number):
+class AnyNumber(DecimalFloat):
     """A number that may be NaN or infinite; the option's own check refuses those with a better message."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -33,7 +33,7 @@ class IntRange(Integer, click.IntRange):
     pass
 
 
-class FloatRange(Number, click.FloatRange):
+class FloatRange(DecimalFloat, click.FloatRange):
     pass
 
 

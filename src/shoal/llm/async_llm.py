@@ -15,15 +15,15 @@ from typing import Any
 from shoal.cluster.fleet_connections import FleetConnection, FleetMessage
 from shoal.cluster.fleet_server import FleetServer
 from shoal.config.engine_options import EngineOptions, from_environment
-from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestError, ShoalError, Unavailable
+from shoal.errors import ClosedError, EngineError, RequestError
 from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.start_fleet import start_fleet
-from shoal.llm.deltas import Delta
 from shoal.llm.outputs import PromptOutputs
 from shoal.llm.pause_and_sleep import PauseAndSleep
 from shoal.llm.request_builder import RequestBuilder
+from shoal.llm.request_stream import RequestStream
 from shoal.log import get_logger
-from shoal.outputs import Logprobs, RequestOutput
+from shoal.outputs import RequestOutput
 from shoal.params import Message as ChatMessage
 from shoal.params import Prompt, SamplingParams
 from shoal.process.forks import Owner
@@ -41,13 +41,6 @@ _POLL_S = 0.05
 _AT_ONCE = 512  # how many updates are handed out before other tasks of the event loop may run
 ANSWER_S = 30.0  # how long the fleet may take to answer a question
 _CLOSED = "the engine was closed"
-_RETRY_S = {  # seconds after which a client should try again, by the kind of the error
-    RefusalKind.FULL: 1.0,
-    RefusalKind.LATE: 5.0,
-    RefusalKind.CLOSING: 10.0,
-    RefusalKind.LOST: 10.0,
-    RefusalKind.ASLEEP: 10.0,
-}
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # the integers that a message can hold
 _MAX_REPLICAS = 1 << 31
 
@@ -207,7 +200,7 @@ class AsyncLLM(PauseAndSleep):
         replica: int | None = None,
         timeout: float | None = None,
         arrival: float | None = None,
-    ) -> "RequestStream":
+    ) -> RequestStream:
         """Begin a request, and return the stream of its outputs.
 
         Args:
@@ -307,7 +300,7 @@ class AsyncLLM(PauseAndSleep):
         async for output in self._outputs(stream, request_id):
             yield output
 
-    async def _outputs(self, stream: "RequestStream", request_id: str | None) -> AsyncIterator[RequestOutput]:
+    async def _outputs(self, stream: RequestStream, request_id: str | None) -> AsyncIterator[RequestOutput]:
         name = f"request-{stream.number}" if request_id is None else request_id
         try:
             if name in self._named:
@@ -343,7 +336,7 @@ class AsyncLLM(PauseAndSleep):
             with suppress(ClosedError):
                 self._line.send([Abort(tuple(seqs), stopped)])
 
-    def _forget(self, stream: "RequestStream") -> None:
+    def _forget(self, stream: RequestStream) -> None:
         for seq in stream.seqs:
             self._streams.pop(seq, None)
 
@@ -496,152 +489,3 @@ class AsyncLLM(PauseAndSleep):
             stream.fail(EngineError("failed to make the text of an output; see the log of the server for the reason"))
         if update.finish is not None:
             self._streams.pop(seq, None)
-
-
-class RequestStream:
-    """The stream of the outputs of one request.
-
-    Iterating over it gives lists of deltas, one for each output that has grown; deltas that nobody reads are merged. If
-    the iteration stops before the end, or its task is cancelled, the request is ended in the fleet. A stream that is
-    not iterated must be awaited with `wait` or closed.
-    """
-
-    def __init__(self, llm: AsyncLLM, outputs: PromptOutputs, seqs: Sequence[int]) -> None:
-        self.job = outputs.job
-        self.seqs = list(seqs)
-        self._llm = llm
-        self._outputs = outputs
-        self._running = set(seqs)
-        self._changed: dict[int, bool] = {}  # outputs that have grown -> whether they have ended
-        self._error: ShoalError | None = None
-        self._wakeup = asyncio.Event()
-
-    @property
-    def number(self) -> int:
-        """The number of the first output's request."""
-        return self.seqs[0]
-
-    @property
-    def cached_tokens(self) -> int:
-        """The number of prompt tokens that the prefix cache had, known from the first deltas on."""
-        return self._outputs.cached_tokens
-
-    @property
-    def prompt_logprobs(self) -> Sequence[Logprobs | None] | None:
-        """The log-probabilities of the prompt's tokens, described only when they are read.
-
-        That of the first token is None. The whole is None if they were not asked for.
-        """
-        return self._outputs.lazy_prompt_logprobs()
-
-    @property
-    def prompt_complete(self) -> bool:
-        """True if all log-probabilities of the prompt that were asked for are known."""
-        return self._outputs.prompt_complete
-
-    async def __aiter__(self) -> AsyncIterator[Sequence[Delta]]:
-        try:
-            while self._running or self._changed:
-                if self._changed:
-                    changed, self._changed = self._changed, {}
-                    completions = self._outputs.completions
-                    yield [completions[index].delta(last=last) for index, last in sorted(changed.items())]
-                else:
-                    await self._await_update()
-            if self._error is not None:
-                raise self._error
-        finally:
-            self.close()
-
-    async def wait(self) -> RequestOutput:
-        """Wait for the end, and return all outputs. Their log-probabilities are described only when they are read.
-
-        Raises:
-            RequestError, Unavailable, EngineError: the request ended with an error (see `AsyncLLM.generate`).
-        """
-        try:
-            while self._running:
-                await self._await_update()
-        finally:
-            self.close()
-        if self._error is not None:
-            raise self._error
-        return self._output(None, lazy=True)
-
-    async def _await_update(self) -> None:
-        self._wakeup.clear()
-        await self._wakeup.wait()
-
-    def output(self, request_id: str | None = None) -> RequestOutput:
-        """Return all outputs so far.
-
-        An unfinished output has no `finish_reason`, and no text that a stop text may still cut off.
-        """
-        return self._output(request_id, lazy=False)
-
-    def _output(self, request_id: str | None, *, lazy: bool) -> RequestOutput:
-        outputs = [
-            completion.output(ended=seq not in self._running, lazy=lazy)
-            for seq, completion in zip(self.seqs, self._outputs.completions, strict=True)
-        ]
-        prompt = self.prompt_logprobs
-        return RequestOutput(
-            request_id=f"request-{self.number}" if request_id is None else request_id,
-            prompt=self.job.prompt,
-            prompt_token_ids=self.job.tokens,
-            outputs=tuple(outputs),
-            num_cached_tokens=self.cached_tokens,
-            error=None if self._error is None else str(self._error),
-            finished=not self._running and self._error is None,
-            prompt_logprobs=prompt if lazy or prompt is None else tuple(prompt),
-        )
-
-    def abort(self) -> None:
-        """End the request. Its outputs keep what they have, and finish with the reason "abort"."""
-        self._llm.end(list(self._running))
-
-    def close(self) -> None:
-        """End the request in the fleet, if it has not ended. Idempotent."""
-        if self._running:
-            self._llm.release(list(self._running))
-            self._running.clear()
-            self._wakeup.set()
-
-    def fail(self, error: ShoalError) -> None:
-        """End the request with an error, for its reader and in the fleet."""
-        self._error = error
-        self.close()
-        self._wakeup.set()
-
-    def take(self, seq: int, update: SeqUpdate) -> None:
-        """Add an update of the request that has the number `seq` here, and wake the reader."""
-        if seq not in self._running:
-            return
-        index = seq - self.number
-        stopped = self._outputs.take(index, update)
-        if stopped and update.finish is None:
-            self._llm.release((seq,), stopped=True)
-        ended = stopped or update.finish is not None
-        if ended:
-            self._running.discard(seq)
-            self._outputs.running -= 1
-        if update.error:
-            self._error = _error_of(update)
-            self.close()  # the other outputs are not needed any more
-        elif ended or update.tokens:
-            self._changed[index] = ended
-        self._wakeup.set()
-
-
-def _error_of(update: SeqUpdate) -> ShoalError:
-    match update.refusal:
-        case RefusalKind.INVALID:
-            return update.request_error()
-        case RefusalKind.FULL:
-            return QueueFull(update.error, _RETRY_S[update.refusal])
-        case RefusalKind.LATE:
-            return Overdue(update.error, _RETRY_S[update.refusal])
-        case RefusalKind.CLOSING | RefusalKind.LOST | RefusalKind.ASLEEP:
-            return Unavailable(update.error, _RETRY_S[update.refusal])
-        case _:
-            return EngineError(update.error)

@@ -1,4 +1,4 @@
-"""A conversation as the text that a model was trained on, by the template that comes with it."""
+"""Chat templates: they turn a conversation into the text form that a model was trained on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from shoal.values import shown
 
 _DEFAULT = "default"
 _TOOL_USE = "tool_use"
-# What `ChatTemplate.render` takes itself.
+# Names that `chat_template_kwargs` may not have: `ChatTemplate.render` sets them.
 _OWN_NAMES = {
     "messages",
     "add_generation_prompt",
@@ -24,25 +24,28 @@ _OWN_NAMES = {
     "chat_template",
     "chat_template_kwargs",
 }
-# Stands behind a message that is to be continued, in characters that no text has; the space shows whether the template
-# trims what it is given.
+# A mark after the message that is to be continued, in characters that no text has. Its space shows whether the template
+# trims the content of messages.
 _END = "\ue000end of the message\ue001"
 _MARK = _END + " "
 
 
 class ChatTemplate:
-    """The template of a model, or its templates by name. `special_tokens`: bos_token, eos_token and so on, as texts."""
+    """The chat templates of a model, by name."""
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        """Take the templates, and the texts of special tokens by their names, such as `bos_token`."""
         self._templates = dict(templates)
         self._special_tokens = dict(special_tokens or {})
 
     @classmethod
     def open(cls, folder: Path) -> "ChatTemplate | None":
-        """chat_template.jinja, or else `chat_template` of tokenizer_config.json; None where there is neither.
+        """Return the templates of a model folder; None if it has none.
+
+        They are in chat_template.jinja, or else in the field `chat_template` of tokenizer_config.json.
 
         Raises:
-            CheckpointError: what is there can't be read.
+            CheckpointError: a file cannot be read.
         """
         config = read_json(folder / "tokenizer_config.json")
         templates = _from_files(folder) or _from_config(config.get("chat_template"), folder)
@@ -62,10 +65,14 @@ class ChatTemplate:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as one text, special tokens included: encode it without adding them again.
+        """Return a conversation as one text. It has the special tokens: encode it without adding them again.
 
-        `chat_template`: another template, or the name of one of the model's. `chat_template_kwargs`
-        are for the template to read.
+        Args:
+            add_generation_prompt: end the text with the beginning of an assistant's turn.
+            continue_final_message: let the output continue the last message.
+            tools: the functions that the model may call.
+            chat_template: another template, or the name of one of the model's templates.
+            chat_template_kwargs: variables for the template.
 
         Raises:
             RequestError: the messages or an option are malformed, or the template refuses them.
@@ -120,10 +127,10 @@ class _Place:
 
 
 def check_messages(messages: object) -> list[dict[str, Any]]:
-    """A copy in plain JSON values, without those that are null.
+    """Return a copy of messages in plain JSON values, without fields that are null.
 
     Raises:
-        RequestError: it is not a list of messages with a role and a content of text; the message is named.
+        RequestError: it is not a list of messages, each with a role and a text as content; the error names the message.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         why = f"must be a list of objects with role and content, got {type(messages).__name__}"
@@ -151,7 +158,7 @@ def _check_message(message: object, where: _Place) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise where.error(f" must be an object with role and content, got {type(message).__name__}")
     found = {name: value for name, value in _plain(message, where).items() if value is not None}
-    if found.get("tool_calls") == []:  # templates take it for a turn with calls
+    if found.get("tool_calls") == []:  # templates would treat it as a turn with calls
         del found["tool_calls"]
         found.setdefault("content", "")
     role = found.get("role")
@@ -164,7 +171,7 @@ def _check_message(message: object, where: _Place) -> dict[str, Any]:
     elif content is None:
         if not found.get("tool_calls"):
             raise where.error(" has no content: give a text, or a list of parts of type text")
-        found["content"] = ""  # templates that ask whether it is null fail where it is not there
+        found["content"] = ""  # templates fail if it is missing
     elif not isinstance(content, str):
         raise where.error(f": content must be a text or a list of parts, got {type(content).__name__}")
     if "tool_calls" in found:
@@ -182,7 +189,7 @@ def _check_part(part: object, where: _Place) -> None:
 
 
 def _check_calls(calls: Any, where: _Place) -> list[Any]:
-    """Arguments as objects: that is how templates want them, and APIs send them as JSON in a text."""
+    """Return tool calls with their arguments as objects, as templates need them. Clients send them as JSON texts."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise where.error(": tool_calls must be a list of objects")
     for call in calls:
@@ -196,7 +203,7 @@ def _check_calls(calls: Any, where: _Place) -> list[Any]:
 
 
 def _plain(value: Any, where: _Place) -> Any:
-    """A copy made of JSON's types, on which a template can call nothing."""
+    """Return a copy made of JSON's types, which have no methods that a template could misuse."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, bool, int, float):
@@ -206,18 +213,18 @@ def _plain(value: Any, where: _Place) -> Any:
         return {str(key): _plain(item, where) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item, where) for item in value]
-    raise where.error(f": a value of type {type(value).__name__} is none that JSON has")
+    raise where.error(f": a value of type {type(value).__name__} is not a JSON value")
 
 
 def _fit_role(message: dict[str, Any], source: str) -> dict[str, Any]:
-    """A developer's word is the system's, for templates that do not know of developers."""
+    """Turn the role `developer` into `system`, if the template does not know it."""
     if message["role"] == "developer" and "developer" not in source:
         return {**message, "role": "system"}
     return message
 
 
 def _fit_content(message: dict[str, Any], template: jinja_sandbox.Template) -> dict[str, Any]:
-    """Content in the form that the template reads."""
+    """Return a message with its content in the form that the template reads: a text, or a list of parts."""
     content = message.get("content")
     if isinstance(content, list) and not template.reads_parts:
         return {**message, "content": "\n".join(part["text"] for part in content)}
@@ -227,6 +234,7 @@ def _fit_content(message: dict[str, Any], template: jinja_sandbox.Template) -> d
 
 
 def _mark(message: dict[str, Any]) -> None:
+    """Put the mark at the end of a message."""
     content = message.get("content")
     if not content:
         raise RequestError.about("continue_final_message", ": the last message has no content that could be continued")
@@ -237,6 +245,7 @@ def _mark(message: dict[str, Any]) -> None:
 
 
 def _cut(text: str) -> str:
+    """Return a rendered text up to the mark."""
     at = text.rfind(_END)
     if at < 0:
         raise RequestError.about("continue_final_message", ": the chat template leaves out the end of the last message")
@@ -255,7 +264,7 @@ def _from_files(folder: Path) -> dict[str, str]:
 
 
 def _from_config(value: Any, folder: Path) -> dict[str, str]:
-    """One template, or a list of `{"name": ..., "template": ...}`."""
+    """Return the templates of a config: its value is one template, or a list of `{"name": ..., "template": ...}`."""
     if value is None or value == "":
         return {}
     entries = [{"name": _DEFAULT, "template": value}] if isinstance(value, str) else value

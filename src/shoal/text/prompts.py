@@ -1,4 +1,4 @@
-"""Prompts as people give them, checked and cut into tokens. Needs no engine."""
+"""The reader of prompts: it checks them and encodes them as tokens. It needs no engine."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,37 +16,38 @@ from shoal.text.structured_outputs import PreparedGrammar, grammar_text
 from shoal.text.tokenizer import Tokenizer
 from shoal.values import shown
 
-_MARGIN = 64  # tokens before those that are kept, so that where a text is cut does not matter to these
+# Tokens that are encoded before those that are kept. The place where a text is cut changes only the tokens beside it.
+_MARGIN = 64
 
 log = get_logger("prompts")
 
-_TOLD = 256  # lists of ignored keywords, so that those of a file of prompts are logged once
-_LINE = 2000  # characters
+_MAX_LOGGED = 256  # remembered lists of ignored keywords, so that each list of a file of prompts is logged once
+_MAX_LINE = 2000  # characters of a log line
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt that has been checked and cut into tokens, and what its parameters say in tokens."""
+    """A prompt that was checked and encoded, with its parameters and those of them that are tokens."""
 
     index: int
     prompt: str | None
     tokens: tuple[int, ...]
     params: SamplingParams
-    banned: tuple[tuple[int, ...], ...] = ()  # of `bad_words`
-    grammar: str = ""  # of `structured_outputs`
-    cache_salt: str = ""  # only prompts with the same one share cached prefixes
-    ignored_keywords: tuple[str, ...] = ()  # of its schema, that the grammar goes without, each with its place
-    outputs: int = 0  # of all jobs of one request together, where they are more than this one's
-    stop_ids: frozenset[int] = field(init=False, repr=False, compare=False)  # of `stop_token_ids`
-    stop_texts: StopTexts | None = field(init=False, repr=False, compare=False)  # of `stop`
+    banned: tuple[tuple[int, ...], ...] = ()  # the tokens of `bad_words`
+    grammar: str = ""  # the grammar of `structured_outputs`
+    cache_salt: str = ""  # only prompts with the same salt share cached prefixes
+    ignored_keywords: tuple[str, ...] = ()  # keywords of the schema that the grammar leaves out, with their places
+    outputs: int = 0  # the outputs of all jobs of the request; 0: those of this job
+    stop_ids: frozenset[int] = field(init=False, repr=False, compare=False)  # `stop_token_ids`
+    stop_texts: StopTexts | None = field(init=False, repr=False, compare=False)  # the automaton of `stop`
 
     def __post_init__(self) -> None:
-        """What all outputs look at is made once, and on the thread that prepares them."""
+        """Make the sets that all outputs share, on the thread that prepares the prompt."""
         object.__setattr__(self, "stop_ids", _id_set(tuple(self.params.stop_token_ids or ())))
         object.__setattr__(self, "stop_texts", _stop_texts(tuple(self.params.stop)) if self.params.stop else None)
 
 
-@lru_cache(maxsize=2)  # for the prompts of a request, which come one after the other
+@lru_cache(maxsize=2)  # the prompts of one request are prepared one after the other
 def _id_set(ids: tuple[int, ...]) -> frozenset[int]:
     return frozenset(ids)
 
@@ -58,7 +59,7 @@ def _stop_texts(texts: tuple[str, ...]) -> StopTexts:
 
 @dataclass(frozen=True, slots=True)
 class RefusedPrompt:
-    """A prompt that can't be used; among jobs it ends alone."""
+    """A prompt that cannot be used. The other prompts of a run go on."""
 
     index: int
     prompt: str | None
@@ -67,18 +68,20 @@ class RefusedPrompt:
 
 
 def salted(prompt: Prompt, salt: str | None) -> Prompt:
-    """The prompt with a `cache_salt`, if there is one."""
+    """Return the prompt with a `cache_salt`, or the prompt itself if there is none."""
     if salt is None:
         return prompt
     bare: PromptDict = {"prompt": prompt} if isinstance(prompt, str) else prompt
     return {**bare, "cache_salt": salt}
 
 
-_MOST_CHARACTERS = 1 << 23  # that are cut into tokens where it is not known how many the model takes
-_Terms = tuple[tuple[tuple[int, ...], ...], PreparedGrammar]  # what parameters say in tokens: `banned`, and the grammar
+_MAX_CHARACTERS = 1 << 23  # characters that are encoded if the length of the longest token is not known
+_Encoded = tuple[tuple[tuple[int, ...], ...], PreparedGrammar]  # parameters as tokens: `Job.banned`, and the grammar
 
 
 class PromptReader:
+    """A reader of the prompts for one model."""
+
     def __init__(
         self,
         tokenizer: Tokenizer | None,
@@ -93,17 +96,19 @@ class PromptReader:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos)
         self._chat_template = chat_template
-        self._told: OrderedDict[tuple[str, ...], None] = OrderedDict()
-        self._known: tuple[SamplingParams, _Terms] | None = None  # of the parameters that were read last
+        self._logged: OrderedDict[tuple[str, ...], None] = OrderedDict()
+        self._latest: tuple[SamplingParams, _Encoded] | None = None  # the latest parameters
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
-        """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text. Whether a
-        grammar can be obeyed takes a `GrammarChecker` to find out.
+        """Return a prompt that is ready to run. Its grammar is not checked: a `GrammarChecker` does that.
+
+        Args:
+            add_special_tokens: let the tokenizer add its special tokens before and after a text.
 
         Raises:
-            RequestError: it is empty, too long, or no prompt at all, or a parameter does not fit the model.
+            RequestError: the prompt is empty, too long or malformed, or a parameter does not fit the model.
         """
-        keep = self._kept(params)
+        keep = self._num_kept(params)
         text, tokens = self._read(prompt, keep, add_special_tokens=add_special_tokens)
         salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
         return self._job(index, text, tokens, params, salt)
@@ -118,29 +123,33 @@ class PromptReader:
         cache_salt: str | None = None,
         **template: Any,
     ) -> Job:
-        """A conversation made ready to run, by the model's chat template; `template` goes to `ChatTemplate.render`.
-        Only prompts with the same `cache_salt` share cached prefixes.
+        """Return a conversation that is ready to run, in the form of the model's chat template.
+
+        Args:
+            add_special_tokens: let the tokenizer add its special tokens before and after the rendered text.
+            cache_salt: only prompts with the same salt share cached prefixes.
+            template: arguments for `ChatTemplate.render`.
 
         Raises:
-            RequestError: there is no template, the messages do not fit it, or as `prepare`.
+            RequestError: there is no template, or it cannot render the messages; or see `prepare`.
         """
-        keep = self._kept(params)
+        keep = self._num_kept(params)
         text = self._render(messages, template)
-        tokens = self._cut_into_tokens(text, keep, add_special_tokens=add_special_tokens)
+        tokens = self._encode_text(text, keep, add_special_tokens=add_special_tokens)
         return self._job(index, text, tokens, params, cache_salt)
 
     def chat_tokens(
         self, messages: Sequence[Message], *, add_special_tokens: bool = False, **template: Any
     ) -> tuple[int, ...]:
-        """The tokens of a conversation, of any length.
+        """Return the tokens of a conversation, which may be longer than the model allows.
 
         Raises:
-            RequestError: there is no template, or the messages do not fit it.
+            RequestError: there is no template, or it cannot render the messages.
         """
         text = self._render(messages, template)
-        if len(text) > _MOST_CHARACTERS:
+        if len(text) > _MAX_CHARACTERS:
             raise RequestError.about(
-                "messages", f"may have {_MOST_CHARACTERS} characters here, got {len(text)}: send fewer"
+                "messages", f"may have {_MAX_CHARACTERS} characters here, got {len(text)}: send fewer"
             )
         return self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
 
@@ -157,28 +166,28 @@ class PromptReader:
             raise RequestError("the prompt is empty: give some text or at least one token id", "prompt")
         if len(tokens) >= self._max_model_len:
             raise self._too_long(f"{len(tokens)} tokens, and an output needs one: shorten it or raise --max-model-len")
-        banned, grammar = self._terms(params)
+        banned, grammar = self._encode_params(params)
         return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
 
-    def _terms(self, params: SamplingParams) -> _Terms:
-        """What parameters say in tokens. The prompts of a request share it, as they do the parameters themselves."""
-        known = self._known
-        if known is None or known[0] is not params:
-            known = self._known = (params, self._terms_of(params))
-        return known[1]
+    def _encode_params(self, params: SamplingParams) -> _Encoded:
+        """Check parameters and return them as tokens. The prompts of a request share the result."""
+        latest = self._latest
+        if latest is None or latest[0] is not params:
+            latest = self._latest = (params, self._check_and_encode(params))
+        return latest[1]
 
-    def _terms_of(self, params: SamplingParams) -> _Terms:
+    def _check_and_encode(self, params: SamplingParams) -> _Encoded:
         self._check_ids("logit_bias", params.logit_bias or ())
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids or ())
         if params.stop and self._tokenizer is None:
             raise RequestError.about("stop", "takes texts, and this model has no tokenizer: use stop_token_ids")
-        banned = self._banned(params)
+        banned = self._encode_bad_words(params)
         self._check_allowed(params, banned)
-        return banned, self._grammar(params)
+        return banned, self._prepare_grammar(params)
 
-    def _kept(self, params: SamplingParams) -> int | None:
-        """How many of a prompt's last tokens are kept; None: it is not cut."""
+    def _num_kept(self, params: SamplingParams) -> int | None:
+        """Return how many of a prompt's last tokens are kept; None: all."""
         asked = params.truncate_prompt_tokens
         if asked is None:
             return None
@@ -196,7 +205,7 @@ class PromptReader:
             )
 
     def _check_allowed(self, params: SamplingParams, banned: Sequence[Sequence[int]]) -> None:
-        """Where nothing may be drawn, the sampler would take a token that is not allowed."""
+        """Check that some token may be drawn first. If not, the sampler would draw a token that is not allowed."""
         if params.allowed_token_ids is None:
             return
         allowed = frozenset(params.allowed_token_ids)
@@ -214,8 +223,8 @@ class PromptReader:
                 names[0],
             )
 
-    def _banned(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Each bad word at the start of a text and behind a space, which are different tokens."""
+    def _encode_bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of each bad word, at the start of a text and after a space, where they are different."""
         if not params.bad_words:
             return ()
         tokenizer = self._require_tokenizer()
@@ -226,18 +235,19 @@ class PromptReader:
         ]
         return tuple(dict.fromkeys(ids for ids in found if ids))
 
-    def _grammar(self, params: SamplingParams) -> PreparedGrammar:
+    def _prepare_grammar(self, params: SamplingParams) -> PreparedGrammar:
         if params.structured_outputs is None:
             return PreparedGrammar("")
         if self._tokenizer is None:
             raise structured_outputs_error("needs a tokenizer, which this model does not have")
         grammar = grammar_text(params.structured_outputs)
-        if grammar.ignored and grammar.ignored not in self._told:
-            self._told[grammar.ignored] = None
-            if len(self._told) > _TOLD:
-                self._told.popitem(last=False)
+        if grammar.ignored and grammar.ignored not in self._logged:
+            self._logged[grammar.ignored] = None
+            if len(self._logged) > _MAX_LOGGED:
+                self._logged.popitem(last=False)
             log.warning(
-                "a schema goes without keywords that can't be obeyed: %s", summarize_keywords(grammar.ignored, _LINE)
+                "keywords of a schema are ignored, because they can't be obeyed: %s",
+                summarize_keywords(grammar.ignored, _MAX_LINE),
             )
         return grammar
 
@@ -249,10 +259,10 @@ class PromptReader:
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(text, str):
             raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}", "prompt")
-        return text, self._cut_into_tokens(text, keep, add_special_tokens=add_special_tokens) if text else ()
+        return text, self._encode_text(text, keep, add_special_tokens=add_special_tokens) if text else ()
 
-    def _cut_into_tokens(self, text: str, keep: int | None, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Its tokens, or the last `keep` of them, for which a text that is far too long need not be read whole."""
+    def _encode_text(self, text: str, keep: int | None, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Return the tokens of a text, or the last `keep` of them. Of a very long text only the end is encoded then."""
         tokenizer = self._require_tokenizer()
         if keep is None:
             self._check_length(text)
@@ -263,13 +273,17 @@ class PromptReader:
         return self._encode(tokenizer, text, add_special_tokens=add_special_tokens)[-keep:]
 
     def _check_length(self, text: str) -> None:
-        """Says of a text that is far too long that it is, without the seconds that cutting it into tokens takes."""
+        """Check that a text is not far too long, without encoding it, which would take seconds.
+
+        Raises:
+            RequestError: it is longer than any prompt of the model.
+        """
         longest = None if len(text) <= self._max_model_len else self._require_tokenizer().longest_token()
         if longest is not None and len(text) > longest * self._max_model_len:
             raise self._too_long(
                 f"{len(text)} characters, more than they can hold: shorten it or raise --max-model-len"
             )
-        most = max(_MOST_CHARACTERS, 16 * self._max_model_len)
+        most = max(_MAX_CHARACTERS, 16 * self._max_model_len)
         if longest is None and len(text) > most:
             raise self._too_long(f"{len(text)} characters: shorten it")
 
