@@ -31,7 +31,7 @@ from shoal.server.http.errors import add_handlers
 from shoal.server.operations.exposition import Histogram as Ours
 from shoal.server.operations.exposition import MetricFamily, as_histogram, as_metric
 from shoal.server.operations.metrics_page import add_metrics, families, page_of
-from shoal.server.operations.process_metrics import process_collectors, told_of_this_process
+from shoal.server.operations.process_metrics import process_collectors, facts_of_this_process
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import encode, replace_fields
@@ -465,7 +465,7 @@ def test_the_document_has_them_all() -> None:
 
 def test_the_document_has_those_of_a_process() -> None:
     listed = re.findall(r"^\| `(\S+)` \| (\w+) \| ([^|]+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
-    text = text_of(*(each for one in process_collectors(told_of_this_process()) for each in one.collect()))
+    text = text_of(*(each for one in process_collectors(facts_of_this_process()) for each in one.collect()))
     assert {(name, kind) for name, kind, _ in listed} == set(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.M))
 
 

@@ -196,8 +196,8 @@ def _print(llm: LLM, given: _Prompts, parameters: JobParameters) -> int:
             continue
         for each in output.outputs:
             print(_shown(entry, output, each), flush=True)
-        if told := _incomplete(entry, output, parameters.for_entry(entry)):
-            print(told, file=sys.stderr)
+        if remark := _incomplete(entry, output, parameters.for_entry(entry)):
+            print(remark, file=sys.stderr)
     _log_drafts(llm)
     return 1 if failed else 0
 

@@ -104,9 +104,9 @@ def unknown_flag(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
     if not name.startswith("--"):  # of a short flag, click knows only the first letter
         name = next((each for each in arguments if each.startswith(name)), name)
     if any(isinstance(parameter, EngineFlag) for parameter in parameters):
-        told = vllm_options.explain(name) or vllm_options.explain(error.option_name)
-        if told:
-            return told
+        explanation = vllm_options.explain(name) or vllm_options.explain(error.option_name)
+        if explanation:
+            return explanation
     known = [
         flag for each in parameters if isinstance(each, click.Option) for flag in (*each.opts, *each.secondary_opts)
     ]

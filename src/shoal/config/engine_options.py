@@ -233,8 +233,10 @@ class EngineOptions:
         known = {known.name: known for known in options()}
         for name in values:
             if name not in known:
-                told = vllm_options.explain(name)
-                raise ConfigError(f"unknown option {name}{f': {told}' if told else nearest(name, list(known))}")
+                explanation = vllm_options.explain(name)
+                raise ConfigError(
+                    f"unknown option {name}{f': {explanation}' if explanation else nearest(name, list(known))}"
+                )
         sections: dict[str, Any] = {}
         for section, section_type in SECTIONS.items():
             names = {f.name for f in dataclasses.fields(section_type)}

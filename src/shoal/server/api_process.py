@@ -37,12 +37,12 @@ log = get_logger("serve")
 
 
 class ChannelLine:
-    """A line to the fleet of another process. A thread reads what it says."""
+    """A connection to the fleet of another process. A thread reads its messages."""
 
     def __init__(
         self, channel: Channel, deliver: Callable[[FleetMessage], object], ended: Callable[[], object]
     ) -> None:
-        """`ended` is called when the other process says so, or has gone."""
+        """Connect. `ended` is called when the other process ends this one, or is gone."""
         self._channel = channel
         self._deliver = deliver
         self._ended = ended
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _setup(channel: Channel) -> ApiSetup:
     if not wait([channel], _SETUP_S) or not (frames := channel.receive(1)):
-        sys.exit("nobody says what to serve")
+        sys.exit("this process got no setup: it is started by `shoal serve`")
     setup = to_api.decode(frames[0])
     assert isinstance(setup, ApiSetup)
     return setup
@@ -130,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 
 async def _serve(channel: Channel, setup: ApiSetup, model: OpenModel, settings: ServerSettings) -> bool:
-    """True: every client has read its answer to the end."""
+    """Return True if every client has read its answer to the end."""
     servers: list[Server] = []
     stopped = threading.Event()
 

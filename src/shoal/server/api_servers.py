@@ -1,4 +1,4 @@
-"""Several processes that answer HTTP requests before one fleet: they share the listening sockets."""
+"""Several API server processes in front of one fleet. They share the listening sockets."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ class ApiServer(Supervised):
 
 
 class ApiServers:
-    """Supervises API servers: one that ends is started again, and one that stands still is killed first.
+    """A supervisor of API servers: it restarts one that has ended, and kills and restarts one that hangs.
 
     A connection belongs to the process that has accepted it, and ends with it. The requests of that process in the
     fleet end too, and no others.
@@ -71,7 +71,7 @@ class ApiServers:
         self._ends_at: float | None = None  # what still runs then is killed
 
     async def serve(self) -> bool:
-        """Run all of them until `stop`. Return whether all clients have read what was there for them.
+        """Run all API servers until `stop`. Return True if every client has read its answer to the end.
 
         Raises:
             EngineError: one ends again and again, or the fleet's thread has ended.
@@ -88,7 +88,7 @@ class ApiServers:
         return complete
 
     def stop(self, patience: float) -> None:
-        """End `serve`: clients have so many seconds to read what is left. May be called again, with fewer."""
+        """End `serve`. Clients have `patience` seconds to read what is left. May be called again, with fewer."""
         ends_at = time.monotonic() + patience
         self._ends_at = ends_at if self._ends_at is None else min(ends_at, self._ends_at)
 
@@ -121,13 +121,13 @@ class ApiServers:
         log.warning("%s; it %s", error, server.outlook)
 
     async def _start(self, server: ApiServer) -> None:
-        """Start one. The channel belongs to the fleet server from now on, which closes it."""
+        """Start an API server. From then on its channel belongs to the fleet server, which closes it."""
         setup = self._setup_of(server)
         passed = [sock.fileno() for sock in self._sockets]
         child = server.child = await asyncio.to_thread(ChildProcess, "shoal.server.api_process", passed=passed)
         now = time.monotonic()
         server.started(now)
-        server.became_ready(now)  # nobody waits for it: the others answer meanwhile
+        server.became_ready(now)  # the other API servers answer while it starts
         server.stuck_since = None
         with contextlib.suppress(ChannelClosed):  # it has ended already, which is seen in turn
             child.channel.send(encode(setup))

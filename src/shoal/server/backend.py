@@ -13,7 +13,7 @@ from shoal.wire.fleet import FleetStatus, Operation
 
 
 class TokenStream(Protocol):
-    """The growing outputs of one prompt. Iterating gives what is new; leaving the loop early ends the request."""
+    """The growing outputs of one prompt. Iteration gives new deltas; leaving the loop early ends the request."""
 
     @property
     def cached_tokens(self) -> int: ...
@@ -62,7 +62,7 @@ class Backend(Protocol):
     # --- requests ------------------------------------------------------------------------------------------------
 
     def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
-        """Make a prompt ready for `stream`. Called from other threads too, for it may take long."""
+        """Prepare a prompt for `stream`. It may take long, so other threads call it too."""
 
     def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job: ...
 
@@ -73,7 +73,7 @@ class Backend(Protocol):
     def stream(
         self, job: Job, *, priority: int = 0, replica: int | None = None, timeout: float | None = None
     ) -> TokenStream:
-        """Begin a request. Whoever does not iterate to the end, or `wait`, must `close` it."""
+        """Begin a request. A caller that neither iterates to the end nor calls `wait` must call `close`."""
 
     # --- the fleet -----------------------------------------------------------------------------------------------
 
@@ -87,10 +87,10 @@ class Backend(Protocol):
     async def operate(self, wanted: Operation) -> bytes: ...
 
     async def ask(self, verb: str, payload: bytes = b"") -> bytes:
-        """Ask the process that has the fleet; it has a handler for each verb."""
+        """Send a request to the process that has the fleet, and return the answer. Each verb has a handler there."""
 
     async def drain(self, timeout: float) -> bool:
-        """Take nothing new, and wait up to `timeout` seconds. True if all requests have ended."""
+        """Refuse new requests, and wait up to `timeout` seconds for the others. Return True if all have ended."""
 
     def close(self) -> None:
         """End all replicas and requests. Idempotent."""

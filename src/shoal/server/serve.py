@@ -30,7 +30,7 @@ from shoal.server.settings import ServerSettings
 log = get_logger("serve")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_END_S = 2.0  # on top of a deadline, for whoever keeps it to say so
+_END_S = 2.0  # beyond a deadline, so that a process that keeps it can report that
 _LOOK_S = 1.0  # how often the fleet is checked
 _AT_ONCE_S = 3.0  # from the second signal to the end of the process, at most
 
@@ -59,8 +59,10 @@ class EndSignals:
 
 
 def _leave_soon(code: int) -> None:
-    """End this process in a few seconds, even if other threads are busy with work that can't be cancelled. Replicas and
-    API servers end with it."""
+    """End this process in a few seconds, even if other threads have work that can't be cancelled.
+
+    Replicas and API servers end with it.
+    """
 
     def leave() -> None:
         time.sleep(_AT_ONCE_S)
@@ -78,7 +80,7 @@ async def _apart(work: Callable[[], None]) -> None:
         try:
             work()
         finally:
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop was closed, so no task waits any more
                 loop.call_soon_threadsafe(done.set)
 
     threading.Thread(target=run, daemon=True, name="shoal-close").start()
@@ -193,7 +195,7 @@ async def serve_until_end(
 
 
 async def _watch(llm: Backend, url: str, look_s: float) -> None:
-    """Print the URL once the replicas are ready, then check the fleet again and again, without an end.
+    """Print the URL once the replicas are ready, then check the fleet periodically without an end.
 
     Raises:
         UserError, EngineError: nothing can be served: a replica can't start, none is left that could restart, or the

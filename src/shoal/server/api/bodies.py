@@ -140,8 +140,8 @@ def read_json(body: bytes, limits: RequestLimits = _LIMITS) -> Any:
     try:
         found = reader.read()
     except json.JSONDecodeError as error:
-        told = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
-        raise RequestValidationError([{**told, "ctx": {"error": error.msg}}]) from None
+        detail = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
+        raise RequestValidationError([{**detail, "ctx": {"error": error.msg}}]) from None
     if may_have_surrogates(text):
         refuse_surrogates(found)
     return found

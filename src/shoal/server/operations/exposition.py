@@ -11,8 +11,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 @dataclass(frozen=True, slots=True)
 class MetricFamily:
-    """The definition of a metric. A counter's name ends with `_total`. `bounds` are the upper bounds of a histogram's
-    buckets; one bucket without a bound is added."""
+    """The definition of a metric. A counter's name ends with `_total`.
+
+    `bounds` are the upper bounds of a histogram's buckets; one bucket without a bound is added.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]

@@ -58,13 +58,13 @@ class HttpCounts:
         """Count a request. Unknown methods share one name, so that clients can't add ever more of them."""
         self._of((handler, method if method in _METHODS else "other", f"{status // 100}xx")).observe(seconds)
 
-    def told(self) -> list[Any]:
+    def to_json(self) -> list[Any]:
         return [[*key, each.counts, each.total] for key, each in self._durations.items()]
 
-    def take(self, told: Sequence[Any]) -> None:
-        """Add the counts that `told` of another object has returned."""
-        for handler, method, status, counts, total in told:
-            self._of((handler, method, status)).add(counts, total)
+    def take(self, counts: Sequence[Any]) -> None:
+        """Add the counts that `to_json` of another object has returned."""
+        for handler, method, status, buckets, total in counts:
+            self._of((handler, method, status)).add(buckets, total)
 
     def take_over(self, payload: bytes) -> None:
         """Add the counts that `give` of another object has returned."""
@@ -72,7 +72,7 @@ class HttpCounts:
 
     def give(self) -> bytes:
         """Return all counts, and forget them here."""
-        payload = json.dumps(self.told()).encode() if self._durations else b""
+        payload = json.dumps(self.to_json()).encode() if self._durations else b""
         self._durations.clear()
         return payload
 
@@ -87,7 +87,7 @@ class HttpCounts:
             yield key, sum(each.counts)
 
     def durations(self) -> Iterator[tuple[tuple[str, str], Histogram]]:
-        """Give the samples of `DURATION`."""
+        """Yield the samples of `DURATION`."""
         found: dict[tuple[str, str], Histogram] = {}
         for (handler, method, _), each in sorted(self._durations.items()):
             found.setdefault((handler, method), Histogram(_COARSE_S)).add(_coarse(each.counts), each.total)

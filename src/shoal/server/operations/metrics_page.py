@@ -159,10 +159,14 @@ def families(max_model_len: int) -> list[MetricFamily]:
     ]
 
 
-def page_of(told: bytes, status: FleetStatus, model_name: str, options: EngineOptions | None = None) -> bytes:
-    """Return the text for Prometheus. `told` is the answer of RequestMetrics to "metrics"; `options` are those of the
-    replicas."""
-    found = json.loads(told)
+def page_of(answer: bytes, status: FleetStatus, model_name: str, options: EngineOptions | None = None) -> bytes:
+    """Return the text for Prometheus.
+
+    Args:
+        answer: the answer of `RequestMetrics` to "metrics".
+        options: the options of the replicas.
+    """
+    found = json.loads(answer)
     registry = CollectorRegistry()
     registry.register(FleetCollector(found, status, model_name, EngineOptions(None) if options is None else options))
     for collector in process_collectors(found["process"]):
@@ -173,8 +177,8 @@ def page_of(told: bytes, status: FleetStatus, model_name: str, options: EngineOp
 class FleetCollector(Collector):
     """The metrics of a fleet at one moment, from the counts of its requests and its status."""
 
-    def __init__(self, told: dict[str, Any], status: FleetStatus, model_name: str, options: EngineOptions) -> None:
-        self._told = told
+    def __init__(self, numbers: dict[str, Any], status: FleetStatus, model_name: str, options: EngineOptions) -> None:
+        self._numbers = numbers
         self._status = status
         self._model_name = model_name
         self._options = options
@@ -183,8 +187,8 @@ class FleetCollector(Collector):
         yield from _status_metrics(self._status, self._model_name)
         yield from _settings_metrics(self._status, self._model_name, self._options)
         yield from _rank_metrics(self._status, self._model_name)
-        yield from _request_metrics(self._told, self._status, self._model_name)
-        yield from _http_metrics(self._told["http"])
+        yield from _request_metrics(self._numbers, self._status, self._model_name)
+        yield from _http_metrics(self._numbers["http"])
 
 
 def _status_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
@@ -229,7 +233,7 @@ def _status_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
 
 
 def _settings_metrics(status: FleetStatus, model_name: str, options: EngineOptions) -> Iterator[Metric]:
-    """Give the metrics that also depend on the options of the replicas."""
+    """Yield the metrics that also depend on the options of the replicas."""
     known = [
         (replica.stats, (model_name, str(replica.number))) for replica in status.replicas if replica.stats is not None
     ]
@@ -255,7 +259,7 @@ def _filled(counts: Sequence[int], most: int) -> list[int]:
 
 
 def _defers(status: FleetStatus) -> bool:
-    """True if requests wait for a replica to be ready and not paused, rather than for room."""
+    """Return True if requests wait for a replica to be ready and not paused, rather than for a replica with room."""
     return status.activity != ActivityState.AWAKE or not any(replica.state == "ready" for replica in status.replicas)
 
 
@@ -265,8 +269,10 @@ def _waiting(replica: ReplicaStatus) -> int:
 
 
 def _shares(status: FleetStatus) -> list[int]:
-    """Return each replica's share of the router's queue. Ready replicas share it, or all if none is ready; so an
-    autoscaler that reads the sum or one replica sees the queue."""
+    """Return each replica's share of the router's queue, so that an autoscaler that reads one replica sees the queue.
+
+    Ready replicas share it, or all replicas if none is ready.
+    """
     takers = [replica.state == "ready" for replica in status.replicas]
     if not any(takers):
         takers = [True] * len(takers)
@@ -309,7 +315,7 @@ def _rank_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
 
 
 def _busy(stats: EngineStats) -> Iterator[tuple[int, int]]:
-    """Give the microseconds that each rank has computed, over all restarts."""
+    """Yield the microseconds that each rank has computed, over all restarts."""
     found = dict(enumerate(stats.busy_before))
     for rank in stats.ranks:
         found[rank.rank] = found.get(rank.rank, 0) + rank.busy_us
@@ -319,21 +325,21 @@ def _busy(stats: EngineStats) -> Iterator[tuple[int, int]]:
 # --- metrics from the counts of requests -----------------------------------------------------------------------------
 
 
-def _request_metrics(told: dict[str, Any], status: FleetStatus, model_name: str) -> Iterator[Metric]:
-    """Give the counts of requests. Engines that have done nothing yet have zeros, so that a rate has a beginning."""
-    engines: dict[str, Any] = {str(replica.number): None for replica in status.replicas} | told["engines"]
+def _request_metrics(numbers: dict[str, Any], status: FleetStatus, model_name: str) -> Iterator[Metric]:
+    """Yield the counts of requests. Engines that have done nothing yet have zeros, so that a rate has a beginning."""
+    engines: dict[str, Any] = {str(replica.number): None for replica in status.replicas} | numbers["engines"]
     for name, family in COUNTERS.items():
         yield as_metric(
             family,
             (((model_name, number), engine["counters"][name] if engine else 0) for number, engine in engines.items()),
         )
     ends: dict[tuple[str, str], int] = {(number, reason): 0 for number in engines for reason in REASONS.values()}
-    ends |= {("" if number < 0 else str(number), reason): count for number, reason, count in told["ends"]}
+    ends |= {("" if number < 0 else str(number), reason): count for number, reason, count in numbers["ends"]}
     yield as_metric(SUCCESS, (((model_name, *key), count) for key, count in ends.items()))
-    refused = dict.fromkeys(REFUSALS.values(), 0) | told["refused"]
+    refused = dict.fromkeys(REFUSALS.values(), 0) | numbers["refused"]
     yield as_metric(REFUSED, (((model_name, reason), count) for reason, count in refused.items()))
-    yield as_metric(API_RESTARTS, [((model_name,), told["api_server_restarts"])])
-    for name, family in histogram_families(told["max_model_len"]).items():
+    yield as_metric(API_RESTARTS, [((model_name,), numbers["api_server_restarts"])])
+    for name, family in histogram_families(numbers["max_model_len"]).items():
         found = [
             ((model_name, number), Histogram(family.bounds, *(engine["histograms"][name] if engine else ())))
             for number, engine in engines.items()
@@ -343,9 +349,9 @@ def _request_metrics(told: dict[str, Any], status: FleetStatus, model_name: str)
             yield as_histogram(OLD_GAP, found)
 
 
-def _http_metrics(told: list[Any]) -> Iterator[Metric]:
+def _http_metrics(numbers: list[Any]) -> Iterator[Metric]:
     http = HttpCounts()
-    http.take(told)
+    http.take(numbers)
     yield as_metric(REQUESTS, http.requests())
     yield as_histogram(DURATION, http.durations())
     yield as_histogram(FINE_DURATION, [((), http.all_durations())])
@@ -373,13 +379,13 @@ def _routes(llm: Backend, model_name: str, counts: HandOver) -> APIRouter:
     async def metrics() -> Response:
         try:
             async with asyncio.timeout(_ANSWER_S):
-                told = await _numbers(llm, counts)
+                numbers = await _numbers(llm, counts)
                 status = await llm.status()
         except (ShoalError, TimeoutError) as error:
             raise HttpError(
                 503, f"no numbers from the engine: {error or f'no answer within {_ANSWER_S:g} s'}"
             ) from None
-        text = await asyncio.to_thread(page_of, told, status, model_name, llm.options)
+        text = await asyncio.to_thread(page_of, numbers, status, model_name, llm.options)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return router

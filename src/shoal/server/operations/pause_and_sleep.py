@@ -42,8 +42,8 @@ def routes(llm: Backend) -> APIRouter:
             bool, Query(description="accepted for compatibility, without effect: there is no external cache")
         ] = False,
     ) -> Response:
-        told = await _operate(llm, Operation("reset_prefix_cache", running=reset_running_requests))
-        found = reset_outcome_decoder.decode(told)
+        answer = await _operate(llm, Operation("reset_prefix_cache", running=reset_running_requests))
+        found = reset_outcome_decoder.decode(answer)
         return _answer({"status": "reset", "forgotten_blocks": found.forgotten, "held_blocks": found.held})
 
     return router

@@ -16,8 +16,8 @@ _GARBAGE = GCCollector(CollectorRegistry())
 _PLATFORM = PlatformCollector(None)
 
 
-def told_of_this_process() -> dict[str, Any]:
-    """Return what only the process itself can say of its metrics, ready for JSON."""
+def facts_of_this_process() -> dict[str, Any]:
+    """Return the facts for metrics that only the process itself knows, ready for JSON."""
     garbage = [
         [each.name, each.documentation, [[sample.labels, sample.value] for sample in each.samples]]
         for each in _GARBAGE.collect()
@@ -25,9 +25,9 @@ def told_of_this_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "garbage": garbage}
 
 
-def process_collectors(told: dict[str, Any]) -> list[Collector]:
-    """Return collectors for the process on this host that `told` comes from."""
-    return [_process(told["pid"]), _Garbage(told["garbage"]), _PLATFORM]
+def process_collectors(facts: dict[str, Any]) -> list[Collector]:
+    """Return collectors for the process on this host that has these facts."""
+    return [_process(facts["pid"]), _Garbage(facts["garbage"]), _PLATFORM]
 
 
 @cache
@@ -39,13 +39,13 @@ def _process(pid: int) -> ProcessCollector:
 class _Garbage(Collector):
     """Collector for the garbage collector of another process."""
 
-    def __init__(self, told: list[Any]) -> None:
-        self._told = told
+    def __init__(self, counts: list[Any]) -> None:
+        self._counts = counts
 
     def collect(self) -> list[CounterMetricFamily]:
         found = []
-        for name, about, samples in self._told:
-            family = CounterMetricFamily(name, about, labels=list(samples[0][0]))
+        for name, description, samples in self._counts:
+            family = CounterMetricFamily(name, description, labels=list(samples[0][0]))
             for labels, value in samples:
                 family.add_metric(list(labels.values()), value)
             found.append(family)

@@ -12,7 +12,7 @@ from typing import Any
 
 from shoal.server.operations.exposition import Histogram, MetricFamily
 from shoal.server.operations.http_counts import HttpCounts
-from shoal.server.operations.process_metrics import told_of_this_process
+from shoal.server.operations.process_metrics import facts_of_this_process
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 
 LABELS = ("model_name", "engine")
@@ -153,7 +153,7 @@ class _Engine:
         self.cached_tokens = 0
         self.generated_tokens = 0
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "histograms": {name: [each.counts, each.total] for name, each in self.histograms.items()},
             "counters": {
@@ -177,7 +177,7 @@ class RequestMetrics:
         self._max_model_len = max_model_len
         self._families = histogram_families(max_model_len)
         self._clock = clock
-        self._lives: dict[int, _RequestRecord] = {}
+        self._records: dict[int, _RequestRecord] = {}
         self._groups: dict[int, _Group] = {}
         self._engines: dict[int, _Engine] = {}
         self._ends: Counter[tuple[int, Finish]] = Counter()
@@ -188,26 +188,26 @@ class RequestMetrics:
     @property
     def followed(self) -> int:
         """The number of requests and groups that have not ended."""
-        return len(self._lives) + len(self._groups)
+        return len(self._records) + len(self._groups)
 
     @property
     def verbs(self) -> dict[str, Callable[[bytes], bytes]]:
-        """Handlers for a fleet server. The payload of both is what an API server has counted since it asked last."""
-        return {"metrics": self._tell, "http": self._take_http}
+        """Handlers for a fleet server. The payload of both is what an API server has counted since its last call."""
+        return {"metrics": self._report, "http": self._take_http}
 
-    def _tell(self, payload: bytes) -> bytes:
+    def _report(self, payload: bytes) -> bytes:
         """Return all numbers so far as JSON; `metrics_page.page_of` makes the text, which takes longer."""
         self._http.take_over(payload)
-        told = {
+        numbers = {
             "max_model_len": self._max_model_len,
-            "engines": {number: engine.told() for number, engine in self._engines.items()},
+            "engines": {number: engine.to_json() for number, engine in self._engines.items()},
             "ends": [[number, REASONS[finish], count] for (number, finish), count in self._ends.items()],
             "refused": {REFUSALS[refusal]: count for refusal, count in self._refused.items()},
-            "http": self._http.told(),
+            "http": self._http.to_json(),
             "api_server_restarts": self._api_restarts,
-            "process": told_of_this_process(),
+            "process": facts_of_this_process(),
         }
-        return json.dumps(told, separators=(",", ":")).encode()
+        return json.dumps(numbers, separators=(",", ":")).encode()
 
     def note_api_restart(self) -> None:
         """Count a restart of an API server."""
@@ -222,14 +222,14 @@ class RequestMetrics:
     def added(self, request: EngineRequest) -> None:
         prompt = request.num_prompt_tokens
         arrival = request.arrival or self._clock()
-        self._lives[request.seq] = _RequestRecord(arrival, prompt, request.max_tokens, request.group)
+        self._records[request.seq] = _RequestRecord(arrival, prompt, request.max_tokens, request.group)
         if request.group >= 0:
             group = self._groups.setdefault(request.group, _Group())
             group.outputs += 1
             group.open += 1
 
     def dispatched(self, seq: int, replica: int) -> None:
-        life = self._lives.get(seq)
+        life = self._records.get(seq)
         if life is None:
             return
         life.replica = replica
@@ -237,7 +237,7 @@ class RequestMetrics:
             life.dispatched = self._clock()
 
     def updated(self, replica: int, update: SeqUpdate) -> None:
-        life = self._lives.get(update.seq)
+        life = self._records.get(update.seq)
         if life is None:
             return
         count = len(update.tokens)
@@ -255,12 +255,12 @@ class RequestMetrics:
             self._end(life, update)
 
     def stopped(self, seq: int) -> None:
-        life = self._lives.get(seq)
+        life = self._records.get(seq)
         if life is not None:
             life.stopped = True
 
     def ended(self, update: SeqUpdate) -> None:
-        life = self._lives.get(update.seq)
+        life = self._records.get(update.seq)
         if life is not None:
             self._end(life, update)
 
@@ -277,7 +277,7 @@ class RequestMetrics:
         engine.cached_tokens += life.cached
 
     def _end(self, life: _RequestRecord, update: SeqUpdate) -> None:
-        del self._lives[update.seq]
+        del self._records[update.seq]
         finish = Finish.ABORT if update.finish is None else update.finish
         if life.stopped and finish is Finish.ABORT:
             finish = Finish.STOP
