@@ -31,7 +31,7 @@ from shoal.server.http.errors import add_handlers
 from shoal.server.operations.exposition import Histogram as Ours
 from shoal.server.operations.exposition import MetricFamily, as_histogram, as_metric
 from shoal.server.operations.metrics_page import add_metrics, families, page_of
-from shoal.server.operations.process_metrics import process_collectors, facts_of_this_process
+from shoal.server.operations.process_metrics import facts_of_this_process, process_collectors
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import encode, replace_fields
