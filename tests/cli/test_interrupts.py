@@ -77,7 +77,7 @@ def test_little_is_imported_before_interrupts_are_handled() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     light = [
-        "shoal.cli.init",
+        "shoal.cli.container_init",
         "shoal.process",
         "shoal.process.import_path",
         "shoal.process.open_files",

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.timers import Timers
+from shoal.cluster.expiry_queue import Timers
+from shoal.cluster.replicas.restart_budget import Restarts
 from support.fakes import steady
 
 

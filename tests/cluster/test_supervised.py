@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.supervised import RunState, Supervised
+from shoal.cluster.replicas.restart_budget import Restarts
+from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.errors import ConfigError, EngineError
 from support.fakes import steady
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.engine.core import EngineCore
-from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.prompt_chunking import PromptChunker
 from shoal.wire.engine import EngineRequest
 from support.fakes import FakePipeline, Outcomes, request, steady
 

@@ -23,11 +23,11 @@ import pytest
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
-from shoal.transport import member as members_module
 from shoal.transport import rendezvous as rendezvous_module
+from shoal.transport import room_member as members_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.member import RoomMember, connect
 from shoal.transport.rendezvous import Rendezvous, enable_keepalive, proof, require_key
+from shoal.transport.room_member import RoomMember, connect
 from shoal.wire.base import encode
 from shoal.wire.rendezvous import (
     Alive,
@@ -407,7 +407,7 @@ def test_a_member_that_leaves_after_its_work_is_no_failure(meeting: Rendezvous) 
 MEMBER = """
 import sys, time
 from shoal.addresses import Address
-from shoal.transport.member import RoomMember
+from shoal.transport.room_member import RoomMember
 RoomMember(Address.parse(sys.argv[1]), "a key", room="room", rank=1, size=2, timeout=60.0)
 print("in", flush=True)
 time.sleep(600)

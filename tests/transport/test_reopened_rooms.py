@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError
-from shoal.transport import member as members_module
+from shoal.transport import room_member as members_module
 from shoal.transport.channel import Channel, wait
-from shoal.transport.member import RoomMember, connect
 from shoal.transport.rendezvous import Rendezvous, proof
+from shoal.transport.room_member import RoomMember, connect
 from shoal.wire.base import encode
 from shoal.wire.rendezvous import Challenge, Hello, JoinRefused, Signed, Welcome, hello_decoder, to_rendezvous
 from support.fakes import steady
@@ -181,7 +181,7 @@ def test_only_consecutive_refusals_end_the_attempts(monkeypatch: pytest.MonkeyPa
     """After a refusal and a long time without an answer, another refusal counts as the first one."""
     script = ScriptedRendezvous()
     monkeypatch.setattr(members_module, "time", FakeTime(members_module.REFUSED_TIMEOUT_S * 2))
-    monkeypatch.setattr("shoal.transport.member.addresses.connect", script.connect)
+    monkeypatch.setattr("shoal.transport.room_member.addresses.connect", script.connect)
     script.answers = ["not now", "hang up", "not now", "unreachable", "not now", "come in"]
     connect(script.address, KEY, timeout=1e6).close()
     script.answers = ["not now", "not now"]

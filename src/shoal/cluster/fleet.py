@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.activity import ActivityState
+from shoal.cluster.expiry_queue import Timers
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.replica_client import ReplicaClient
-from shoal.cluster.members.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaSet
+from shoal.cluster.replicas.replica_client import ReplicaClient
+from shoal.cluster.replicas.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.routing.capacity import ReplicaCapacity
-from shoal.cluster.timers import Timers
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, context_length_exceeded
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.cluster.members.replica import close_all
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.supervised import RunState, Supervised
+from shoal.cluster.replicas.replica import close_all
+from shoal.cluster.replicas.restart_budget import Restarts
+from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import EngineError, ShoalError, UserError
 from shoal.launch.agreement import host_agreement

@@ -5,9 +5,9 @@ import secrets
 from contextlib import ExitStack, suppress
 
 from shoal.addresses import Address
-from shoal.cluster.members.replica import EngineProcess, Replica, close_all
-from shoal.cluster.members.replica_client import await_ready
 from shoal.cluster.replica_set import ReplicaSet
+from shoal.cluster.replicas.replica import EngineProcess, Replica, close_all
+from shoal.cluster.replicas.replica_client import await_ready
 from shoal.engine.build import build_engine
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import AddressInUse

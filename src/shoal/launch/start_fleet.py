@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 from shoal.cluster.fleet import Fleet, ModelSummary
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.doors import FleetDoor, PeersDoor
+from shoal.cluster.replicas.rendezvous_doors import FleetDoor, PeersDoor
 from shoal.launch.deployment import Deployment, Mode
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
 from shoal.launch.offline_engines import KEY_BYTES

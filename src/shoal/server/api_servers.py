@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.supervised import RunState, Supervised
+from shoal.cluster.replicas.restart_budget import Restarts
+from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.errors import ClosedError, EngineError
 from shoal.launch.open_model import OpenModel
 from shoal.llm.async_llm import AsyncLLM

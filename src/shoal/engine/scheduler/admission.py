@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request
 from shoal.engine.scheduler.block_tables import BlockTables
-from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.plan_builder import PlanBuilder
+from shoal.engine.scheduler.prompt_chunking import PromptChunker
+from shoal.engine.scheduler.request_table import Books
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.wire.ranks import NewSeq
 

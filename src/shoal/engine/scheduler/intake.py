@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.request import Request
-from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.request_table import Books
 from shoal.engine.speculation import Drafter
 from shoal.errors import RequestError, structured_outputs_error
 from shoal.protocols import Policy

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from shoal.engine.request import Request, RequestState
 from shoal.engine.scheduler.block_tables import BlockTables
-from shoal.engine.scheduler.books import Books
+from shoal.engine.scheduler.request_table import Books
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.errors import RequestError, structured_outputs_error

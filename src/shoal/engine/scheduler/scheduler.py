@@ -23,15 +23,15 @@ has computed before. A pipeline of one stage needs none of these rules.
 from collections.abc import Callable, Iterable, Sequence
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request, RequestState
 from shoal.engine.scheduler.admission import Admission
 from shoal.engine.scheduler.block_tables import BlockTables
-from shoal.engine.scheduler.books import Books, Counters
 from shoal.engine.scheduler.intake import Intake
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.plan_builder import PlanBuilder, prompt_tokens
 from shoal.engine.scheduler.planning import RunningPlanner
+from shoal.engine.scheduler.prompt_chunking import PromptChunker
+from shoal.engine.scheduler.request_table import Books, Counters
 from shoal.engine.scheduler.results import Results, end_of_output
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import Deadlines, WaitingQueue

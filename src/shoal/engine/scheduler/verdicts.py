@@ -7,7 +7,7 @@ if the verdict should arrive before the ranks need it. Otherwise it is planned w
 from collections.abc import Sequence
 
 from shoal.engine.request import Request, RequestState
-from shoal.engine.scheduler.books import Books
+from shoal.engine.scheduler.request_table import Books
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.protocols import Grammars
 from shoal.wire.grammars import GrammarAsk, Verdict

@@ -15,7 +15,7 @@ from shoal.llm.deltas import Delta
 from shoal.openai.answers import completion_choice, completion_logprobs, legacy_name, logprobs_by_id, usage
 from shoal.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from shoal.params import Prompt, SamplingParams
-from shoal.server.api import bodies
+from shoal.server.api import body_reader
 from shoal.server.api.answer_schemas import CompletionAnswer
 from shoal.server.api.output_streams import (
     TokenForms,
@@ -79,7 +79,7 @@ class _Echo:
 
 
 def routes(service: Service) -> APIRouter:
-    router = bodies.router("OpenAI")
+    router = body_reader.router("OpenAI")
 
     @router.post(
         "/v1/completions",

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.errors import ClosedError, ShoalError
 from shoal.log import get_logger
 from shoal.server.http.limits import route_of
-from shoal.server.operations.exposition import Histogram, MetricFamily
+from shoal.server.operations.metric_families import Histogram, MetricFamily
 
 log = get_logger("server")
 

@@ -20,9 +20,9 @@ from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
 from shoal.server.backend import Backend
 from shoal.server.http.errors import HttpError, error_responses
-from shoal.server.operations import cache_config
-from shoal.server.operations.exposition import Histogram, MetricFamily, as_histogram, as_metric
+from shoal.server.operations import cache_config_labels
 from shoal.server.operations.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
+from shoal.server.operations.metric_families import Histogram, MetricFamily, as_histogram, as_metric
 from shoal.server.operations.process_metrics import process_collectors
 from shoal.server.operations.request_metrics import (
     COUNTERS,
@@ -57,7 +57,7 @@ CACHE_CONFIG = MetricFamily(
     "vllm:cache_config_info",
     "gauge",
     "Number and size of the KV blocks, and options of the cache, as labels.",
-    (*LABELS, *cache_config.NAMES),
+    (*LABELS, *cache_config_labels.NAMES),
 )
 WAITING_BY_REASON = MetricFamily(
     "vllm:num_requests_waiting_by_reason",
@@ -239,7 +239,7 @@ def _settings_metrics(status: FleetStatus, model_name: str, options: EngineOptio
     ]
     yield as_metric(
         CACHE_CONFIG,
-        (((*labels, *cache_config.values(options, stats)), 1) for stats, labels in known if stats.num_blocks),
+        (((*labels, *cache_config_labels.values(options, stats)), 1) for stats, labels in known if stats.num_blocks),
     )
     speculative = options.model_options.speculative_config
     most = speculative.num_speculative_tokens if speculative is not None else 0

@@ -7,7 +7,7 @@ reads no clock.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from shoal.cluster.members.restarts import Restarts
+from shoal.cluster.replicas.restart_budget import Restarts
 from shoal.errors import ShoalError, UserError
 
 
