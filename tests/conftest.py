@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support import checkpoints, effort
+from support import checkpoints, example_counts
 
 QUICK_CASES = 3  # cases of a parametrized test that a quick run has
 QUICK_S = 1.0  # tests of a quick run that take more CPU time are named at its end
@@ -51,13 +51,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    effort.quick = config.getoption("--quick")
+    example_counts.quick = config.getoption("--quick")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     """Skip a test of a quick run when it, or a fixture of it, is about to start a process."""
-    if not effort.quick:
+    if not example_counts.quick:
         yield
         return
 
@@ -78,7 +78,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Name the tests that make a quick run slow."""
-    if not effort.quick:
+    if not example_counts.quick:
         return
     for report in terminalreporter.stats.get("passed", ()):
         seconds = dict(report.user_properties).get("cpu_s", 0.0)
@@ -103,7 +103,7 @@ LONGEST = (
     "test_serving_over_hosts.py",
     "test_kills.py",
     "test_properties.py",
-    "test_sameness.py",
+    "test_greedy_tokens.py",
     "test_pipeline.py",
     "test_robustness.py",
     "test_dashboard.py",
@@ -115,7 +115,7 @@ LONGEST = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if effort.quick:
+    if example_counts.quick:
         chosen = set(_quick_subset(items))
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import make_prompts
+from conformance.test_greedy_tokens import make_prompts
 from shoal import LLM, SamplingParams
 from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.wire.ranks import RankStats

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import assert_same, generate, make_prompts
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts
 from shoal import LLM
 from shoal.errors import CheckpointError, UserError
 from support.raw_configs import raw_config, save_raw

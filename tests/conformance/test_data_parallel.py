@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import make_prompts
+from conformance.test_greedy_tokens import make_prompts
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.jobs.entries import JobEntry

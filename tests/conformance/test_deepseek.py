@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conformance.test_sameness import assert_same, generate, make_prompts, run
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts, run
 from shoal import LLM, SamplingParams
 from shoal.models.manifest import kv_block_bytes, make_shards
 from shoal.models.registry import read_spec

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import FEW, assert_same, generate
+from conformance.test_greedy_tokens import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler.limits import SchedulerLimits

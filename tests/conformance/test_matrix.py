@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import assert_same, generate, make_prompts
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts
 from shoal.launch.open_model import open_model
 from support.checkpoints import MAKERS
 from support.pairwise import pairwise

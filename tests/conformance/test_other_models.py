@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import MIXED, Checkpoint, assert_same, generate
+from conformance.test_greedy_tokens import MIXED, Checkpoint, assert_same, generate
 from shoal import LLM
 from shoal.errors import ConfigError
 from support import other_models

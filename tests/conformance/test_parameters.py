@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.test_sameness import LOGPROB_TOLERANCE, NEAR_TIE, make_prompts
+from conformance.test_greedy_tokens import LOGPROB_TOLERANCE, NEAR_TIE, make_prompts
 from shoal import LLM, RequestOutput, SamplingParams
 from support.checkpoints import Reference
 

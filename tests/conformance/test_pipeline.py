@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.test_sameness import FEW, MIXED, Checkpoint, assert_same, generate, make_prompts, run
+from conformance.test_greedy_tokens import FEW, MIXED, Checkpoint, assert_same, generate, make_prompts, run
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ConfigError
 from shoal.models.checkpoint.checkpoint import open_checkpoint

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conformance.test_sameness import assert_same, generate, make_prompts, reference, run
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts, reference, run
 from shoal import LLM
 from shoal.planner.planner import Planner
 from support import other_models

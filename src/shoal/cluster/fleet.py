@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.activity import ActivityState
-from shoal.cluster.expiry_queue import Timers
+from shoal.cluster.expiry_queue import ExpiryQueue
 from shoal.cluster.limits import FleetLimits
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaSet
@@ -86,8 +86,8 @@ class Fleet:
             on_loss=self._lost,
             recorder=recorder,
         )
-        self._deadlines = Timers(self._set.is_open)
-        self._wait_limits = Timers(self._set.is_new)  # until when requests may wait for their first replica
+        self._deadlines = ExpiryQueue(self._set.is_open)
+        self._wait_limits = ExpiryQueue(self._set.is_new)  # until when requests may wait for their first replica
         self._supervisor = ReplicaSupervisor(
             launch,
             capacity_of,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.cluster.replicas.replica import close_all
-from shoal.cluster.replicas.restart_budget import Restarts
+from shoal.cluster.replicas.restart_budget import RestartBudget
 from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import EngineError, ShoalError, UserError
@@ -203,7 +203,7 @@ class HeadlessHost:
         self._clock = clock
         self._in_lockstep = False  # True: the replicas share experts, so none works without the others
         self.replicas = [
-            HeadlessReplica(setup=setup, restarts=Restarts(max_restarts, "--max-restarts"), useful_s=_USEFUL_S)
+            HeadlessReplica(setup=setup, restarts=RestartBudget(max_restarts, "--max-restarts"), useful_s=_USEFUL_S)
             for setup in setups
         ]
 

@@ -12,7 +12,7 @@ from shoal.cluster.limits import FleetLimits
 from shoal.cluster.replica_set import ReplicaSet
 from shoal.cluster.replicas.replica import close_all
 from shoal.cluster.replicas.replica_client import ReplicaClient
-from shoal.cluster.replicas.restart_budget import Restarts
+from shoal.cluster.replicas.restart_budget import RestartBudget
 from shoal.cluster.replicas.supervised import RunState
 from shoal.cluster.replicas.supervised_replica import SupervisedReplica
 from shoal.cluster.routing.capacity import ReplicaCapacity
@@ -346,7 +346,7 @@ class ReplicaSupervisor:
     def _add_replica(self, number: int, *, local: bool) -> SupervisedReplica:
         replica = self._replicas[number] = SupervisedReplica(
             number=number,
-            restarts=Restarts(self._limits.max_restarts, "--max-restarts"),
+            restarts=RestartBudget(self._limits.max_restarts, "--max-restarts"),
             started_elsewhere=not local,
             useful_s=_USEFUL_S,
             state=RunState.NEW if local else RunState.AWAITED,

@@ -130,7 +130,9 @@ REPLAYS = MetricFamily(
     "Requests that were continued on another replica after theirs had ended.",
     ("model_name",),
 )
-API_RESTARTS = MetricFamily("shoal:api_server_restarts_total", "counter", "Restarts of API servers.", ("model_name",))
+API_RESTARTS = MetricFamily(
+    "shoal:api_server_restarts_total", "counter", "Restarts of API servers.", ("model_name",)
+)
 ACCEPTING = MetricFamily(
     "shoal:accepting_requests",
     "gauge",
