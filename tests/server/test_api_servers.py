@@ -274,7 +274,7 @@ def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(async_llm, "ANSWER_S", 0.01)
 
     async def ask() -> None:
-        llm = AsyncLLM(line=_Nobody)
+        llm = AsyncLLM(connect=_Nobody)
         with pytest.raises(EngineError, match=r"has not answered 'status' within 0\.01 s"):
             await llm.status()
         llm.close()

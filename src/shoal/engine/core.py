@@ -26,13 +26,13 @@ _NUM_TOKEN_BUCKETS = 24  # buckets of the histogram of tokens per step; the uppe
 
 
 class EngineCore:
-    """An `EngineClient` for an engine in this process. Calls of `updates` drive the engine.
+    """The engine itself. It has the interface `EngineClient`, and runs while its owner calls `updates`.
 
     At most `max_in_flight` plans are with the ranks at a time. If this is one more than the number of stages, the next
     plan has arrived when the first stage ends a step, so the ranks never wait for the engine.
 
     A replica in lockstep launches steps without work if other replicas need them. While it is not `busy`, its owner
-    waits for the lockstep (see `Joined.fileno`); no method of this class does.
+    waits for the lockstep (see `LockstepMember.fileno`); no method of this class does.
     """
 
     def __init__(

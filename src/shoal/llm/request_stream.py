@@ -20,17 +20,17 @@ _RETRY_S = {  # seconds after which a client should try again, by the kind of th
 
 
 class RunningRequests(Protocol):
-    """The requests that a fleet has, by their numbers, as a stream may end them."""
+    """The part of `AsyncLLM` that a stream needs to end its requests in the fleet."""
 
     def release(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
-        """End requests in the fleet, and ignore everything that still comes of them.
+        """End requests in the fleet, and ignore their later updates.
 
         Args:
             stopped: True if their outputs are complete because they have reached a stop text.
         """
 
     def end(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
-        """End requests in the fleet. Their last updates still come."""
+        """End requests in the fleet. Their last updates are still delivered."""
 
 
 class RequestStream:
@@ -63,7 +63,7 @@ class RequestStream:
 
     @property
     def prompt_logprobs(self) -> Sequence[Logprobs | None] | None:
-        """The log-probabilities of the prompt's tokens, described only when they are read.
+        """The log-probabilities of the prompt's tokens, converted to `Logprob` objects only when they are read.
 
         That of the first token is None. The whole is None if they were not asked for.
         """
@@ -89,7 +89,9 @@ class RequestStream:
             self.close()
 
     async def wait(self) -> RequestOutput:
-        """Wait for the end, and return all outputs. Their log-probabilities are described only when they are read.
+        """Wait for the end, and return all outputs.
+
+        Their log-probabilities are converted to `Logprob` objects only when they are read.
 
         Raises:
             RequestError, Unavailable, EngineError: the request ended with an error (see `AsyncLLM.generate`).
@@ -110,7 +112,7 @@ class RequestStream:
     def output(self, request_id: str | None = None) -> RequestOutput:
         """Return all outputs so far.
 
-        An unfinished output has no `finish_reason`, and no text that a stop text may still cut off.
+        An unfinished output has no `finish_reason`, and omits text at its end that may be the beginning of a stop text.
         """
         return self._output(request_id, lazy=False)
 

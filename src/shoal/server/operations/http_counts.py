@@ -141,7 +141,7 @@ class HandOver:
         except ClosedError:
             self.take_back(payload)
         except ShoalError:  # no answer in time: they may have arrived, and must not be counted twice
-            log.warning("counts of HTTP requests may be lost: the engine has not answered")
+            log.warning("counts of HTTP requests may be lost: the fleet has not answered")
 
 
 class CountRequests:

@@ -130,9 +130,7 @@ REPLAYS = MetricFamily(
     "Requests that were continued on another replica after theirs had ended.",
     ("model_name",),
 )
-API_RESTARTS = MetricFamily(
-    "shoal:api_server_restarts_total", "counter", "Restarts of API servers.", ("model_name",)
-)
+API_RESTARTS = MetricFamily("shoal:api_server_restarts_total", "counter", "Restarts of API servers.", ("model_name",))
 ACCEPTING = MetricFamily(
     "shoal:accepting_requests",
     "gauge",
@@ -384,9 +382,7 @@ def _routes(llm: Backend, model_name: str, counts: HandOver) -> APIRouter:
                 numbers = await _numbers(llm, counts)
                 status = await llm.status()
         except (ShoalError, TimeoutError) as error:
-            raise HttpError(
-                503, f"no numbers from the engine: {error or f'no answer within {_ANSWER_S:g} s'}"
-            ) from None
+            raise HttpError(503, f"no metrics from the fleet: {error or f'no answer within {_ANSWER_S:g} s'}") from None
         text = await asyncio.to_thread(page_of, numbers, status, model_name, llm.options)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
