@@ -208,7 +208,7 @@ def test_a_number_that_is_used_twice_is_refused() -> None:
             process.kill()
         logs = {process: process.communicate(timeout=60)[1] for process in processes}
     assert refused.returncode == 2
-    assert "is there already: give every process a rank of its own" in logs[refused]
+    assert "has already joined: give every process a rank of its own" in logs[refused]
 
 
 def descendants(pid: int) -> list[int]:

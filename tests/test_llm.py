@@ -216,8 +216,11 @@ def test_max_tokens_is_cut_to_the_context_length(llm: LLM) -> None:
     ("prompt", "says"),
     [
         ({"prompt_token_ids": []}, "empty"),
-        ({"prompt_token_ids": [3] * 64}, r"length is 64 tokens; the prompt has 64 tokens, and an output needs one"),
-        ({"prompt_token_ids": [301]}, "301 is no id of a vocabulary of 301"),
+        (
+            {"prompt_token_ids": [3] * 64},
+            r"length is 64 tokens; the prompt has 64 tokens, but the output needs at least one",
+        ),
+        ({"prompt_token_ids": [301]}, "301 is not a token id: the vocabulary has 301 tokens"),
         ({"prompt_token_ids": [-1]}, "-1 is no id"),
         ({"prompt_token_ids": [True]}, "True is no id"),
         ({"prompt_token_ids": [1.0]}, "1.0 is no id"),
@@ -413,7 +416,7 @@ def test_several_conversations_at_once(bundled: LLM) -> None:
         ("hello", "messages must be a list of messages, or a list of such lists, got 'hello'"),
         (None, "messages must be a list of messages"),
         ([[]], "prompt 0: messages is empty"),
-        ([MESSAGES, [{"content": "x"}]], "1: message 0: role must be a text"),
+        ([MESSAGES, [{"content": "x"}]], "1: message 0: role must be a string"),
         ([7], "0: messages must be a list of objects"),
     ],
 )

@@ -509,7 +509,7 @@ def test_unreadable_prompts_file(refused: Refused, tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a"', "line 1: it is not JSON"),
         ("p.jsonl", "\n\nhello", "line 3: it is not JSON"),
         ("p.jsonl", '{"text": "a"}', "neither a text `prompt` nor a list `prompt_token_ids` nor `messages`"),
-        ("p", '{"prompt": 7}', "`prompt` must be a text"),
+        ("p", '{"prompt": 7}', "`prompt` must be a string"),
         ("p.csv", "text\na\n", "no column 'prompt'"),
     ],
 )
@@ -660,7 +660,7 @@ def test_bad_prompts_in_a_file_fail_alone(tmp_path: Path, folder: Path) -> None:
     bad: dict[int, tuple[dict[str, Any], str]] = {
         1: ({"prompt": ""}, "empty"),
         2: ({"prompt_token_ids": []}, "empty"),
-        3: ({"prompt_token_ids": [1, 301]}, "301 is no id of a vocabulary of 301"),
+        3: ({"prompt_token_ids": [1, 301]}, "301 is not a token id: the vocabulary has 301 tokens"),
         4: ({"prompt_token_ids": [-1]}, "-1 is no id"),
         5: ({"prompt_token_ids": [1.5]}, "1.5 is no id"),
         6: ({"prompt_token_ids": ["a"]}, "'a' is no id"),

@@ -180,7 +180,7 @@ def test_a_rank_given_twice_is_refused(meeting: Rendezvous) -> None:
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(join, meeting, 0)
         arrive(meeting)
-        with pytest.raises(ConfigError, match=r"rank 0 may not join .*: rank 0 \(.* is there already"):
+        with pytest.raises(ConfigError, match=r"rank 0 may not join .*: rank 0 \(.* has already joined"):
             join(meeting, 0)
         join(meeting, 1).close()
         first.result().close()
@@ -190,7 +190,7 @@ def test_a_rank_given_twice_is_refused(meeting: Rendezvous) -> None:
     ("options", "message"),
     [
         ({"key": "another"}, "the shared key differs"),
-        ({"size": 3}, "it counts 3 ranks, rank 0 .* counts 2"),
+        ({"size": 3}, "it expects 3 ranks, rank 0 .* expects 2"),
         ({"agreement": {"dtype": "float32"}}, "its dtype is float32, that of rank 0 .* is bfloat16"),
         ({"agreement": {}}, "its dtype is nothing, that of rank 0 .* is bfloat16"),
         ({"rank": 7}, "rank 7 of 2 does not exist"),

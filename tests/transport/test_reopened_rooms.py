@@ -95,7 +95,7 @@ def test_a_second_process_with_the_same_rank_is_refused_after_a_while(
     """It is not refused immediately, since the first one may be unreachable and not removed yet."""
     monkeypatch.setattr(members_module, "REFUSED_TIMEOUT_S", 0.3)
     members = all_of(meeting, [0, 1])
-    with pytest.raises(ConfigError, match=r"rank 1 \(.*\) is there already: give every process a rank of its own"):
+    with pytest.raises(ConfigError, match=r"rank 1 \(.*\) has already joined: give every process a rank of its own"):
         join(meeting, 1)
     for each in members:
         each.close()

@@ -171,7 +171,7 @@ class EngineCore:
         behind = self._is_behind  # needed even if no plan may be launched: it raises if another replica has failed
         while self._scheduler.num_in_flight < self._max_in_flight:
             begun = time.perf_counter_ns()
-            plan = self._scheduler.schedule(even_without_work=behind, no_work=not self._activity.runs)
+            plan = self._scheduler.schedule(allow_empty=behind, only_empty=not self._activity.runs)
             if plan is not None:
                 self._executor.launch(plan)
                 self._count_tokens(plan)

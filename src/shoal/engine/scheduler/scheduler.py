@@ -129,20 +129,20 @@ class Scheduler:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, *, even_without_work: bool = False, no_work: bool = False) -> StepPlan | None:
+    def schedule(self, *, allow_empty: bool = False, only_empty: bool = False) -> StepPlan | None:
         """Return the next plan, or None if there is nothing to do before more results have come.
 
         Args:
-            even_without_work: return a plan in any case.
-            no_work: put no work into the plan.
+            allow_empty: return a plan in any case.
+            only_empty: put no work into the plan.
         """
         late = self._deadlines.pop_passed(self._requests.unfinished)
         self.abort(late, "the request's deadline has passed", RefusalKind.LATE)
         self._verdicts.foresee()
         plan = PlanBuilder(self._next_step, self._limits, self._chunking.share(self._backlog), self._tables)
-        if not no_work:
+        if not only_empty:
             self._fill(plan)
-        if plan.has_work or even_without_work or (not no_work and self._only_releases):
+        if plan.has_work or allow_empty or (not only_empty and self._only_releases):
             return self._launch(plan)
         return None
 

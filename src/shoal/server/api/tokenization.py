@@ -58,7 +58,7 @@ def _tokens(service: Service, body: TokenizeBody) -> list[int]:
         raise RequestError("give either prompt or messages", "prompt")
     if body.prompt is not None:
         if len(body.prompt) > _MAX_CHARACTERS:
-            why = f"prompt may have {_MAX_CHARACTERS} characters here, got {len(body.prompt)}: send it in parts"
+            why = f"prompt may have at most {_MAX_CHARACTERS} characters here, got {len(body.prompt)}: send it in parts"
             raise RequestError(why, "prompt")
         try:
             body.prompt.encode()
