@@ -71,7 +71,7 @@ def test_token_ids_beyond_the_vocabulary(token: Any) -> None:
         ("", "the prompt is empty"),
         (
             {"prompt_token_ids": [3] * 32},
-            "this model's maximum context length is 32 tokens; the prompt has 32 tokens, but the output needs at least one",
+            "maximum context length is 32 tokens; the prompt has 32 tokens, but the output needs at least one",
         ),
         ({"prompt_token_ids": {1}}, "prompt_token_ids must be a list of integers"),
         ({}, "a prompt is a text or has prompt_token_ids, got dict"),

@@ -182,8 +182,8 @@ class Fleet:
         if prompt_len >= self._context_length:
             raise context_length_exceeded(
                 self._context_length,
-                f"the prompt has {prompt_len}, but the output needs at least one: shorten it, or give the replicas more memory "
-                "for their KV caches",
+                f"the prompt has {prompt_len}, but the output needs at least one: shorten it, or give the replicas "
+                "more memory for their KV caches",
             )
         return replace_fields(request, max_tokens=min(request.max_tokens, self._context_length - prompt_len))
 
