@@ -649,7 +649,7 @@ def test_hub_that_can_not_be_reached(tmp_path: Path) -> None:
         "HF_ENDPOINT": "https://hub.invalid",
     }
     line = refused_process(tmp_path, "nobody/nothing", "-p", "x", **environment)
-    has(line, "nobody/nothing", "hub can't be reached", "local folder")
+    has(line, "nobody/nothing", "hub cannot be reached", "local folder")
 
 
 SMALL = ("--kv-cache-memory-bytes", "2MiB", "--max-model-len", 64, "--max-tokens", 3)
