@@ -1,7 +1,8 @@
 import logging
+import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from support import checkpoints, example_counts
 
+SLOW_MODULE = re.compile(r"^pytestmark = (pytest\.mark\.slow|\[.*pytest\.mark\.slow\b.*\])", re.MULTILINE)
 QUICK_CASES = 3  # cases of a parametrized test that a quick run has
 QUICK_S = 1.0  # tests of a quick run that take more CPU time are named at its end
 
@@ -54,19 +56,25 @@ def pytest_configure(config: pytest.Config) -> None:
     example_counts.quick = config.getoption("--quick")
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
-    """Skip a test of a quick run when it, or a fixture of it, is about to start a process."""
-    if not example_counts.quick:
-        yield
-        return
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Spare a quick run the import of modules in which all tests are slow."""
+    if example_counts.quick and collection_path.suffix == ".py":
+        return True if SLOW_MODULE.search(collection_path.read_text("utf-8")) else None
+    return None
 
-    def skip(*_: Any, **__: Any) -> None:
-        pytest.skip("it starts a process, which takes too long for --quick")
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Let a test of a quick run fail if it, or a fixture of it, starts a process."""
+    if not example_counts.quick:
+        return (yield)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("this test starts a process: mark it slow", pytrace=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", skip)
-        yield
+        patch.setattr(subprocess.Popen, "__init__", refuse)
+        return (yield)
 
 
 @pytest.hookimpl(hookwrapper=True)

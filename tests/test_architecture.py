@@ -262,6 +262,7 @@ def test_packages_have_empty_inits() -> None:
         assert path.read_text() == "", path
 
 
+@pytest.mark.slow
 def test_torch_free_modules_do_not_load_torch() -> None:
     names = [
         name

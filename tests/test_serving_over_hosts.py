@@ -29,6 +29,8 @@ from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.rendezvous import FRONT_END_DOOR
 from support import hosts
 
+pytestmark = pytest.mark.slow  # starts processes
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "async_llm_hosts.py"
 KEY = "a key of the test"
 PORT = 29571  # free, because the hosts run nothing else

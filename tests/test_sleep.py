@@ -15,6 +15,8 @@ from shoal import LLM, SamplingParams
 from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.wire.ranks import RankStats
 
+pytestmark = pytest.mark.slow  # starts processes
+
 Checkpoint = Callable[[str], Path]
 
 PROMPTS: list[Any] = [{"prompt_token_ids": tokens} for tokens in make_prompts([1, 9, 17, 33, 26], seed=4)]

@@ -22,6 +22,8 @@ from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import encode_tokens
 from support.plans import bare_plan, engine_plan
 
+pytestmark = pytest.mark.slow  # starts processes
+
 Checkpoint = Callable[[str], Path]
 
 OPTIONS: dict[str, Any] = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}

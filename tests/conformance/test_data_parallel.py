@@ -16,6 +16,8 @@ from shoal.jobs.parameters import JobParameters
 from shoal.jobs.run_job import JobRun
 from shoal.params import BeamSearchParams
 
+pytestmark = pytest.mark.slow
+
 Checkpoint = Callable[[str], Path]
 
 LENGTHS = [1, 3, 9, 17, 33, 5, 20, 12, 7, 26]

@@ -11,6 +11,8 @@ from shoal import LLM, SamplingParams
 from shoal.models.registry import FAMILIES, read_spec
 from support.hub_files import Spelling, respell, rounded
 
+pytestmark = pytest.mark.slow
+
 Checkpoint = Callable[[str], Path]
 
 HALF, BRAIN, WHOLE = torch.float16, torch.bfloat16, torch.float32

@@ -15,6 +15,8 @@ from shoal import RequestOutput
 from support.checkpoints import SIZES, save_model
 from support.plans import planner_of
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = make_prompts([5, 40], seed=8)
 STEPS = 8
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 SMALL = ("--max-model-len", "64", "--kv-cache-memory-bytes", "2MiB")
 ASK = ("generate", "--distributed-executor-backend", "mp", "--prompt", "Once", "--max-tokens", "4", *SMALL)
 ANSWER = "Once upon a time there"

@@ -47,6 +47,8 @@ from shoal.wire.rendezvous import (
 )
 from support.descriptors import many_open_files
 
+pytestmark = pytest.mark.slow
+
 KEY = "a key"
 
 
@@ -96,6 +98,7 @@ def test_an_error_without_a_rendezvous_names_address_port_and_seconds() -> None:
         connect(Address("127.0.0.1", port), KEY, timeout=0.5)
 
 
+@pytest.mark.slow
 def test_a_missing_rendezvous_is_an_engine_error_for_a_returning_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = Address("127.0.0.1", probe.getsockname()[1])
@@ -302,6 +305,7 @@ def test_an_incomplete_frame_is_waited_for(
     until(member, lambda: member.latest("step") == {1: b"5"})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_heartbeats")
 def test_a_slowly_sent_frame_keeps_the_connection_alive(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand

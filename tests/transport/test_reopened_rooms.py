@@ -21,6 +21,8 @@ from shoal.wire.base import encode
 from shoal.wire.rendezvous import Challenge, Hello, JoinRefused, Signed, Welcome, hello_decoder, to_rendezvous
 from support.fakes import steady
 
+pytestmark = pytest.mark.slow
+
 KEY = "a key"
 
 
@@ -77,6 +79,7 @@ def test_members_after_a_failure_are_in_a_room_of_their_own(meeting: Rendezvous)
         each.close()
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=10)
 @given(leavers=st.lists(st.integers(0, 2), min_size=1, max_size=4))
 def test_formations_are_never_used_twice(leavers: list[int]) -> None:
