@@ -151,7 +151,9 @@ def test_a_master_that_does_not_answer_is_named() -> None:
     process = run_example("--timeout", "1", **{f"SHOAL_DP_{name}": value for name, value in place.items()})
     _, log = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert re.search(rf"no answer from 127.0.0.1:{place['MASTER_PORT']} within 1 s \(.*\), and nobody has arrived", log)
+    assert re.search(
+        rf"no answer from 127.0.0.1:{place['MASTER_PORT']} within 1 s \(.*\), and no process has joined", log
+    )
 
 
 @pytest.mark.slow

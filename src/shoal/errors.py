@@ -3,7 +3,7 @@
 ShoalError
 |-- UserError               what the caller can mend; the command line exits with 2
 |   |-- ConfigError         an option, or options that do not go together
-|   |   `-- AddressInUse    a port at which somebody listens already
+|   |   `-- AddressInUse    a port at which another process listens
 |   |-- CheckpointError     a model folder, its configuration or its tensors
 |   `-- RequestError        a prompt or a parameter of a request; also a ValueError
 `-- EngineError             the engine could not go on; the command line exits with 1
@@ -13,8 +13,8 @@ ShoalError
     |   |-- QueueFull         ... because too many wait already
     |   `-- Overdue           ... because it waited too long, or its deadline has passed
     |-- CommError           an operation between ranks failed
-    |   |-- CommTimeout     ... because somebody did not arrive in time
-    |   `-- CommAborted     ... because somebody called it off
+    |   |-- CommTimeout     ... because a rank did not arrive in time
+    |   `-- CommAborted     ... because it was aborted
     `-- ClosedError         a call on an engine that was closed or had failed before
 """
 

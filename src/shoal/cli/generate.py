@@ -171,7 +171,7 @@ class _Prompts:
         return None if inside is None else len(self.typed) + inside
 
     def check_typed(self, preparer: Preparer, parameters: JobParameters) -> list[Job]:
-        """Prepare the prompts of -p. A wrong one ends the command, since whoever typed it can correct it.
+        """Prepare the prompts of -p. A wrong one ends the command, since the user who typed it can correct it.
 
         Raises:
             RequestError: a prompt can't be used; the message says which.

@@ -26,7 +26,7 @@ _IDLE_S = 3600.0  # the longest wait if no timer is set
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """What the status of a fleet shows of its model."""
+    """The facts about the model in the status of a fleet."""
 
     name: str
     tp: int  # tensor-parallel size of each replica

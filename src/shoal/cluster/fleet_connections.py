@@ -60,7 +60,7 @@ class PendingCalls:
         return ControlCall(number, verb, payload), future
 
     def answer(self, reply: ControlReply) -> None:
-        """Give a call its answer, if somebody still waits for it."""
+        """Give a call its answer, if a client still waits for it."""
         future = self._futures.pop(reply.id, None)
         if future is None or not future.set_running_or_notify_cancel():
             return

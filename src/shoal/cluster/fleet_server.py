@@ -123,7 +123,7 @@ class FleetServer:
 
     @property
     def failure(self) -> str:
-        """Why the thread has failed; "" if it has not."""
+        """The reason why the thread has failed; "" if it has not."""
         return self._failure
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class OperationTotal:
-    """How often a rank called one operation, and how many bytes it sent in it."""
+    """The number of calls of one operation by a rank, and of the bytes that the rank sent in them."""
 
     count: int = 0
     sent_bytes: int = 0  # to other ranks: the least that the operation needs; a backend may send more

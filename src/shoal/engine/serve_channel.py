@@ -134,7 +134,7 @@ class _Reporter:
 
     @property
     def pause(self) -> float:
-        """How many seconds an idle engine may wait."""
+        """The seconds that an idle engine may wait."""
         if self._resting:
             return _CHECK_PERIOD_S
         return max(0.0, self._last_snapshot + _SNAPSHOT_PERIOD_S - time.monotonic())

@@ -36,7 +36,7 @@ class RunningRequests(Protocol):
 class RequestStream:
     """The stream of the outputs of one request.
 
-    Iterating over it gives lists of deltas, one for each output that has grown; deltas that nobody reads are merged. If
+    Iterating over it gives lists of deltas, one for each output that has grown; deltas that are not read are merged. If
     the iteration stops before the end, or its task is cancelled, the request is ended in the fleet. A stream that is
     not iterated must be awaited with `wait` or closed.
     """

@@ -10,7 +10,7 @@ from shoal.errors import RequestError
 from shoal.params import SAMPLING_TABLE, SamplingParams
 from shoal.values import shown
 
-COMPLETION_TOKENS = 16  # max_tokens of OpenAI's completions, where nobody says it
+COMPLETION_TOKENS = 16  # max_tokens of OpenAI's completions, if a request does not have it
 # Fields that have the name of their parameter in all requests that have them.
 _SAME_NAME = [name for name, row in SAMPLING_TABLE.items() if row.http and set(row.http.values()) == {name}]
 _WITHOUT_EFFECT = [

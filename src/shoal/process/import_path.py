@@ -76,7 +76,7 @@ def _absolute(folder: str) -> str:
 def _implicit_folders() -> set[str]:
     """Return the folders that Python may have added to the path by itself, with symbolic links resolved.
 
-    Archives are not included, since nobody leaves a file in one by accident.
+    Archives are not included, since a file does not get into one by accident.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     folders = {_FIRST_WORKING_DIRECTORY, _absolute(""), os.path.dirname(_absolute(script)) if script else ""}

@@ -101,8 +101,8 @@ def connect(
         except OSError as error:
             why = error.strerror or str(error)
             final = (
-                f"no answer from {address} within {timeout:g} s ({why}), and nobody has arrived: start rank 0 there, "
-                "or give the address and port at which it listens"
+                f"no answer from {address} within {timeout:g} s ({why}), and no process has joined: start rank 0 "
+                "there, or give the address and port at which it listens"
             )
             refused_since = None
         except _NoAnswer:

@@ -1,4 +1,4 @@
-"""What a host tells the process that plans the replicas of all hosts."""
+"""Messages about a host that runs replicas for a front end elsewhere: its report, and those between its processes."""
 
 from typing import Any
 

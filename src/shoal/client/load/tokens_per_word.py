@@ -1,4 +1,4 @@
-"""How many tokens a word has, for a tokenizer that only the server has."""
+"""The number of tokens of a word, for a tokenizer that only the server has."""
 
 import asyncio
 

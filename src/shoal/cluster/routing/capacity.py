@@ -1,4 +1,4 @@
-"""How much a replica can have at a time."""
+"""The capacity of a replica: the requests and tokens that it can have at a time."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How many prompt tokens go into a step, so that all stages of a pipeline have work.
+"""The number of prompt tokens in a step, chosen so that all stages of a pipeline have work.
 
 Stages work on batches that follow each other, so a stage waits if one batch takes longer than the next. A step takes
 a + b x tokens on every stage: `a` is the time to read the weights, which does not depend on the number of tokens.

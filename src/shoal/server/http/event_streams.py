@@ -27,7 +27,7 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class ClientDisconnected(Exception):
-    """The client has disconnected: nobody waits for the answer."""
+    """The client has disconnected: no client waits for the answer."""
 
 
 class ChunkWriter:

@@ -93,7 +93,7 @@ class KeyCheck:
 class BodyLimit:
     """ASGI middleware that reads the whole body and passes it on in one piece.
 
-    Whoever reads on after the body waits for the client to disconnect.
+    An endpoint that reads on after the body waits for the client to disconnect.
     """
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:

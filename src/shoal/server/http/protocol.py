@@ -160,7 +160,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._in_body = False
         self._deadline = None
-        if self._answered:  # a body that nobody has read
+        if self._answered:  # the body has not been read
             self._become_idle(self.timeout_keep_alive)
 
     def on_response_complete(self) -> None:

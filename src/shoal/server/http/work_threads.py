@@ -49,7 +49,7 @@ class WorkThreads:
         while True:
             loop, future, work = self._tasks.get()
             if not future.cancelled():
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                with contextlib.suppress(RuntimeError):  # the loop was closed: no task waits any more
                     loop.call_soon_threadsafe(_outcome(work), future)
             del future, work  # the traceback of an error refers to this frame, which would keep the work alive
 
