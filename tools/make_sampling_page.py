@@ -23,8 +23,8 @@ Structured outputs have more names: `response_format` in completions and chats, 
 `guided_json` and so on in all of them, and `--json-schema`, `--regex`, `--choice` and `--grammar` on the command line.
 A chat may have `max_tokens` instead of `max_completion_tokens`, and needs `logprobs: true` beside `top_logprobs`.
 
-If a request or command gives no value, the model's `generation_config.json` counts, then the default below. Commands are
-greedy and stop after 64 tokens; chats and responses over HTTP go on for as many tokens as fit.
+If a request or command gives no value, the model's `generation_config.json` counts, then the default below. Commands
+are greedy and stop after 64 tokens; chats and responses over HTTP go on for as many tokens as fit.
 
 | parameter | what it does | values | default | flag | completions | chat | responses |
 |---|---|---|---|---|---|---|---|
