@@ -1,3 +1,5 @@
+"""The state of a grammar: masks, drafts, ends, and errors."""
+
 import random
 import re
 from functools import cache

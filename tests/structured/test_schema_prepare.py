@@ -1,3 +1,5 @@
+"""JSON schemas are rewritten so that llguidance obeys them, or refused with the place of the problem."""
+
 import json
 import subprocess
 import sys
