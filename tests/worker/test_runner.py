@@ -214,10 +214,10 @@ def test_every_accepted_token_has_logprobs() -> None:
     rank.start(2, [4])
     true = rank.model.chain(first, 3)
     with_drafts = Work(1, 1, 4, True, drafts=(true[0], true[1], (true[2] + 1) % VOCABULARY))
-    told, plain = sorted(rank.run(with_drafts, Work(2, 1, 1, True)), key=lambda out: out.seq)
-    assert told.tokens == tuple(true)
-    assert len(told.logprobs) == 3
-    for before, token, entry in zip([first, *true], true, told.logprobs, strict=False):
+    part, plain = sorted(rank.run(with_drafts, Work(2, 1, 1, True)), key=lambda out: out.seq)
+    assert part.tokens == tuple(true)
+    assert len(part.logprobs) == 3
+    for before, token, entry in zip([first, *true], true, part.logprobs, strict=False):
         check_entry(entry, rank.model, before, token, 2)
     assert plain.logprobs == ()
 
@@ -278,9 +278,9 @@ def test_prompt_logprobs_of_chunks_do_not_overlap(chunks: list[int]) -> None:
         if last:
             assert out[1].tokens == (rank.model.next(prompt[-1]),)
         if 1 in out and out[1].prompt_logprobs is not None:
-            told = out[1].prompt_logprobs
-            assert not set(range(told.start, told.start + len(told.entries))) & set(found)
-            found |= dict(enumerate(told.entries, told.start))
+            part = out[1].prompt_logprobs
+            assert not set(range(part.start, part.start + len(part.entries))) & set(found)
+            found |= dict(enumerate(part.entries, part.start))
             assert out[1].tokens == () or last
         start += count
     assert list(found) == list(range(1, len(prompt)))
@@ -306,6 +306,6 @@ def test_several_prompts_of_a_step_get_their_logprobs() -> None:
     out = {each.seq: each.prompt_logprobs for each in rank.run(*works, new=news)}
     assert out[3] is None, "a prompt of one token has no log-probabilities"
     for seq in (1, 2):
-        told = out[seq]
-        assert told is not None
-        check_prompt(told.entries, rank.model, prompts[seq], seq)
+        part = out[seq]
+        assert part is not None
+        check_prompt(part.entries, rank.model, prompts[seq], seq)
