@@ -711,9 +711,7 @@ def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
 def test_blocks_of_a_dropped_stream_are_freed() -> None:
     async def work() -> None:
         async with real() as llm:
-            params = SamplingParams(
-                n=64, max_tokens=500, ignore_eos=True
-            )  # several times as many tokens as the cache holds
+            params = SamplingParams(n=64, max_tokens=500, ignore_eos=True)  # far more tokens than the cache holds
             stream = llm.stream(llm.prepare("Once", params))
             async for _ in stream:
                 break

@@ -413,7 +413,7 @@ def test_the_error_that_ended_a_server_is_raised() -> None:
         end_of(Front(early=True, error=OSError("no descriptors")))
 
 
-def test_the_exit_code_after_a_signal() -> None:
+def test_the_exit_code_after_a_signal_is_0_unless_the_end_fails() -> None:
     patient, hasty = Front(), Front()
     assert end_of(patient, signals=1, timeout=20.0) == 0
     assert 5.0 < patient.stops[0] <= 20.0

@@ -329,7 +329,7 @@ def test_a_required_call_that_is_cut_off_does_not_become_content(stream: bool) -
         {"add_special_tokens": False, "store": False, "metadata": {"a": "b"}, "service_tier": "auto"},
     ],
 )
-def test_fields_that_ask_for_what_shoal_does_anyway_are_accepted(fields: dict[str, Any]) -> None:
+def test_fields_that_ask_for_the_usual_behaviour_are_accepted(fields: dict[str, Any]) -> None:
     answer = ask(**fields)
     assert answer.status_code == 200, answer.text
 

@@ -156,7 +156,7 @@ def test_a_body_that_is_too_large_by_its_content_length_is_refused_before_it_com
     assert body["error"]["type"] == "invalid_request_error"
 
 
-def test_a_chunked_body_is_refused_when_it_has_become_too_large(server: Server) -> None:
+def test_a_chunked_body_is_refused_once_it_is_too_large(server: Server) -> None:
     head = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert server.send(head, *[b"100\r\n" + b"x" * 256 + b"\r\n"] * 5)[0] == 413
 

@@ -208,9 +208,7 @@ def test_requests_are_counted_by_the_reason_of_their_end() -> None:
     found = page(metrics)
     ends = {dict(labels)["finished_reason"]: 0.0 for (name, labels) in found.samples if "success" in name}
     assert set(ends) == {"stop", "length", "abort"}
-    assert (
-        found("vllm:request_success_total", engine="", finished_reason="abort") == 1
-    )  # it was never dispatched to a replica
+    assert found("vllm:request_success_total", engine="", finished_reason="abort") == 1  # never dispatched
     assert found("vllm:request_success_total", engine=0, finished_reason="abort") == 1
     assert found("vllm:request_success_total", engine=0, finished_reason="stop") == 1
     for reason, count in {"invalid": 1, "full": 1, "late": 1, "failed": 2, "closing": 1}.items():

@@ -183,7 +183,7 @@ def test_streams_pause_and_go_on_with_the_same_text(server: ShoalServer, stop: s
     assert get(server, "/ready").status_code == 200
 
 
-def test_a_rank_that_dies_asleep_is_replaced_by_one_that_sleeps(server: ShoalServer) -> None:
+def test_a_rank_that_dies_asleep_is_replaced_by_a_sleeping_rank(server: ShoalServer) -> None:
     before = completion(server, 5, 8)
     assert post(server, "/sleep?level=2").json() == {"status": "asleep", "missing": ["weights", "kv_cache"]}
     refused = post(server, "/v1/completions", {"model": "bundled", "prompt": "x"})

@@ -102,7 +102,7 @@ def shortened(path: str, body: Any) -> Any:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_requests_made_from_the_description_are_answered_as_it_says(
+def test_requests_from_the_openapi_description_get_described_answers(
     server: ShoalServer, session: requests.Session, mode: GenerationMode
 ) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
