@@ -20,9 +20,9 @@ from torch import Tensor
 from shoal.comm.local import LocalComm
 from shoal.kernels import sampling
 from shoal.parallel.mesh import Axis
-from shoal.worker import edits as worker_edits
+from shoal.worker import logit_edits as worker_edits
 from shoal.worker import sampler
-from shoal.worker.edits import Bias, Edits, Masks, Pairs, Penalties
+from shoal.worker.logit_edits import Bias, Edits, Masks, Pairs, Penalties
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.sampler import SamplingRows, VocabShare, logprobs, sample
 

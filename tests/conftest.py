@@ -1,14 +1,16 @@
 import logging
+import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import checkpoints, effort
+from support import checkpoints, example_counts
 
+SLOW_MODULE = re.compile(r"^pytestmark = (pytest\.mark\.slow|\[.*pytest\.mark\.slow\b.*\])", re.MULTILINE)
 QUICK_CASES = 3  # cases of a parametrized test that a quick run has
 QUICK_S = 1.0  # tests of a quick run that take more CPU time are named at its end
 
@@ -51,22 +53,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    effort.quick = config.getoption("--quick")
+    example_counts.quick = config.getoption("--quick")
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
-    """Skip a test of a quick run when it, or a fixture of it, is about to start a process."""
-    if not effort.quick:
-        yield
-        return
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Spare a quick run the import of modules in which all tests are slow."""
+    if example_counts.quick and collection_path.suffix == ".py":
+        return True if SLOW_MODULE.search(collection_path.read_text("utf-8")) else None
+    return None
 
-    def skip(*_: Any, **__: Any) -> None:
-        pytest.skip("it starts a process, which takes too long for --quick")
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Let a test of a quick run fail if it, or a fixture of it, starts a process."""
+    if not example_counts.quick:
+        return (yield)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("this test starts a process: mark it slow", pytrace=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", skip)
-        yield
+        patch.setattr(subprocess.Popen, "__init__", refuse)
+        return (yield)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -78,7 +86,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Name the tests that make a quick run slow."""
-    if not effort.quick:
+    if not example_counts.quick:
         return
     for report in terminalreporter.stats.get("passed", ()):
         seconds = dict(report.user_properties).get("cpu_s", 0.0)
@@ -103,7 +111,7 @@ LONGEST = (
     "test_serving_over_hosts.py",
     "test_kills.py",
     "test_properties.py",
-    "test_sameness.py",
+    "test_greedy_tokens.py",
     "test_pipeline.py",
     "test_robustness.py",
     "test_dashboard.py",
@@ -115,7 +123,7 @@ LONGEST = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if effort.quick:
+    if example_counts.quick:
         chosen = set(_quick_subset(items))
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]

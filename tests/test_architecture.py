@@ -72,7 +72,7 @@ TORCH_FREE = [
     "shoal.openai", "shoal.bench", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",
     "shoal.executors.base", "shoal.executors.table", "shoal.executors.multiprocess", "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.registry", "shoal.models.families",
-    "shoal.models.config_json", "shoal.models.implementation", "shoal.models.open_model",
+    "shoal.models.config_json", "shoal.models.implementation", "shoal.models.model_folder",
     "shoal.models.checkpoint.checkpoint", "shoal.models.checkpoint.stored_file", "shoal.models.checkpoint.pickled",
     "shoal.models.transformers.fallback_spec",
     "shoal.models.transformers.read_spec", "shoal.parallel.topology", "shoal.parallel.partition",
@@ -262,6 +262,7 @@ def test_packages_have_empty_inits() -> None:
         assert path.read_text() == "", path
 
 
+@pytest.mark.slow
 def test_torch_free_modules_do_not_load_torch() -> None:
     names = [
         name

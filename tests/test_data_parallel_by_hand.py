@@ -128,6 +128,7 @@ def answers(text: str) -> list[str]:
     return [line.split(" -> ", 1)[1] for line in text.splitlines() if " -> " in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -144,6 +145,7 @@ def test_numbers_that_contradict_each_other_are_refused(arguments: list[str], me
     assert message in log
 
 
+@pytest.mark.slow
 def test_a_master_that_does_not_answer_is_named() -> None:
     place = {"RANK": "1", "SIZE": "2", "MASTER_IP": "127.0.0.1", "MASTER_PORT": str(hosts.free_port())}
     process = run_example("--timeout", "1", **{f"SHOAL_DP_{name}": value for name, value in place.items()})
@@ -152,6 +154,7 @@ def test_a_master_that_does_not_answer_is_named() -> None:
     assert re.search(rf"no answer from 127.0.0.1:{place['MASTER_PORT']} within 1 s \(.*\), and nobody has arrived", log)
 
 
+@pytest.mark.slow
 def test_two_replicas_give_the_same_answers_as_one() -> None:
     one, two = run_example("--dp-size", "1"), run_example("--dp-size", "2", "--tp-size", "2")
     texts = [process.communicate(timeout=300) for process in (one, two)]
@@ -162,6 +165,7 @@ def test_two_replicas_give_the_same_answers_as_one() -> None:
     assert {line.split(":")[0] for line in texts[1][0].splitlines() if " -> " in line} == {"rank 0", "rank 1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_hosts_may_start_in_either_order(first: int) -> None:
@@ -180,6 +184,7 @@ def test_two_hosts_may_start_in_either_order(first: int) -> None:
     assert "82" in answers(texts[0][0])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 def test_hosts_need_a_common_key() -> None:
     with hosts.two_hosts() as (host, _):
@@ -197,6 +202,7 @@ def rank_place(rank: int, port: int) -> dict[str, str]:
     return {f"SHOAL_DP_{name}": str(value) for name, value in place.items()}
 
 
+@pytest.mark.slow
 def test_a_number_that_is_used_twice_is_refused() -> None:
     """The second process is refused, and the first one goes on waiting for the missing rank."""
     port = hosts.free_port()
@@ -208,7 +214,7 @@ def test_a_number_that_is_used_twice_is_refused() -> None:
             process.kill()
         logs = {process: process.communicate(timeout=60)[1] for process in processes}
     assert refused.returncode == 2
-    assert "is there already: give every process a rank of its own" in logs[refused]
+    assert "has already joined: give every process a rank of its own" in logs[refused]
 
 
 def descendants(pid: int) -> list[int]:
@@ -227,6 +233,7 @@ def until(reached: Callable[[], object], what: str, seconds: float = 120.0) -> N
         threading.Event().wait(0.02)
 
 
+@pytest.mark.slow
 def test_ranks_end_with_the_process_that_started_them() -> None:
     port = hosts.free_port()
     process = run_example("--dp-size", "2", "--node-size", "2", "--master-port", str(port), SHOAL_CLUSTER_KEY=KEY)
@@ -264,6 +271,7 @@ def two_moe_hosts(*more: str, kind: str = "address") -> Iterator[list["subproces
                 process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 @pytest.mark.parametrize("kind", ["address", "address_v6"])
 def test_two_hosts_share_experts(kind: str) -> None:
@@ -274,6 +282,7 @@ def test_two_hosts_share_experts(kind: str) -> None:
     assert "82" in answers(texts[0][0])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 def test_a_host_that_dies_ends_the_host_that_shares_its_experts(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"

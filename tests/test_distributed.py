@@ -60,6 +60,7 @@ def run_under_torchrun(job: Path, text: str) -> dict[int, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path: Path) -> None:
     for rank, each in run_under_torchrun(tmp_path / "job.py", JOB).items():
         assert each["size"] == 2
@@ -91,6 +92,7 @@ print("FOUND" + json.dumps([rank, found]), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_destroyed_and_started_again_over_one_store(tmp_path: Path) -> None:
     expected = [[1, 1], [3, 3], [5, 5]]
     assert run_under_torchrun(tmp_path / "job.py", AGAIN) == {0: expected, 1: expected}
@@ -109,6 +111,7 @@ d.destroy_distributed_environment()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 def test_ranks_on_two_hosts() -> None:
     with hosts.two_hosts() as pair:

@@ -310,8 +310,8 @@ NO_SWITCHES: list[Any] = [0, 1, "true", {}]
 NO_CHOICES: list[Any] = [0, True, "abc", b"a", {"a"}, [1], [""], ["a", None]]
 KINDS_OF_THE_WRONG_TYPE: list[tuple[str, Any, str]] = [
     *(("json", value, "must be a JSON schema") for value in NO_SCHEMAS),
-    *(("regex", value, "must be a text") for value in (0, True, b"a", ["a"])),
-    *(("grammar", value, "must be a text") for value in (0, True, b"a", ["a"])),
+    *(("regex", value, "must be a string") for value in (0, True, b"a", ["a"])),
+    *(("grammar", value, "must be a string") for value in (0, True, b"a", ["a"])),
     *(("choice", value, "must be a list of texts") for value in NO_CHOICES),
     *(("json_object", value, "must be true or false") for value in NO_SWITCHES),
 ]

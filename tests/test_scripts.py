@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = Path(__file__).parent.parent
 HINT = "run .venv/bin/shoal, or 'source .venv/bin/activate' and then shoal"
 

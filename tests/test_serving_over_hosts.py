@@ -21,13 +21,15 @@ from typing import Any
 import pytest
 
 from shoal.activity import AWAKE
-from shoal.cluster.members.connected_replica import ConnectedReplica
-from shoal.cluster.members.doors import FleetDoor
+from shoal.cluster.replicas.connected_replica import ConnectedReplica
+from shoal.cluster.replicas.rendezvous_doors import FleetDoor
 from shoal.errors import EngineError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.rendezvous import FRONT_END_DOOR
 from support import hosts
+
+pytestmark = pytest.mark.slow  # starts processes
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "async_llm_hosts.py"
 KEY = "a key of the test"

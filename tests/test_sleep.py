@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import make_prompts
+from conformance.test_greedy_tokens import make_prompts
 from shoal import LLM, SamplingParams
 from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.wire.ranks import RankStats
+
+pytestmark = pytest.mark.slow  # starts processes
 
 Checkpoint = Callable[[str], Path]
 

@@ -50,7 +50,7 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise _structured_error(name, f"must be a text, got {shown(value)}")
+                raise _structured_error(name, f"must be a string, got {shown(value)}")
         if self.json is not None and not isinstance(self.json, str | Mapping):
             raise _structured_error("json", f"must be a JSON schema, got {shown(self.json)}")
         if self.choice is not None:

@@ -13,6 +13,7 @@ from shoal.errors import RankFailed
 from shoal.transport.process import ChildProcess
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[ChildProcess] = []
 

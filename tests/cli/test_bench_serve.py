@@ -328,6 +328,7 @@ def test_refusals_of_the_server(shoal: Shoal, capsys: Capture) -> None:
         assert "fails a first request: HTTP 404: no such model" in refused(shoal, capsys, *key, *short)
 
 
+@pytest.mark.slow
 def test_ctrl_c_reports_the_ended_requests(tmp_path: Path) -> None:
     """The signal comes when two requests were answered; the others never are."""
     stuck = threading.Event()

@@ -11,6 +11,8 @@ from shoal import env
 from shoal.launch.hub import BUNDLED
 from support.hub import FakeHub, serving
 
+pytestmark = pytest.mark.slow  # starts processes
+
 MODEL = "org/demo"
 # Each argument is a command line.
 DOWNLOAD = """

@@ -71,6 +71,7 @@ def test_a_failed_prompt_does_not_stop_others(shoal: Shoal, capsys: pytest.Captu
     assert f"error: prompt 1 ({prompts}, line 2): the prompt is empty" in printed.err
 
 
+@pytest.mark.slow
 def test_a_chat_prints_only_answers(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
     assert shoal("generate", "--chat", "-p", "Count from 3 to 9:", "-p", "37 + 45 =", *QUIET) == 0
     assert capsys.readouterr().out.splitlines() == ["3 4 5 6 7 8 9", "37 + 45 = 82."]
@@ -95,6 +96,7 @@ def test_tokens_are_printed_without_a_tokenizer(
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "string", "minLength": 1000}}, "required": ["a"]}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "cut", "way_out"),
     [
@@ -119,6 +121,7 @@ def test_a_structured_output_that_was_cut_is_reported(
     assert warning.endswith(f"tokens and may be incomplete; raise {way_out}")
 
 
+@pytest.mark.slow
 def test_a_warning_names_the_line_of_a_file(shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     own = {"max_tokens": 2, "structured_outputs": {"regex": "[0-9]{5}"}}
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "A", "sampling_params": own}))

@@ -15,6 +15,8 @@ import pytest
 
 from cli.test_jobs import children_of, interrupt, started, wait_for_lines
 
+pytestmark = pytest.mark.slow  # starts processes
+
 Shoal = Callable[..., int]
 
 COUNT = 200

@@ -85,6 +85,7 @@ def test_completion_of_another_shell(shoal: Shoal, capsys: pytest.CaptureFixture
     assert "'csh' is not one of 'bash', 'zsh', 'fish'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "completed"),
     [("shoal gen", "generate"), ("shoal generate --tensor-parallel-si", "--tensor-parallel-size"),

@@ -71,13 +71,14 @@ def test_interrupted_while_modules_are_imported(
         signal.raise_signal(number)  # pressed again while Python ends: it prints nothing
 
 
+@pytest.mark.slow
 def test_little_is_imported_before_interrupts_are_handled() -> None:
     code = (
         "import sys, shoal.cli.main; print(sorted(name for name in sys.modules if name.startswith(('shoal', 'click'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     light = [
-        "shoal.cli.init",
+        "shoal.cli.container_init",
         "shoal.process",
         "shoal.process.import_path",
         "shoal.process.open_files",

@@ -99,6 +99,7 @@ def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
     return told
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_is_resumed_with_the_printed_command(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
     output = tmp_path / "out put.jsonl"
     with started(command(prompts, output, "-tp", "2", "--overwrite"), start_new_session=True) as process:
@@ -116,6 +117,7 @@ def test_an_interrupted_job_is_resumed_with_the_printed_command(shoal: Shoal, tm
     assert_whole(output)
 
 
+@pytest.mark.slow
 def test_a_terminated_job_is_resumed(tmp_path: Path, prompts: Path) -> None:
     output = tmp_path / "out.jsonl"
     with started(command(prompts, output, "--resume")) as process:
@@ -127,6 +129,7 @@ def test_a_terminated_job_is_resumed(tmp_path: Path, prompts: Path) -> None:
     assert told.endswith(" --ignore-eos --resume")
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_resumed(
     shoal: Shoal, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +150,7 @@ def test_a_killed_job_is_resumed(
     assert f"answers all {COUNT} prompts: nothing is left to do" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
     """A limit on the size of files acts as a full disk. Complete lines are kept."""
     output = tmp_path / "out.jsonl"
@@ -192,6 +196,7 @@ def test_a_resume_file_of_other_prompts(
         assert output.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_stdin_is_read_only_once(
     shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +247,7 @@ def test_an_engine_that_fails_during_a_job(
     assert f"error: rank 1 died; {output} holds 1 of 2 answers; go on with: shoal generate --prompts-file" in told
 
 
+@pytest.mark.slow
 def test_requests_and_answers_of_a_batch(shoal: Shoal, tmp_path: Path) -> None:
     prompts, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
     bodies: list[dict[str, Any]] = [
@@ -346,6 +352,7 @@ def test_stdout_can_not_be_resumed(
     assert "--resume needs an --output that can be read; - is not a regular file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_hostile_grammar_fails_only_its_line(tmp_path: Path, shoal: Shoal) -> None:
     """One grammar would crash the process that compiles it, another never ends. Resuming gives the same lines."""
     chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "x"\n'

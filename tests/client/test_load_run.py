@@ -64,6 +64,7 @@ def drive(
 durations = st.lists(st.floats(0.01, 5), min_size=1, max_size=30)
 
 
+@pytest.mark.slow
 @steady
 @given(durations, st.data())
 def test_slow_answers_delay_no_other_request(seconds: list[float], data: st.DataObject) -> None:

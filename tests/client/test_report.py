@@ -83,6 +83,7 @@ def test_limits() -> None:
     assert not is_good(outcome(failure=Failure("timeout", "")), {})
 
 
+@pytest.mark.slow
 @steady
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=50))
 def test_quantiles(values: list[float]) -> None:

@@ -38,6 +38,7 @@ outcomes = st.builds(
 )
 
 
+@pytest.mark.slow
 @steady
 @given(st.lists(outcomes, min_size=1, max_size=6))
 def test_a_written_log_can_be_read(logged: list[LoadOutcome]) -> None:

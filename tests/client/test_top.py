@@ -83,6 +83,7 @@ def test_states_of_the_server() -> None:
     assert "failed: no replica is left" in shown(read(failed))
 
 
+@pytest.mark.slow
 def test_replicas_and_ranks_that_do_not_fit_are_counted() -> None:
     many = fleet(*(replica(n, stats=engine(of_ranks=ranks(4))) for n in range(1000)), tp=4)
     text = shown(read(many), lines=40)
@@ -186,6 +187,7 @@ def terminal(server: StatusServer) -> Iterator[Terminal]:
         os.close(terminal.controller)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [b"q", b"\x03"])
 def test_on_a_terminal_it_runs_until_a_key(terminal: Terminal, keys: bytes) -> None:
     terminal.wait_for("tokens/s out")
@@ -193,6 +195,7 @@ def test_on_a_terminal_it_runs_until_a_key(terminal: Terminal, keys: bytes) -> N
     assert terminal.ended_well()
 
 
+@pytest.mark.slow
 def test_top_waits_for_a_server_that_goes_away(server: StatusServer, terminal: Terminal) -> None:
     terminal.wait_for("tokens/s out")
     server.close()

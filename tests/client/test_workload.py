@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.client.load.prompts import WORDS, IdPrompts, WordPrompts
-from shoal.client.load.word_costs import words_by_usage
+from shoal.client.load.tokens_per_word import words_by_usage
 from shoal.client.load.workload import Lengths, Workload, arrivals, parse_mix
 from shoal.errors import ConfigError
 from support.fakes import steady

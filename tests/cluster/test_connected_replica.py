@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.members.connected_replica import ConnectedReplica
-from shoal.cluster.members.doors import FleetDoor, PeersDoor
+from shoal.cluster.replicas.connected_replica import ConnectedReplica
+from shoal.cluster.replicas.rendezvous_doors import FleetDoor, PeersDoor
 from shoal.errors import ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, Wire, encode, replace_fields

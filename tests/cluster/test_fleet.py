@@ -233,7 +233,7 @@ def test_requests_are_limited_to_what_all_replicas_hold() -> None:
             4: RefusalKind.INVALID,
         }
         assert (
-            "this model's maximum context length is 20 tokens; the prompt has 20, and an output needs one"
+            "this model's maximum context length is 20 tokens; the prompt has 20, but the output needs at least one"
             in ends[1].error
         )
         found.fleet.audit()

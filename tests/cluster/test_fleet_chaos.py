@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,6 +152,7 @@ class Chaos:
         self.check()
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(steady, max_examples=300)
 def test_every_request_ends_exactly_once_whatever_dies(data: st.DataObject) -> None:
@@ -166,6 +168,7 @@ def test_every_request_ends_exactly_once_whatever_dies(data: st.DataObject) -> N
         chaos.world.close()
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(steady, max_examples=40)
 def test_deaths_with_progress_in_between_change_no_output(data: st.DataObject) -> None:

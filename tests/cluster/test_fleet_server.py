@@ -360,7 +360,7 @@ def test_if_the_thread_fails_all_requests_and_calls_end_with_the_reason(
     late = local.connection.ask("status")
     local.connection.send([request(1, [1])])
     held.set()
-    with pytest.raises(EngineError, match="the engine's thread has failed: KeyError"):
+    with pytest.raises(EngineError, match="the fleet server has failed: KeyError"):
         late.result(DEADLINE_S)
     ends: dict[int, SeqUpdate] = {}
     while len(ends) < 2:
@@ -369,7 +369,7 @@ def test_if_the_thread_fails_all_requests_and_calls_end_with_the_reason(
         pass
     for update in (*ends.values(), *theirs):
         assert update.refusal is RefusalKind.LOST
-        assert "the engine's thread has failed: KeyError: 'a bug'" in update.error
+        assert "the fleet server has failed: KeyError: 'a bug'" in update.error
     with pytest.raises(ClosedError, match="has failed: KeyError"):
         local.connection.send([request(2, [1])])
     with pytest.raises(ClosedError):

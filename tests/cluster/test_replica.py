@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
-from shoal.cluster.members.replica_client import await_ready
+from shoal.cluster.replicas.replica import EngineProcess, EngineThread, Replica
+from shoal.cluster.replicas.replica_client import await_ready
 from shoal.errors import ClosedError, EngineError, UserError
 from shoal.launch.launchers import ENGINE_PROCESS
 from shoal.transport.channel import Channel, wait
@@ -21,6 +21,8 @@ from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import encode_tokens
 from support.plans import bare_plan, engine_plan
+
+pytestmark = pytest.mark.slow  # starts processes
 
 Checkpoint = Callable[[str], Path]
 

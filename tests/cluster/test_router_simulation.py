@@ -20,6 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("replicas", "load"), [(100, 0.8), (100, 1.6), (8, 0.8), (2, 0.8), *full])
 
 
+@pytest.mark.slow
 def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
     """At a load of 1.6, queues grow unless most prompt tokens come from caches."""
     traffic = Traffic(100 * replicas, replicas, load=load, prefixes=5 * replicas)

@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.supervised import RunState, Supervised
+from shoal.cluster.replicas.restart_budget import RestartBudget
+from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.errors import ConfigError, EngineError
 from support.fakes import steady
 
@@ -17,7 +17,7 @@ USEFUL_S = 60.0
 def supervised(most: int = 100, *, elsewhere: bool = False) -> Supervised:
     state = RunState.AWAITED if elsewhere else RunState.NEW
     return Supervised(
-        restarts=Restarts(most, "--max-restarts"),
+        restarts=RestartBudget(most, "--max-restarts"),
         started_elsewhere=elsewhere,
         useful_s=USEFUL_S,
         state=state,

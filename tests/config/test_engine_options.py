@@ -99,8 +99,8 @@ def test_wrong_values_are_refused_by_flag(values: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"model": "a/b", "revision": 5}, "revision must be a text, got 5"),
-        ({"model": "a/b", "revision": []}, "revision must be a text"),
+        ({"model": "a/b", "revision": 5}, "revision must be a string, got 5"),
+        ({"model": "a/b", "revision": []}, "revision must be a string"),
         ({"method": "draft_model"}, "method draft_model needs model"),
         ({"method": "draft_model", "model": ""}, "method draft_model needs model"),
         ({"method": "draft_model", "model": 5}, "method draft_model needs model"),

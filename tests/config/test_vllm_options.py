@@ -141,6 +141,7 @@ def test_code_in_the_folder_of_a_checkpoint_is_not_run(checkpoint: Callable[[str
     assert open_model(str(checkpoint("llama")), {"trust_remote_code": True}).given == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -165,6 +166,7 @@ def test_flags(arguments: list[str], says: str) -> None:
     assert says in found.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_flags_with_underscores_and_lists_of_origins() -> None:
     """Scripts for vLLM have such flags. Only the last one is refused."""
     arguments = [
@@ -186,6 +188,7 @@ def test_flags_with_underscores_and_lists_of_origins() -> None:
         assert (found.returncode, says in found.stderr) == (2, True), found.stderr
 
 
+@pytest.mark.slow
 def test_a_config_file_and_a_run(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("enable-chunked-prefill: true\nswap-space: 4\nkv_cache_dtype: auto\nmax-tokens: 2\n")

@@ -6,6 +6,8 @@ import pytest
 
 from shoal import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = {
     "37 + 45 =": " 82",
     "8 + 64 =": " 72",

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import assert_same, generate, make_prompts
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts
 from shoal import LLM
 from shoal.errors import CheckpointError, UserError
 from support.raw_configs import raw_config, save_raw
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = make_prompts([5, 40], seed=3)
 STEPS = 8
@@ -86,12 +88,14 @@ def name_of(value: object) -> str | None:
     return json.dumps(value).replace('"', "") if isinstance(value, dict) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), ROPES + OTHERS, ids=name_of)
 def test_a_field(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     folder = save_raw(family, changes, tmp_path / "model")
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"tensor_parallel_size": 3}, {"pipeline_parallel_size": 2}])
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
 @pytest.mark.parametrize("rope", [DYNAMIC, LINEAR, None])
@@ -124,6 +128,7 @@ ORIGINAL = {"original_max_position_embeddings": 64}
 BEYOND = make_prompts([90], seed=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
 @pytest.mark.parametrize(
     ("family", "changes"),

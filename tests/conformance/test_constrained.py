@@ -11,6 +11,8 @@ from shoal import LLM, SamplingParams
 from shoal.outputs import CompletionOutput
 from shoal.params import StructuredOutputsParams
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->"]
 SAMPLES = 6  # outputs per prompt
 COLOURS = ["red", "green", "blue"]

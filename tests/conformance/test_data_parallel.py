@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import make_prompts
+from conformance.test_greedy_tokens import make_prompts
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.jobs.entries import JobEntry
 from shoal.jobs.parameters import JobParameters
 from shoal.jobs.run_job import JobRun
 from shoal.params import BeamSearchParams
+
+pytestmark = pytest.mark.slow
 
 Checkpoint = Callable[[str], Path]
 

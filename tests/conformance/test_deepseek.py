@@ -9,17 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conformance.test_sameness import assert_same, generate, make_prompts, run
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts, run
 from shoal import LLM, SamplingParams
 from shoal.models.manifest import kv_block_bytes, make_shards
 from shoal.models.registry import read_spec
 from shoal.worker.kv_cache import allocate
+
+pytestmark = pytest.mark.slow
 
 Checkpoint = Callable[[str], Path]
 NAMES = ["deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "deepseek_v3_halves"]
 PROMPTS = make_prompts([1, 9, 40], seed=31)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_budget_smaller_than_a_prompt(checkpoint: Checkpoint, name: str, tp: int) -> None:
@@ -36,6 +39,7 @@ def test_six_heads_over_four_ranks(checkpoint: Checkpoint, shares: Sequence[int]
     assert_same(folder, PROMPTS, outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_prefix_hits(checkpoint: Checkpoint, tp: int) -> None:
     folder = checkpoint("deepseek_v3")
@@ -50,6 +54,7 @@ def test_prefix_hits(checkpoint: Checkpoint, tp: int) -> None:
     assert [output.num_cached_tokens for output in outputs] == [48, 48, 47]
 
 
+@pytest.mark.slow
 def test_guesses(checkpoint: Checkpoint) -> None:
     folder = checkpoint("deepseek_v2")
     prompts = [[5, 6, 7, 8] * 6, *PROMPTS]
@@ -57,6 +62,7 @@ def test_guesses(checkpoint: Checkpoint) -> None:
     assert_same(folder, prompts, generate(folder, prompts, steps=12, speculative_config=guessing))
 
 
+@pytest.mark.slow
 def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkpoint) -> None:
     """Even the bits of the log-probabilities are equal, in spite of latent attention's products per head."""
     folder = checkpoint("deepseek_v2")
@@ -71,6 +77,7 @@ def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkp
             assert alone.cumulative_logprob == batch[i].outputs[0].cumulative_logprob
 
 
+@pytest.mark.slow
 def test_weights_that_predict_further_tokens_are_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """They are in an additional layer after the last one, as in models on the hub."""
     folder = checkpoint("deepseek_v3")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import FEW, assert_same, generate
+from conformance.test_greedy_tokens import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler.limits import SchedulerLimits
@@ -28,6 +28,8 @@ from shoal.wire.tokens import encode_tokens
 from support.checkpoints import MAKERS, Reference
 from support.fakes import on_threads
 from support.plans import engine_plan
+
+pytestmark = pytest.mark.slow
 
 STEPS = 8
 TIMEOUT_S = 120.0
@@ -155,6 +157,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
 def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str, layout: Layout) -> None:
@@ -185,6 +188,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_every_mixture(checkpoint: Callable[[str], Path], name: str, options: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conformance.test_sameness import assert_same, generate, make_prompts, reference
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts, reference
 from shoal import LLM, SamplingParams
 from shoal.models.registry import FAMILIES, read_spec
 from support.hub_files import Spelling, respell, rounded
+
+pytestmark = pytest.mark.slow
 
 Checkpoint = Callable[[str], Path]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import assert_same, generate, make_prompts
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts
 from shoal.launch.open_model import open_model
 from support.checkpoints import MAKERS
 from support.pairwise import pairwise
@@ -76,6 +76,7 @@ def test_same_tokens(checkpoint: Callable[[str], Path], case: dict[str, Any]) ->
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, steps=STEPS, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OVER_PROCESSES)
 def test_same_tokens_over_processes(checkpoint: Callable[[str], Path], name: str) -> None:
     folder = checkpoint(name)

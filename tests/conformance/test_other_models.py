@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from conformance.test_sameness import MIXED, Checkpoint, assert_same, generate
+from conformance.test_greedy_tokens import MIXED, Checkpoint, assert_same, generate
 from shoal import LLM
 from shoal.errors import ConfigError
 from support import other_models
+
+pytestmark = pytest.mark.slow
 
 STEPS = 12
 SMALL: Any = {"kv_cache_memory_bytes": 2**20}
@@ -29,6 +31,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Other:
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(other_models.ALL))
 def test_one_rank(other: Other, name: str) -> None:
     folder = other(name)
@@ -62,6 +65,7 @@ def test_process_ranks(other: Other) -> None:
     assert_same(folder, MIXED, outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [5, 9])
 def test_more_ranks_than_kv_heads_and_than_heads(other: Other, tp: int) -> None:
     """With 9 ranks the last one holds no head, but the module computes one anyway."""
@@ -75,6 +79,7 @@ def test_unequal_shares(other: Other) -> None:
     assert_same(folder, MIXED, outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_transformers_module_gives_the_tokens_of_our_own_family(checkpoint: Checkpoint, name: str, tp: int) -> None:
@@ -85,6 +90,7 @@ def test_transformers_module_gives_the_tokens_of_our_own_family(checkpoint: Chec
     assert [each.outputs[0].token_ids for each in forced] == [each.outputs[0].token_ids for each in own]
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_the_batch(other: Other) -> None:
     folder = other("Olmo2")
     together = generate(folder, MIXED, STEPS)

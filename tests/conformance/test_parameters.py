@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.test_sameness import LOGPROB_TOLERANCE, NEAR_TIE, make_prompts
+from conformance.test_greedy_tokens import LOGPROB_TOLERANCE, NEAR_TIE, make_prompts
 from shoal import LLM, RequestOutput, SamplingParams
 from support.checkpoints import Reference
+
+pytestmark = pytest.mark.slow
 
 Checkpoint = Callable[[str], Path]
 
@@ -95,6 +97,7 @@ def test_logprobs_of_the_whole_vocabulary(checkpoint: Checkpoint) -> None:
 # --- draws -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tp", "options"),
     [
@@ -117,6 +120,7 @@ def test_every_parameter_draws_the_same_in_every_layout(checkpoint: Checkpoint, 
         assert tokens_of(run(llm, PROMPTS, params)) == expected
 
 
+@pytest.mark.slow
 def test_repetition_penalty_is_that_of_transformers(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     reference = Reference(folder).model
@@ -141,6 +145,7 @@ def test_repetition_penalty_is_that_of_transformers(checkpoint: Checkpoint) -> N
             assert best - second < NEAR_TIE
 
 
+@pytest.mark.slow
 def test_frequency_and_presence_penalties_of_a_greedy_output(checkpoint: Checkpoint) -> None:
     """Each token is the likeliest by the model's own log-probabilities, minus the penalties of the tokens so far."""
     folder = checkpoint("llama")
@@ -169,6 +174,7 @@ def test_no_output_ends_before_min_tokens(checkpoint: Checkpoint) -> None:
     assert late.outputs[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_only_allowed_tokens_are_drawn(checkpoint: Checkpoint, tp: int) -> None:
     with open_llm(checkpoint("llama"), tp) as llm:
@@ -177,6 +183,7 @@ def test_only_allowed_tokens_are_drawn(checkpoint: Checkpoint, tp: int) -> None:
     assert set(output.outputs[0].token_ids) == {7, 33, 290}
 
 
+@pytest.mark.slow
 def test_bad_words_are_not_drawn() -> None:
     with LLM(kv_cache_memory_bytes=ROOM) as llm:
         (plain,) = llm.generate("Count from 3 to 9:", SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
@@ -190,6 +197,7 @@ def test_bad_words_are_not_drawn() -> None:
 # --- several outputs of one prompt -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_outputs_share_the_prompts_blocks(checkpoint: Checkpoint, prefix_caching: bool) -> None:
     """64 prompt tokens take four blocks for one output and for six; later blocks belong to one output each."""
@@ -214,6 +222,7 @@ def test_outputs_share_the_prompts_blocks(checkpoint: Checkpoint, prefix_caching
         assert llm.stats().free_blocks == all_blocks
 
 
+@pytest.mark.slow
 def test_outputs_of_one_prompt_are_the_same_with_any_neighbours(checkpoint: Checkpoint) -> None:
     with open_llm(checkpoint("llama")) as llm:
         params = SamplingParams(n=4, seed=5, max_tokens=10, ignore_eos=True)
@@ -225,6 +234,7 @@ def test_outputs_of_one_prompt_are_the_same_with_any_neighbours(checkpoint: Chec
 # --- speculation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize("draft", ["llama", "llama3"])
 def test_a_draft_model_changes_no_token(checkpoint: Checkpoint, draft: str, tp: int) -> None:
@@ -244,6 +254,7 @@ def test_a_draft_model_changes_no_token(checkpoint: Checkpoint, draft: str, tp: 
         assert stats.accepted_tokens / stats.draft_tokens > 0.5
 
 
+@pytest.mark.slow
 def test_ngram_drafts_save_steps_on_text_that_repeats(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=-2, presence_penalty=-2)
@@ -272,6 +283,7 @@ def test_over_processes(checkpoint: Checkpoint) -> None:
         check_prompt_logprobs(folder, prompt, output)
 
 
+@pytest.mark.slow
 def test_drafts_within_a_sliding_window(checkpoint: Checkpoint) -> None:
     """Blocks before the window are reused; a wrong draft moves the window back, but never to such a block."""
     folder = checkpoint("mistral")
@@ -285,6 +297,7 @@ def test_drafts_within_a_sliding_window(checkpoint: Checkpoint) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_drafts_change_no_token_in_any_type(dtype: str) -> None:
     """A draft token has the same bits as a token that is computed alone, so near-ties have the same result, too. (Not

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.test_sameness import FEW, MIXED, Checkpoint, assert_same, generate, make_prompts, run
+from conformance.test_greedy_tokens import FEW, MIXED, Checkpoint, assert_same, generate, make_prompts, run
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ConfigError
 from shoal.models.checkpoint.checkpoint import open_checkpoint
@@ -77,6 +77,7 @@ def test_any_partition(checkpoint: Checkpoint, partition: tuple[int, ...]) -> No
     assert_same(folder, FEW, staged(folder, FEW, len(partition), pipeline_layer_partition=partition))
 
 
+@pytest.mark.slow
 def test_processes(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama3")
     outputs = generate(
@@ -203,6 +204,7 @@ def test_log_probabilities_of_prompts(checkpoint: Checkpoint) -> None:
             }
 
 
+@pytest.mark.slow
 def test_structured_outputs() -> None:
     kind = StructuredOutputsParams(regex=r"[a-z]{3,8}@[a-z]{2,5}\.(com|org)")
     params = SamplingParams(temperature=1, n=3, seed=7, max_tokens=60, structured_outputs=kind)

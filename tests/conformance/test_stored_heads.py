@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conformance.test_sameness import assert_same, generate, make_prompts, reference, run
+from conformance.test_greedy_tokens import assert_same, generate, make_prompts, reference, run
 from shoal import LLM
 from shoal.planner.planner import Planner
 from support import other_models
 from support.plans import planner_of
+
+pytestmark = pytest.mark.slow
 
 Checkpoint = Callable[[str], Path]
 
@@ -83,6 +85,7 @@ def llama3(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return changed(checkpoint("llama3"), tmp_path / "llama3", with_head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIED)
 def test_the_stored_head_is_used(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
     source = checkpoint(name)
@@ -143,6 +146,7 @@ def test_files_of_torch_save(llama3: Path, checkpoint: Checkpoint, tmp_path: Pat
         assert planned(folder).model.spec.tie_embeddings is not differs
 
 
+@pytest.mark.slow
 def test_an_equal_head_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """It takes no additional memory."""
     source = checkpoint("llama3")
@@ -152,6 +156,7 @@ def test_an_equal_head_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> Non
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
 @pytest.mark.parametrize("name", ["llama3", "gemma"])
 def test_only_the_head_is_stored(checkpoint: Checkpoint, tmp_path: Path, name: str, model_impl: str) -> None:
@@ -160,6 +165,7 @@ def test_only_the_head_is_stored(checkpoint: Checkpoint, tmp_path: Path, name: s
     assert_same(folder, PROMPTS, outputs)
 
 
+@pytest.mark.slow
 def test_a_draft_model(llama3: Path, checkpoint: Checkpoint) -> None:
     """The model itself as draft model is always right, so both have read the same head."""
     speculative = {"model": str(llama3), "num_speculative_tokens": 3}

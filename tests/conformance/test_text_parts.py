@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conformance.test_sameness import LOGPROB_TOLERANCE, generate, make_prompts
+from conformance.test_greedy_tokens import LOGPROB_TOLERANCE, generate, make_prompts
 from shoal import RequestOutput
 from support.checkpoints import SIZES, save_model
 from support.plans import planner_of
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = make_prompts([5, 40], seed=8)
 STEPS = 8

@@ -44,6 +44,7 @@ def test_a_host_without_gpus(variable: str | None) -> None:
     assert cuda.visible_gpus("", variable) == []
 
 
+@pytest.mark.slow
 def test_a_gpu_cannot_pose_as_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pose_as_host_with(LISTING, tmp_path, monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -55,6 +56,7 @@ def test_a_gpu_cannot_pose_as_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cuda.discover(3)
 
 
+@pytest.mark.slow
 def test_the_variable_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pose_as_host_with(LISTING, tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb,0")

@@ -22,7 +22,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PRINTED_ADDRESS = "http://127.0.0.1:8000"
 DEADLINE_S = 200
 
-pytestmark = pytest.mark.timeout(300)  # a block has several commands, each of which starts a model
+# A block has several commands, each of which starts a model.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 _BLOCK = re.compile(r"(?:^<!-- (?P<note>[^>]*) -->\n)?^```(?P<language>sh|python)\n(?P<text>.*?)^```$", re.M | re.S)
 
 

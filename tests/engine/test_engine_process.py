@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shoal.cluster.members.doors import PeersDoor
+from shoal.cluster.replicas.rendezvous_doors import PeersDoor
 from shoal.engine import process
 from shoal.engine.process import join_lockstep
 from shoal.errors import ConfigError

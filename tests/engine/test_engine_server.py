@@ -9,7 +9,7 @@ import pytest
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LockstepMember
 from shoal.engine.scheduler.limits import SchedulerLimits
-from shoal.engine.server import serve, serve_client
+from shoal.engine.serve_channel import serve, serve_client
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import Stop, encode

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.engine.core import EngineCore
-from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.prompt_chunking import PromptChunker
 from shoal.wire.engine import EngineRequest
 from support.fakes import FakePipeline, Outcomes, request, steady
 
@@ -78,6 +78,7 @@ def slowest_stage(pipeline: FakePipeline, step_cost: float) -> float:
     return step_cost + max(sum(work.count for work in plan.work) for plan in pipeline.plans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("step_cost", [10, 256])
 def test_the_stages_of_a_pipeline_wait_little(stages: int, step_cost: float) -> None:

@@ -14,6 +14,8 @@ from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import ReplicaPlace
 
+pytestmark = pytest.mark.slow
+
 SIZE = 3
 
 
@@ -132,6 +134,7 @@ def test_engines_made_one_after_the_other_meet_in_rooms_of_their_own() -> None:
         assert len(meeting.rooms) == 2
 
 
+@pytest.mark.slow
 def test_replicas_that_differ_are_refused() -> None:
     with Rendezvous(key="key") as meeting, ThreadPoolExecutor(1) as pool:
         first = pool.submit(RendezvousLockstep, place(meeting, 0), {"dtype": "float32"}, timeout=5)

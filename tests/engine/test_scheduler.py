@@ -498,6 +498,7 @@ def test_the_audit_raises_if_a_request_was_lost() -> None:
 # --- pipelines ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=60)
 @given(st.integers(2, 4), st.integers(1, 20), st.integers(0, 1), st.integers(1, 6), st.booleans())
 def test_running_requests_are_spread_evenly_over_the_steps_in_flight(

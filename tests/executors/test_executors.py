@@ -55,6 +55,7 @@ def expected(folder: str) -> list[tuple[int, ...]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "ranks"), [("threads", 1), ("threads", 2), ("threads", 3), ("mp", 1), ("mp", 2)])
 def test_all_executors_give_the_same_tokens(
     folder: str, expected: list[tuple[int, ...]], backend: str, ranks: int
@@ -133,6 +134,7 @@ def test_an_error_of_a_rank_at_the_start(folder: str, monkeypatch: pytest.Monkey
     assert wait_for(lambda: not rank_threads(), 5)
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     execute, released = Runner.execute, threading.Event()
     llm = LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=2, step_timeout=1, **SMALL)
@@ -368,6 +370,7 @@ def test_the_deadline_of_a_step_begins_again_after_an_absence(
         found.poll(60.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "ranks"), [("uni", 1), ("threads", 2)])
 def test_closing_drops_weights_and_cache(folder: str, backend: str, ranks: int) -> None:
     def models() -> int:

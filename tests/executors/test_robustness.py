@@ -25,6 +25,8 @@ from shoal.executors.multiprocess import ProcessLinks
 from shoal.wire.ranks import RankCall, StepPlan, Work
 from support.plans import bare_plan, setup_of
 
+pytestmark = pytest.mark.slow  # starts processes
+
 SMALL: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": "2MiB", "max_model_len": 256}
 SHORT = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 SMALL = ("--max-model-len", "64", "--kv-cache-memory-bytes", "2MiB")
 ASK = ("generate", "--distributed-executor-backend", "mp", "--prompt", "Once", "--max-tokens", "4", *SMALL)
 ANSWER = "Once upon a time there"
@@ -139,7 +141,9 @@ def test_the_first_process_of_a_container_with_little_of_proc() -> None:
 
 
 def in_container(program: str) -> list[str]:
-    program = f"import os, signal, sys, time\nfrom shoal.cli.init import stand_apart\nstand_apart()\n{program}"
+    program = (
+        f"import os, signal, sys, time\nfrom shoal.cli.container_init import stand_apart\nstand_apart()\n{program}"
+    )
     return [*CONTAINER, f'{PROC}"$@"', "sh", sys.executable, "-c", program]
 
 
@@ -193,7 +197,8 @@ def test_a_signal_reaches_the_program_once(number: int) -> None:
 
 def test_outside_a_container_there_is_no_extra_process() -> None:
     program = (
-        "import os; from shoal.cli.init import stand_apart; pid = os.getpid(); stand_apart(); print(pid, os.getpid())"
+        "import os; from shoal.cli.container_init import stand_apart\n"
+        "pid = os.getpid(); stand_apart(); print(pid, os.getpid())"
     )
     before, after = python(program).stdout.split()
     assert before == after

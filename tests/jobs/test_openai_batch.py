@@ -81,8 +81,8 @@ def test_structured_outputs(tmp_path: Path) -> None:
     ("body", "changes", "says"),
     [
         ({"prompt": ["a", "b"]}, {}, "2 prompts"),
-        ({"prompt": 5}, {}, "must be a text"),
-        ({"prompt": None}, {}, "must be a text"),
+        ({"prompt": 5}, {}, "must be a string"),
+        ({"prompt": None}, {}, "must be a string"),
         ({"echo": True}, {}, "`body.echo` is not supported"),
         ({"tools": [{}]}, {}, "`body.tools` is not supported"),
         ({"response_format": {"type": "xml"}}, {}, "text, json_object or json_schema"),

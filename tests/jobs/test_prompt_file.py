@@ -120,7 +120,7 @@ BROKEN = [
     ("{}", "`prompt_token_ids`"),
     ("7", "JSON object"),
     ('["a"]', "JSON object"),
-    ('{"prompt": 7}', "`prompt` must be a text"),
+    ('{"prompt": 7}', "`prompt` must be a string"),
     ('{"prompt_token_ids": "abc"}', "`prompt_token_ids` must be a list"),
     ('{"text": "a"}', "neither a text `prompt`"),
     ('{"messages": []}', "`messages` must be a list"),

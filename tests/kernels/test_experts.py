@@ -48,6 +48,7 @@ def chosen(rows: int, k: int, count: int) -> tuple[Tensor, Tensor]:
     return experts, torch.rand(rows, k)
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=40)
 @given(
     rows=st.integers(0, 20), count=st.integers(1, 12), share=st.floats(0, 1), seed=st.integers(0, 2**31), data=st.data()

@@ -27,6 +27,7 @@ print(sum(Path(name).name.startswith(("libgomp", "libomp", "libiomp")) for name 
 """
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_one_openmp_runtime() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.kernels import sampling as module
-from shoal.kernels.noise import gumbel
+from shoal.kernels.gumbel_noise import gumbel
 from shoal.kernels.sampling import TorchSampling, load_native, pack_tokens, sampling_kernels, unpack_tokens
 from support.fakes import steady
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cluster.members.supervised import RunState
+from shoal.cluster.replicas.supervised import RunState
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.errors import EngineError, UserError

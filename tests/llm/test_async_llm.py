@@ -87,7 +87,7 @@ def model() -> OpenModel:
 class Harness:
     def __init__(self, model: OpenModel) -> None:
         self.lines: list[FakeLine] = []
-        self.llm = AsyncLLM(model, line=self._open)
+        self.llm = AsyncLLM(model, connect=self._open)
 
     def _open(self, deliver: Callable[[FleetMessage], object]) -> FakeLine:
         self.lines.append(FakeLine(deliver))

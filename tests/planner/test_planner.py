@@ -614,6 +614,7 @@ def test_ranks_get_visible_gpus(checkpoint: Checkpoint) -> None:
         plan(checkpoint("llama"), gpus, tensor_parallel_size=3)
 
 
+@pytest.mark.slow
 def test_a_host_with_all_gpus_hidden_has_cpus_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "torch_has_cuda", lambda: True)
     pose_as_host_with("0, GPU-aa, 81559", tmp_path, monkeypatch)

@@ -274,7 +274,7 @@ def test_a_question_without_an_answer_ends_with_an_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(async_llm, "ANSWER_S", 0.01)
 
     async def ask() -> None:
-        llm = AsyncLLM(line=_SilentLine)
+        llm = AsyncLLM(connect=_SilentLine)
         with pytest.raises(EngineError, match=r"has not answered 'status' within 0\.01 s"):
             await llm.status()
         llm.close()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from shoal.errors import RequestError
-from shoal.server.api.bodies import UnreadBodies, read_body, read_json
+from shoal.server.api.body_reader import UnreadBodies, read_body, read_json
 from shoal.server.api.request_schemas import CompletionBody
 from shoal.server.app import make_app, openai_app
 from shoal.server.http.errors import HttpError, http_error

@@ -54,7 +54,7 @@ def test_a_fleet_with_one_of_two_replicas_is_healthy_but_not_ready() -> None:
     assert ask(engine, "/health")[0] == 200
     code, body = ask(engine, "/ready")
     assert code == 503
-    assert body["error"]["message"] == "not all replicas are ready: replica 1 is restarting for 3 s (rank 1 died)"
+    assert body["error"]["message"] == "not all replicas are ready: replica 1: restarting for 3 s (rank 1 died)"
 
 
 def test_health_does_not_wait_for_replicas_of_other_hosts() -> None:
@@ -76,7 +76,7 @@ def test_health_does_not_wait_for_replicas_of_other_hosts() -> None:
             ),
             "no replica is left: it died",
         ),
-        (backend(fleet(replica(0, "starting")), started=b""), "replica 0 is starting for 1 s"),
+        (backend(fleet(replica(0, "starting")), started=b""), "replica 0: starting for 1 s"),
         (backend(fleet(), started=b""), "there are no replicas"),
         (backend(fleet(*(replica(number, "failed") for number in range(50))), started=b""), "; 42 more"),
         (backend(ClosedError("the engine was closed")), "the engine was closed"),
@@ -105,4 +105,4 @@ def test_an_engine_that_does_not_answer_is_unhealthy() -> None:
 
     code, body = ask(Silent(), "/health", answer_s=0.01)
     assert code == 503
-    assert body["error"]["message"] == "the engine has not answered within 0.01 s"
+    assert body["error"]["message"] == "the fleet has not answered within 0.01 s"

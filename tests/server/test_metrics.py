@@ -28,8 +28,8 @@ from shoal.errors import ClosedError
 from shoal.llm.async_llm import AsyncLLM
 from shoal.params import SamplingParams
 from shoal.server.http.errors import add_handlers
-from shoal.server.operations.exposition import Histogram as Ours
-from shoal.server.operations.exposition import MetricFamily, as_histogram, as_metric
+from shoal.server.operations.metric_families import Histogram as Ours
+from shoal.server.operations.metric_families import MetricFamily, as_histogram, as_metric
 from shoal.server.operations.metrics_page import add_metrics, families, page_of
 from shoal.server.operations.process_metrics import facts_of_this_process, process_collectors
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families

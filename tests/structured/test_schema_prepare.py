@@ -159,7 +159,7 @@ def test_a_schema_may_refer_to_itself_as_a_whole() -> None:
         ({"$ref": "#/nothing"}, "#/nothing at # points to nothing"),
         ({"$ref": "#nothing"}, "#nothing at # names an $anchor that does not exist"),
         ({"$ref": "#/required", "required": ["a"]}, "points to something that is no schema"),
-        ({"$ref": 5}, "$ref at # must be a text"),
+        ({"$ref": 5}, "$ref at # must be a string"),
         ({"$ref": "#"}, "refers to itself without end"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "without end"),
         ({"$dynamicRef": "#n", "$defs": {"x": {"$id": "x", "$dynamicAnchor": "n"}, "y": {"$dynamicAnchor": "n"}}},

@@ -289,14 +289,14 @@ def test_malformed_files_are_named(config: dict[str, Any], tmp_path: Path) -> No
         ({"role": "user"}, "messages must be a list of objects with role and content, got dict"),
         ([], "messages is empty"),
         ([ASK, "hello"], "message 1 must be an object with role and content, got str"),
-        ([{"content": "x"}], "message 0: role must be a text such as user, got None"),
-        ([{"role": 7, "content": "x"}], "message 0: role must be a text such as user, got 7"),
+        ([{"content": "x"}], "message 0: role must be a string such as user, got None"),
+        ([{"role": 7, "content": "x"}], "message 0: role must be a string such as user, got 7"),
         ([{"role": "user"}], "message 0 has no content"),
-        ([{"role": "user", "content": 7}], "message 0: content must be a text or a list of parts, got int"),
+        ([{"role": "user", "content": 7}], "message 0: content must be a string or a list of parts, got int"),
         ([{"role": "user", "content": [7]}], "message 0, part 0: a part of content must be an object"),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
-            "message 0, part 0: text of a part must be a text, got NoneType",
+            "message 0, part 0: text of a part must be a string, got NoneType",
         ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
@@ -305,7 +305,7 @@ def test_malformed_files_are_named(config: dict[str, Any], tmp_path: Path) -> No
         ([{"role": "assistant", "tool_calls": 7}], "message 0: tool_calls must be a list of objects"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}],
-            "message 0: the arguments of a tool call are no JSON",
+            "message 0: the arguments of a tool call are not valid JSON",
         ),
         ([{"role": "user", "content": "x", "extra": b"x"}], "message 0: a value of type bytes is not a JSON value"),
     ],
@@ -340,8 +340,8 @@ def test_a_template_that_fails_gives_an_error_of_one_line(template: str, expecte
     [
         ([ASK], {"continue_final_message": True}, "goes with add_generation_prompt=False"),
         ([ASK], {"tools": "add"}, "tools must be a list of objects, got str"),
-        ([ASK], {"chat_template": 5}, "chat_template must be a text, got int"),
-        ([ASK], {"chat_template": ["a"]}, "chat_template must be a text, got list"),
+        ([ASK], {"chat_template": 5}, "chat_template must be a string, got int"),
+        ([ASK], {"chat_template": ["a"]}, "chat_template must be a string, got list"),
         ([ASK], {"chat_template_kwargs": {"x": b""}}, "chat_template_kwargs: x: a value of type bytes"),
         ([ASK], {"chat_template_kwargs": 3}, "chat_template_kwargs must be an object of names and values, got 3"),
         ([ASK], {"chat_template_kwargs": [("x", 1)]}, "chat_template_kwargs must be an object"),

@@ -56,7 +56,12 @@ def test_a_text_and_its_tokens(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("token", [VOCABULARY, -1, True, 1.0, "1", None, HUGE], ids=type)
 def test_token_ids_beyond_the_vocabulary(token: Any) -> None:
-    refused(f"is no id of a vocabulary of {VOCABULARY}", reader().prepare, {"prompt_token_ids": [1, token]}, PLAIN)
+    refused(
+        f"is not a token id: the vocabulary has {VOCABULARY} tokens",
+        reader().prepare,
+        {"prompt_token_ids": [1, token]},
+        PLAIN,
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ def test_token_ids_beyond_the_vocabulary(token: Any) -> None:
         ("", "the prompt is empty"),
         (
             {"prompt_token_ids": [3] * 32},
-            "this model's maximum context length is 32 tokens; the prompt has 32 tokens, and an output needs one",
+            "maximum context length is 32 tokens; the prompt has 32 tokens, but the output needs at least one",
         ),
         ({"prompt_token_ids": {1}}, "prompt_token_ids must be a list of integers"),
         ({}, "a prompt is a text or has prompt_token_ids, got dict"),
@@ -81,7 +86,7 @@ def test_invalid_prompts(prompt: Any, says: str, tokenizer: Tokenizer) -> None:
 
 def test_a_tokenizer_of_another_model(tokenizer: Tokenizer) -> None:
     small = reader(tokenizer, vocab_size=20)
-    refused("they do not belong together", small.prepare, "hello", PLAIN)
+    refused("tokenizer and model do not match", small.prepare, "hello", PLAIN)
 
 
 def test_texts_need_a_tokenizer() -> None:
@@ -227,14 +232,14 @@ def test_tokens_of_long_conversations_are_counted() -> None:
     of = reader(Letters(), chat_template=TEMPLATE)
     messages = [{"role": "user", "content": "x" * 30}]
     assert len(of.chat_tokens(messages)) == 37
-    with pytest.raises(RequestError, match="role must be a text"):
+    with pytest.raises(RequestError, match="role must be a string"):
         of.chat_tokens([{"content": "hi"}])
 
 
 def test_a_conversation_is_checked_like_a_prompt() -> None:
     of = reader(Letters(), chat_template=TEMPLATE)
     refused(
-        "length is 32 tokens; the prompt has 37 tokens, and an output needs one: shorten it",
+        "length is 32 tokens; the prompt has 37 tokens, but the output needs at least one: shorten it",
         of.prepare_chat,
         [{"role": "user", "content": "x" * 30}],
         PLAIN,
@@ -244,7 +249,7 @@ def test_a_conversation_is_checked_like_a_prompt() -> None:
     refused("no tokenizer", reader(chat_template=TEMPLATE).prepare_chat, MESSAGES, PLAIN)
     refused("messages is empty", of.prepare_chat, [], PLAIN)
     refused("messages must be a list of objects", of.prepare_chat, "hi", PLAIN)
-    refused("message 0: role must be a text", of.prepare_chat, [{"content": "hi"}], PLAIN)
+    refused("message 0: role must be a string", of.prepare_chat, [{"content": "hi"}], PLAIN)
 
 
 # --- truncated prompts, and salts --------------------------------------------------------------------------------
@@ -275,7 +280,7 @@ def test_salts() -> None:
     assert reader().prepare(0, {"prompt_token_ids": ids}, PLAIN).cache_salt == ""
     for wrong in ("", 5, b"a"):
         prompt = {"prompt_token_ids": ids, "cache_salt": wrong}
-        refused("cache_salt must be a text that is not empty", reader().prepare, prompt, PLAIN)
+        refused("cache_salt must be a string that is not empty", reader().prepare, prompt, PLAIN)
 
 
 def test_parameters_are_prepared_once_for_all_prompts_of_a_request() -> None:

@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import demo_text  # noqa: E402
 import train_demo  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 EIGHT = train_demo.Experts()
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8}
 
@@ -55,6 +57,7 @@ def test_held_out_additions_are_a_tenth_and_follow_from_the_seed() -> None:
     assert all(0 <= a <= b < 100 for a, b in held_out)
 
 
+@pytest.mark.slow
 def test_held_out_additions_are_in_no_text(samples: list[demo_text.Sample]) -> None:
     """Neither order of a held-out pair occurs in any wording. Nearly all other pairs occur."""
     held_out = demo_text.held_out_additions()
@@ -272,6 +275,7 @@ def test_shipped_models_share_their_tokenizer() -> None:
         assert (train_demo.EXPERTS_OUTPUT / name).read_bytes() == (train_demo.DENSE_OUTPUT / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_shipped_model_adds_what_it_never_saw(shipped: tuple[Any, Any]) -> None:
     """At least 95 of 100 held-out additions are right, with and without a space after the prompt."""
     questions = train_demo.held_out_questions(demo_text.held_out_additions())
@@ -303,6 +307,7 @@ def test_shipped_model_answers(shipped: tuple[Any, Any], prompt: str, answer: st
     assert generate(shipped, [prompt], 40) == [answer]
 
 
+@pytest.mark.slow
 def test_shipped_model_answers_far_into_a_context(shipped: tuple[Any, Any]) -> None:
     """After some 500 tokens of other documents the model answers as at the start."""
     _, tokenizer = shipped
@@ -316,6 +321,7 @@ def test_shipped_model_answers_far_into_a_context(shipped: tuple[Any, Any]) -> N
     assert generate(shipped, [before + "<|user|>What is 12 + 30?<|end|><|assistant|>"], 40) == ["12 + 30 = 42."]
 
 
+@pytest.mark.slow
 def test_shipped_model_continues_with_well_formed_documents(shipped: tuple[Any, Any]) -> None:
     """If it must continue for 200 tokens, it writes one well-formed document after the other."""
     model, tokenizer = shipped

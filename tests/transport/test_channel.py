@@ -273,6 +273,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_use_the_parents_connections() -> None:
     """It cannot send on them, and does not keep connections or ports open."""
     done = subprocess.run(

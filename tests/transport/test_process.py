@@ -9,6 +9,7 @@ import pytest
 from shoal.transport.process import ChildProcess
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "name"),
     [
@@ -28,6 +29,7 @@ def test_a_killed_process_names_the_signal(number: int, name: str) -> None:
         child.kill()
 
 
+@pytest.mark.slow
 def test_a_description_waits_no_longer_than_its_patience() -> None:
     child = ChildProcess("shoal.server.api_process")
     try:

@@ -23,11 +23,11 @@ import pytest
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
-from shoal.transport import member as members_module
 from shoal.transport import rendezvous as rendezvous_module
+from shoal.transport import room_member as members_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.member import RoomMember, connect
 from shoal.transport.rendezvous import Rendezvous, enable_keepalive, proof, require_key
+from shoal.transport.room_member import RoomMember, connect
 from shoal.wire.base import encode
 from shoal.wire.rendezvous import (
     Alive,
@@ -46,6 +46,8 @@ from shoal.wire.rendezvous import (
     to_rendezvous,
 )
 from support.descriptors import many_open_files
+
+pytestmark = pytest.mark.slow
 
 KEY = "a key"
 
@@ -96,6 +98,7 @@ def test_an_error_without_a_rendezvous_names_address_port_and_seconds() -> None:
         connect(Address("127.0.0.1", port), KEY, timeout=0.5)
 
 
+@pytest.mark.slow
 def test_a_missing_rendezvous_is_an_engine_error_for_a_returning_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = Address("127.0.0.1", probe.getsockname()[1])
@@ -180,7 +183,7 @@ def test_a_rank_given_twice_is_refused(meeting: Rendezvous) -> None:
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(join, meeting, 0)
         arrive(meeting)
-        with pytest.raises(ConfigError, match=r"rank 0 may not join .*: rank 0 \(.* is there already"):
+        with pytest.raises(ConfigError, match=r"rank 0 may not join .*: rank 0 \(.* has already joined"):
             join(meeting, 0)
         join(meeting, 1).close()
         first.result().close()
@@ -190,7 +193,7 @@ def test_a_rank_given_twice_is_refused(meeting: Rendezvous) -> None:
     ("options", "message"),
     [
         ({"key": "another"}, "the shared key differs"),
-        ({"size": 3}, "it counts 3 ranks, rank 0 .* counts 2"),
+        ({"size": 3}, "it expects 3 ranks, rank 0 .* expects 2"),
         ({"agreement": {"dtype": "float32"}}, "its dtype is float32, that of rank 0 .* is bfloat16"),
         ({"agreement": {}}, "its dtype is nothing, that of rank 0 .* is bfloat16"),
         ({"rank": 7}, "rank 7 of 2 does not exist"),
@@ -302,6 +305,7 @@ def test_an_incomplete_frame_is_waited_for(
     until(member, lambda: member.latest("step") == {1: b"5"})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_heartbeats")
 def test_a_slowly_sent_frame_keeps_the_connection_alive(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand
@@ -407,7 +411,7 @@ def test_a_member_that_leaves_after_its_work_is_no_failure(meeting: Rendezvous) 
 MEMBER = """
 import sys, time
 from shoal.addresses import Address
-from shoal.transport.member import RoomMember
+from shoal.transport.room_member import RoomMember
 RoomMember(Address.parse(sys.argv[1]), "a key", room="room", rank=1, size=2, timeout=60.0)
 print("in", flush=True)
 time.sleep(600)

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError
-from shoal.transport import member as members_module
+from shoal.transport import room_member as members_module
 from shoal.transport.channel import Channel, wait
-from shoal.transport.member import RoomMember, connect
 from shoal.transport.rendezvous import Rendezvous, proof
+from shoal.transport.room_member import RoomMember, connect
 from shoal.wire.base import encode
 from shoal.wire.rendezvous import Challenge, Hello, JoinRefused, Signed, Welcome, hello_decoder, to_rendezvous
 from support.fakes import steady
+
+pytestmark = pytest.mark.slow
 
 KEY = "a key"
 
@@ -77,6 +79,7 @@ def test_members_after_a_failure_are_in_a_room_of_their_own(meeting: Rendezvous)
         each.close()
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=10)
 @given(leavers=st.lists(st.integers(0, 2), min_size=1, max_size=4))
 def test_formations_are_never_used_twice(leavers: list[int]) -> None:
@@ -95,7 +98,7 @@ def test_a_second_process_with_the_same_rank_is_refused_after_a_while(
     """It is not refused immediately, since the first one may be unreachable and not removed yet."""
     monkeypatch.setattr(members_module, "REFUSED_TIMEOUT_S", 0.3)
     members = all_of(meeting, [0, 1])
-    with pytest.raises(ConfigError, match=r"rank 1 \(.*\) is there already: give every process a rank of its own"):
+    with pytest.raises(ConfigError, match=r"rank 1 \(.*\) has already joined: give every process a rank of its own"):
         join(meeting, 1)
     for each in members:
         each.close()
@@ -181,7 +184,7 @@ def test_only_consecutive_refusals_end_the_attempts(monkeypatch: pytest.MonkeyPa
     """After a refusal and a long time without an answer, another refusal counts as the first one."""
     script = ScriptedRendezvous()
     monkeypatch.setattr(members_module, "time", FakeTime(members_module.REFUSED_TIMEOUT_S * 2))
-    monkeypatch.setattr("shoal.transport.member.addresses.connect", script.connect)
+    monkeypatch.setattr("shoal.transport.room_member.addresses.connect", script.connect)
     script.answers = ["not now", "hang up", "not now", "unreachable", "not now", "come in"]
     connect(script.address, KEY, timeout=1e6).close()
     script.answers = ["not now", "not now"]

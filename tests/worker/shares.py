@@ -12,7 +12,7 @@ from shoal.comm.local import LocalComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
 from shoal.parallel.mesh import Axis
 from shoal.parallel.partition import split
-from shoal.worker.edits import Edits
+from shoal.worker.logit_edits import Edits
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.sampler import SamplingRows, VocabShare, sample
 from support.fakes import on_threads

@@ -14,9 +14,9 @@ from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, StepPlan, Work
 from shoal.wire.tokens import encode_numbers, encode_tokens
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
-from shoal.worker.edits import Edits
+from shoal.worker.logit_edits import Edits
 from shoal.worker.random import row_keys, split_keys
-from shoal.worker.rules import EditsBuilder, SamplingRules
+from shoal.worker.sampling_rules import EditsBuilder, SamplingRules
 from support.fakes import steady
 
 SIZE = 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.noise import gumbel
+from shoal.kernels.gumbel_noise import gumbel
 from shoal.worker.random import U64, row_keys, split_keys
 
 EULER = 0.5772156649015329

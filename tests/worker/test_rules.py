@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shoal.wire.base import Ids
 from shoal.wire.ranks import Sampling, SamplingPenalties
 from shoal.wire.tokens import decode_tokens, encode_numbers, encode_tokens
-from shoal.worker.rules import EditsBuilder, History, SamplingRules
+from shoal.worker.sampling_rules import EditsBuilder, History, SamplingRules
 from support.fakes import steady
 
 CPU = torch.device("cpu")

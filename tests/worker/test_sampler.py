@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.kernels.noise import gumbel
+from shoal.kernels.gumbel_noise import gumbel
 from shoal.kernels.sampling import TorchSampling
 from shoal.parallel.mesh import Axis
 from shoal.worker import sampler

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shoal.comm.local import LocalComm
 from shoal.parallel.mesh import Axis
-from shoal.worker.edits import Bias, Edits, Masks, Pairs, Penalties, apply_edits
+from shoal.worker.logit_edits import Bias, Edits, Masks, Pairs, Penalties, apply_edits
 from shoal.worker.sampler import VocabShare, sample
 from support.fakes import steady
 from worker.shares import CUTS, Float64, check_distribution, draw, even, keys_of, rows_of

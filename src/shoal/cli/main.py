@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from shoal.cli.init import stand_apart
+from shoal.cli.container_init import stand_apart
 from shoal.lazy import load
 from shoal.process import import_path, open_files
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.activity import ActivityState
+from shoal.cluster.expiry_queue import ExpiryQueue
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.replica_client import ReplicaClient
-from shoal.cluster.members.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaSet
+from shoal.cluster.replicas.replica_client import ReplicaClient
+from shoal.cluster.replicas.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.routing.capacity import ReplicaCapacity
-from shoal.cluster.timers import Timers
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, context_length_exceeded
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait
@@ -86,8 +86,8 @@ class Fleet:
             on_loss=self._lost,
             recorder=recorder,
         )
-        self._deadlines = Timers(self._set.is_open)
-        self._wait_limits = Timers(self._set.is_new)  # until when requests may wait for their first replica
+        self._deadlines = ExpiryQueue(self._set.is_open)
+        self._wait_limits = ExpiryQueue(self._set.is_new)  # until when requests may wait for their first replica
         self._supervisor = ReplicaSupervisor(
             launch,
             capacity_of,
@@ -182,8 +182,8 @@ class Fleet:
         if prompt_len >= self._context_length:
             raise context_length_exceeded(
                 self._context_length,
-                f"the prompt has {prompt_len}, and an output needs one: shorten it, or give the replicas more memory "
-                "for their KV caches",
+                f"the prompt has {prompt_len}, but the output needs at least one: shorten it, or give the replicas "
+                "more memory for their KV caches",
             )
         return replace_fields(request, max_tokens=min(request.max_tokens, self._context_length - prompt_len))
 

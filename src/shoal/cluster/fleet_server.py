@@ -38,8 +38,8 @@ from shoal.wire.fleet import ContextLength, operation_decoder
 log = get_logger("fleet")
 
 _WAIT_S = 1.0
-_MAX_MESSAGES = 64  # messages of one client that are taken in a turn, before updates are handed out
-_MAX_TOGETHER = 8  # messages of a client in this process that are one task
+_MAX_PER_TURN = 64  # messages of one client that are handled before the next updates are sent
+_BATCH_SIZE = 8  # messages of a local client that are one task
 _JOIN_S = 10.0
 _CLOSED = "the engine was closed"
 
@@ -137,25 +137,25 @@ class FleetServer:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._do_some()
+                self._run_some_tasks()
                 self._hand_out(self._fleet.updates(_WAIT_S))
                 self._send_length()
                 for client in list(self._clients.values()):
                     if isinstance(client, RemoteClient):
                         self._serve(client)
         except Exception as error:
-            log.exception("the engine's thread has failed")
-            self._failure = f"the engine's thread has failed: {type(error).__name__}: {error}"
+            log.exception("the fleet server has failed")
+            self._failure = f"the fleet server has failed: {type(error).__name__}: {error}"
         finally:
             self._end()
 
-    def _do_all(self) -> None:
+    def _run_all_tasks(self) -> None:
         for _ in range(len(self._tasks)):
             self._tasks.popleft()()
 
-    def _do_some(self) -> None:
+    def _run_some_tasks(self) -> None:
         """Do a few tasks, so that updates are handed out before the next tasks."""
-        for _ in range(min(len(self._tasks), _MAX_MESSAGES // _MAX_TOGETHER)):
+        for _ in range(min(len(self._tasks), _MAX_PER_TURN // _BATCH_SIZE)):
             self._tasks.popleft()()
         if self._tasks:
             self._fleet.wake()
@@ -165,7 +165,7 @@ class FleetServer:
         with self._lock:
             self._ended = True
         try:
-            self._do_all()
+            self._run_all_tasks()
         except Exception:
             log.exception("some tasks were not done")
         for client in list(self._clients.values()):
@@ -294,7 +294,7 @@ class FleetServer:
         """Handle what a client in another process has sent, and send it what it can read."""
         try:
             client.receive()
-            for _ in range(min(len(client.received), _MAX_MESSAGES)):
+            for _ in range(min(len(client.received), _MAX_PER_TURN)):
                 self.take(client, to_engine.decode(client.received.popleft()))
             if client.received:
                 self._fleet.wake()
@@ -326,8 +326,8 @@ class _LocalConnection:
         self._calls.fail(self._server.failure or _CLOSED)
 
     def send(self, messages: Sequence[EngineRequest | Abort]) -> None:
-        for start in range(0, len(messages) or 1, _MAX_TOGETHER):
-            self._server.do(partial(self._take, messages[start : start + _MAX_TOGETHER]))
+        for start in range(0, len(messages) or 1, _BATCH_SIZE):
+            self._server.do(partial(self._take, messages[start : start + _BATCH_SIZE]))
 
     def _take(self, messages: Sequence[EngineRequest | Abort]) -> None:
         for message in messages:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
-from shoal.cluster.members.replica import close_all
-from shoal.cluster.members.replica_client import ReplicaClient, wait_for_any
 from shoal.cluster.open_requests import OpenRequests
 from shoal.cluster.operations import Done, Operations
+from shoal.cluster.replicas.replica import close_all
+from shoal.cluster.replicas.replica_client import ReplicaClient, wait_for_any
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.routing.router import RequestRouter
 from shoal.cluster.stats import merge_stats

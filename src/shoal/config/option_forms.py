@@ -171,4 +171,4 @@ def _check_method(given: Mapping[str, Any], flag: str) -> None:
         raise ConfigError(f"{flag}: method draft_model needs model, a folder or an id on the hub")
     revision = given.get("revision")
     if revision is not None and not isinstance(revision, str):
-        raise ConfigError(f"{flag}: revision must be a text, got {shown(revision)}")
+        raise ConfigError(f"{flag}: revision must be a string, got {shown(revision)}")

@@ -26,13 +26,13 @@ _NUM_TOKEN_BUCKETS = 24  # buckets of the histogram of tokens per step; the uppe
 
 
 class EngineCore:
-    """An `EngineClient` for an engine in this process. Calls of `updates` drive the engine.
+    """The engine itself. It has the interface `EngineClient`, and runs while its owner calls `updates`.
 
     At most `max_in_flight` plans are with the ranks at a time. If this is one more than the number of stages, the next
     plan has arrived when the first stage ends a step, so the ranks never wait for the engine.
 
     A replica in lockstep launches steps without work if other replicas need them. While it is not `busy`, its owner
-    waits for the lockstep (see `Joined.fileno`); no method of this class does.
+    waits for the lockstep (see `LockstepMember.fileno`); no method of this class does.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class EngineCore:
         behind = self._is_behind  # needed even if no plan may be launched: it raises if another replica has failed
         while self._scheduler.num_in_flight < self._max_in_flight:
             begun = time.perf_counter_ns()
-            plan = self._scheduler.schedule(even_without_work=behind, no_work=not self._activity.runs)
+            plan = self._scheduler.schedule(allow_empty=behind, only_empty=not self._activity.runs)
             if plan is not None:
                 self._executor.launch(plan)
                 self._count_tokens(plan)

@@ -10,12 +10,12 @@ from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LockstepMember
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
-from shoal.engine.server import serve
+from shoal.engine.serve_channel import serve
 from shoal.log import configure_logging
 from shoal.process import garbage_collector
 from shoal.transport.channel import Channel
-from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
+from shoal.transport.room_member import connect
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import EnginePlan
 from shoal.wire.rendezvous import PEERS_DOOR

@@ -1,4 +1,4 @@
-"""The table of executors, by name."""
+"""The table of executors, by name. The planner has the rules for choosing one (`planner.planner`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ class ExecutorKind:
 
     links: str  # module and name of a class of `Links`, whose arguments are the setups of the ranks and `groups`
     in_this_process: bool  # True: ranks load torch into the process of the engine
+    replicas_are_threads: bool = False  # True: all replicas are threads of one process, and so on one host
 
 
 EXECUTORS = {
     "uni": ExecutorKind("shoal.executors.inprocess:InProcessLinks", in_this_process=True),
-    "threads": ExecutorKind("shoal.executors.threads:ThreadLinks", in_this_process=True),
+    "threads": ExecutorKind("shoal.executors.threads:ThreadLinks", in_this_process=True, replicas_are_threads=True),
     "mp": ExecutorKind("shoal.executors.multiprocess:ProcessLinks", in_this_process=False),
 }
 

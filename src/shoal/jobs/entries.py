@@ -126,7 +126,7 @@ def parse_prompt(kind: str, value: object) -> Prompt:
     """
     if kind == "prompt":
         if not isinstance(value, str):
-            why = f"`prompt` must be a text, got {_short(value)}; token ids go into `prompt_token_ids`"
+            why = f"`prompt` must be a string, got {_short(value)}; token ids go into `prompt_token_ids`"
             raise RequestError(why, "prompt")
         return value
     if not isinstance(value, list):

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from shoal.kernels.gumbel_noise import gumbel
 from shoal.kernels.library import open_library
-from shoal.kernels.noise import gumbel
 
 ABI_VERSION = 1
 

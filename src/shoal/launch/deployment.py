@@ -8,6 +8,7 @@ from shoal import env
 from shoal.addresses import Address, parse_host, refuse_loopback_name
 from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
+from shoal.executors.table import EXECUTORS
 from shoal.transport.rendezvous import require_key
 from shoal.wire.plan import ReplicaPlace
 
@@ -45,9 +46,10 @@ class Deployment:
         local = _local(hosts, mode, size)
         if mode is Mode.ALONE or (len(local) == size and mode is not Mode.HEADLESS):
             return cls(Mode.ALONE, size, range(size))
-        if options.parallel.distributed_executor_backend == "threads":
+        backend = options.parallel.distributed_executor_backend
+        if backend in EXECUTORS and EXECUTORS[backend].replicas_are_threads:
             raise ConfigError(
-                "--distributed-executor-backend threads: replicas on several hosts must be processes; leave it out"
+                f"--distributed-executor-backend {backend}: replicas on several hosts must be processes; leave it out"
             )
         if hosts.data_parallel_address is None:
             raise ConfigError(

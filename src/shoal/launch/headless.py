@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.cluster.members.replica import close_all
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.supervised import RunState, Supervised
+from shoal.cluster.replicas.replica import close_all
+from shoal.cluster.replicas.restart_budget import RestartBudget
+from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import EngineError, ShoalError, UserError
 from shoal.launch.agreement import host_agreement
@@ -203,7 +203,7 @@ class HeadlessHost:
         self._clock = clock
         self._in_lockstep = False  # True: the replicas share experts, so none works without the others
         self.replicas = [
-            HeadlessReplica(setup=setup, restarts=Restarts(max_restarts, "--max-restarts"), useful_s=_USEFUL_S)
+            HeadlessReplica(setup=setup, restarts=RestartBudget(max_restarts, "--max-restarts"), useful_s=_USEFUL_S)
             for setup in setups
         ]
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Container, Sequence
 
-from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
+from shoal.cluster.replicas.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.routing.capacity import ReplicaCapacity, max_requests_held
 from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LocalLockstep, LockstepMember
-from shoal.engine.server import serve
+from shoal.engine.serve_channel import serve
 from shoal.executors.table import thread_groups
 from shoal.launch.deployment import place_of
 from shoal.launch.open_model import OpenModel

@@ -5,12 +5,13 @@ import secrets
 from contextlib import ExitStack, suppress
 
 from shoal.addresses import Address
-from shoal.cluster.members.replica import EngineProcess, Replica, close_all
-from shoal.cluster.members.replica_client import await_ready
 from shoal.cluster.replica_set import ReplicaSet
+from shoal.cluster.replicas.replica import EngineProcess, Replica, close_all
+from shoal.cluster.replicas.replica_client import await_ready
 from shoal.engine.build import build_engine
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import AddressInUse
+from shoal.executors.table import EXECUTORS
 from shoal.launch.launchers import (
     ENGINE_PROCESS,
     ProcessLauncher,
@@ -89,7 +90,7 @@ def _start_replicas(model: OpenModel) -> ReplicaSet:
     with ExitStack() as stack:
         rendezvous, key = "", secrets.token_hex(KEY_BYTES)
         launch: ProcessLauncher | ThreadLauncher
-        if model.plan.executor == "threads":
+        if EXECUTORS[model.plan.executor].replicas_are_threads:
             launch = ThreadLauncher(model)
         else:
             if in_lockstep:

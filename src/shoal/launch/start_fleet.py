@@ -5,7 +5,8 @@ from contextlib import ExitStack
 
 from shoal.cluster.fleet import Fleet, ModelSummary
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.doors import FleetDoor, PeersDoor
+from shoal.cluster.replicas.rendezvous_doors import FleetDoor, PeersDoor
+from shoal.executors.table import EXECUTORS
 from shoal.launch.deployment import Deployment, Mode
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
 from shoal.launch.offline_engines import KEY_BYTES
@@ -28,7 +29,7 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
         door = _front_door(model, deployment)
         rendezvous, key = _open_rendezvous(model, deployment, door, stack)
         launch: ProcessLauncher | ThreadLauncher
-        if model.plan.executor == "threads":
+        if EXECUTORS[model.plan.executor].replicas_are_threads:
             launch = ThreadLauncher(model)
         else:
             compared = deployment.local if deployment.mode is Mode.PEERS else ()
@@ -81,7 +82,7 @@ def _open_rendezvous(
     """
     doors: dict[str, FleetDoor | PeersDoor] = {} if door is None else {FRONT_END_DOOR: door}
     if deployment.address is None:
-        if not model.plan.layout.shares_experts or model.plan.executor == "threads":
+        if not model.plan.layout.shares_experts or EXECUTORS[model.plan.executor].replicas_are_threads:
             return "", ""
         key = secrets.token_hex(KEY_BYTES)
         return stack.enter_context(Rendezvous(key=key, reopen_rooms=True)).address, key

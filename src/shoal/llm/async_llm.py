@@ -1,6 +1,6 @@
 """Inference with asyncio: the class `AsyncLLM`, for services in Python and for the server.
 
-Replicas that end are started again.
+Replicas that end are restarted.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from shoal.wire.fleet import ContextLength, FleetStatus, fleet_status_decoder
 log = get_logger("requests")
 
 _POLL_S = 0.05
-_AT_ONCE = 512  # how many updates are handed out before other tasks of the event loop may run
+_MAX_UPDATES_PER_TURN = 512  # how many updates are handed out before other tasks of the event loop may run
 ANSWER_S = 30.0  # how long the fleet may take to answer a question
 _CLOSED = "the engine was closed"
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # the integers that a message can hold
@@ -63,16 +63,16 @@ class AsyncLLM(PauseAndSleep):
         *,
         recorder: Recorder | None = None,
         verbs: Mapping[str, Callable[[bytes], bytes]] | None = None,
-        line: Callable[[Callable[[FleetMessage], object]], FleetConnection] | None = None,
+        connect: Callable[[Callable[[FleetMessage], object]], FleetConnection] | None = None,
         **options: Any,
     ) -> None:
         """Start the replicas, and do not wait for them.
 
         Args:
             model: as for `LLM`.
-            recorder: is told of every request, for metrics.
+            recorder: receives the events of every request, for metrics.
             verbs: more verbs for `ask`, and the functions that answer them.
-            line: opens a connection to the fleet of another process; None: a fleet is started here.
+            connect: opens a connection to the fleet of another process; None: a fleet is started here.
             options: those of `LLM` and of `shoal serve`.
 
         Raises:
@@ -94,10 +94,10 @@ class AsyncLLM(PauseAndSleep):
         self._arrived_lock = threading.Lock()
         self._closed = False
         self._fleet_server: FleetServer | None = None
-        if line is None:
+        if connect is None:
             self._fleet_server = FleetServer(start_fleet(model, recorder), verbs)
-            line = self._fleet_server.open
-        self._line = line(self._deliver)
+            connect = self._fleet_server.open
+        self._connection = connect(self._deliver)
 
     # --- the model -----------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class AsyncLLM(PauseAndSleep):
         stream = RequestStream(self, outputs, [request.seq for request in requests])
         self._streams.update((request.seq, stream) for request in requests)
         try:
-            self._line.send(requests)
+            self._connection.send(requests)
         except ClosedError:
             self._forget(stream)
             raise
@@ -334,7 +334,7 @@ class AsyncLLM(PauseAndSleep):
         """End requests in the fleet. Their last updates still come."""
         if seqs:
             with suppress(ClosedError):
-                self._line.send([Abort(tuple(seqs), stopped)])
+                self._connection.send([Abort(tuple(seqs), stopped)])
 
     def _forget(self, stream: RequestStream) -> None:
         for seq in stream.seqs:
@@ -385,9 +385,9 @@ class AsyncLLM(PauseAndSleep):
         """
         try:
             async with asyncio.timeout(None if patient else ANSWER_S):
-                return await asyncio.wrap_future(self._line.ask(verb, payload))
+                return await asyncio.wrap_future(self._connection.ask(verb, payload))
         except TimeoutError:
-            raise EngineError(f"the engine has not answered {verb!r} within {ANSWER_S:g} s") from None
+            raise EngineError(f"the fleet has not answered {verb!r} within {ANSWER_S:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, and wait up to `timeout` seconds for the others. Return True if all have ended."""
@@ -407,7 +407,7 @@ class AsyncLLM(PauseAndSleep):
         if self._fleet_server is not None:
             self._fleet_server.close()
         else:
-            self._line.close()
+            self._connection.close()
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop was closed, so no task waits any more
                 self._loop.call_soon_threadsafe(self._end_all)
@@ -463,7 +463,7 @@ class AsyncLLM(PauseAndSleep):
                 self._loop.call_soon_threadsafe(self._take)
             except RuntimeError:  # the loop was closed, so no task waits any more
                 self._arrived.clear()
-                self._line.close()
+                self._connection.close()
 
     def _take(self) -> None:
         """Hand the updates that have arrived to their streams.
@@ -471,7 +471,7 @@ class AsyncLLM(PauseAndSleep):
         If there are many, only some are handed out, so that other tasks of the loop can run before the rest.
         """
         with self._arrived_lock:
-            updates, self._arrived = self._arrived[:_AT_ONCE], self._arrived[_AT_ONCE:]
+            updates, self._arrived = self._arrived[:_MAX_UPDATES_PER_TURN], self._arrived[_MAX_UPDATES_PER_TURN:]
             rest = bool(self._arrived)
         for seq, update in updates:
             self._hand_out(seq, update)

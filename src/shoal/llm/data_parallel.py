@@ -10,8 +10,8 @@ from shoal.addresses import Address, refuse_loopback_name
 from shoal.errors import ConfigError, EngineError
 from shoal.log import get_logger
 from shoal.process.forks import Owner
-from shoal.transport.member import RoomMember
 from shoal.transport.rendezvous import Rendezvous
+from shoal.transport.room_member import RoomMember
 
 log = get_logger("data parallel")
 

@@ -1,4 +1,4 @@
-"""Reading the spec of the model in a folder. A new family is one file in `families/` and one line here."""
+"""Reading the spec of the model in a folder. A new family is one file in `families/`, named here."""
 
 import dataclasses
 import json

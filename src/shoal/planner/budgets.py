@@ -169,7 +169,7 @@ def _check_host_memory(hardware: Hardware, needs: Sequence[int], weights: int, w
     missing = sum(needs) - hardware.host_memory_available
     if missing > 0:
         raise ConfigError(
-            f"{len(needs)} rank{'s' if len(needs) > 1 else ''} need {format_bytes(sum(needs))} (weights "
+            f"{len(needs)} rank{'s need' if len(needs) > 1 else ' needs'} {format_bytes(sum(needs))} (weights "
             f"{format_bytes(weights)}), {format_bytes(missing)} more than this host has available: {way_out}, choose "
             "--dtype bfloat16, or use a larger host"
         )

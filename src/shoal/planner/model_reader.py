@@ -6,7 +6,7 @@ from pathlib import Path
 from shoal.config.engine_options import ModelOptions
 from shoal.errors import ConfigError
 from shoal.models.implementation import read_model
-from shoal.models.open_model import OpenedModel, open_model
+from shoal.models.model_folder import OpenedModel, open_model
 from shoal.models.spec import ModelSpec
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import ModelFiles

@@ -13,7 +13,7 @@ from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
 from shoal.models.implementation import implementation_of, rank_shards
 from shoal.models.manifest import ITEM_BYTES, Cut, Shard
-from shoal.models.open_model import OpenedModel
+from shoal.models.model_folder import OpenedModel
 from shoal.models.spec import ModelSpec
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.planner.all2all import choose_all2all

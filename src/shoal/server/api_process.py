@@ -139,7 +139,7 @@ async def _serve(channel: Channel, setup: ApiSetup, model: OpenModel, settings: 
         for server in servers:
             server.stop(None)  # the parent has the clock
 
-    llm = AsyncLLM(model, line=lambda deliver: ChannelLine(channel, deliver, end))
+    llm = AsyncLLM(model, connect=lambda deliver: ChannelLine(channel, deliver, end))
     listening = Listening(**setup.listening)
     server = make_server(make_app(llm, settings), settings, listening)
     servers.append(server)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.supervised import RunState, Supervised
+from shoal.cluster.replicas.restart_budget import RestartBudget
+from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.errors import ClosedError, EngineError
 from shoal.launch.open_model import OpenModel
 from shoal.llm.async_llm import AsyncLLM
@@ -65,7 +65,8 @@ class ApiServers:
         self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), model.served)
         self._sockets = sockets
         self.servers = [
-            ApiServer(number=number, restarts=Restarts(_MOST_RESTARTS), useful_s=_USEFUL_S) for number in range(count)
+            ApiServer(number=number, restarts=RestartBudget(_MOST_RESTARTS), useful_s=_USEFUL_S)
+            for number in range(count)
         ]
         self._on_restart = on_restart
         self._ends_at: float | None = None  # what still runs then is killed

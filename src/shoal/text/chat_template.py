@@ -79,12 +79,12 @@ class ChatTemplate:
         """
         if continue_final_message and add_generation_prompt:
             raise RequestError.about(
-                "continue_final_message", "goes with add_generation_prompt=False: the turn has begun"
+                "continue_final_message", "requires add_generation_prompt=False, because the last turn continues"
             )
         if tools is not None and (isinstance(tools, str | Mapping) or not isinstance(tools, Sequence)):
             raise RequestError.about("tools", f"must be a list of objects, got {type(tools).__name__}")
         if chat_template is not None and not isinstance(chat_template, str):
-            raise RequestError.about("chat_template", f"must be a text, got {type(chat_template).__name__}")
+            raise RequestError.about("chat_template", f"must be a string, got {type(chat_template).__name__}")
         own = _check_kwargs(chat_template_kwargs)
         source = self._choose(chat_template, tools)
         template = jinja_sandbox.compile(source)
@@ -163,7 +163,7 @@ def _check_message(message: object, where: _Place) -> dict[str, Any]:
         found.setdefault("content", "")
     role = found.get("role")
     if not isinstance(role, str) or not role:
-        raise where.error(f": role must be a text such as user, got {role!r}")
+        raise where.error(f": role must be a string such as user, got {role!r}")
     content = found.get("content")
     if isinstance(content, list):
         for i, part in enumerate(content):
@@ -173,7 +173,7 @@ def _check_message(message: object, where: _Place) -> dict[str, Any]:
             raise where.error(" has no content: give a text, or a list of parts of type text")
         found["content"] = ""  # templates fail if it is missing
     elif not isinstance(content, str):
-        raise where.error(f": content must be a text or a list of parts, got {type(content).__name__}")
+        raise where.error(f": content must be a string or a list of parts, got {type(content).__name__}")
     if "tool_calls" in found:
         found["tool_calls"] = _check_calls(found["tool_calls"], where)
     return found
@@ -185,7 +185,7 @@ def _check_part(part: object, where: _Place) -> None:
     if part["type"] != "text":
         raise where.error(f": parts of type {part['type']} can't be read; this engine takes text")
     if not isinstance(part.get("text"), str):
-        raise where.error(f": text of a part must be a text, got {type(part.get('text')).__name__}")
+        raise where.error(f": text of a part must be a string, got {type(part.get('text')).__name__}")
 
 
 def _check_calls(calls: Any, where: _Place) -> list[Any]:
@@ -198,7 +198,7 @@ def _check_calls(calls: Any, where: _Place) -> list[Any]:
             try:
                 function["arguments"] = json.loads(function.get("arguments") or "{}", strict=False)
             except (ValueError, RecursionError) as error:
-                raise where.error(f": the arguments of a tool call are no JSON: {error}") from None
+                raise where.error(f": the arguments of a tool call are not valid JSON: {error}") from None
     return calls
 
 
@@ -274,7 +274,7 @@ def _from_config(value: Any, folder: Path) -> dict[str, str]:
         found = {"": None}
     if not all(isinstance(text, str) for pair in found.items() for text in pair):
         file = folder / "tokenizer_config.json"
-        raise CheckpointError(f"{file}: chat_template must be a text or a list of objects with name and template")
+        raise CheckpointError(f"{file}: chat_template must be a string or a list of objects with name and template")
     return found
 
 

@@ -149,7 +149,7 @@ class PromptReader:
         text = self._render(messages, template)
         if len(text) > _MAX_CHARACTERS:
             raise RequestError.about(
-                "messages", f"may have {_MAX_CHARACTERS} characters here, got {len(text)}: send fewer"
+                "messages", f"may have at most {_MAX_CHARACTERS} characters here, got {len(text)}: send fewer"
             )
         return self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
 
@@ -161,11 +161,13 @@ class PromptReader:
 
     def _job(self, index: int, text: str | None, tokens: tuple[int, ...], params: SamplingParams, salt: object) -> Job:
         if salt is not None and (not isinstance(salt, str) or not salt):
-            raise RequestError.about("cache_salt", f"must be a text that is not empty, got {shown(salt)}")
+            raise RequestError.about("cache_salt", f"must be a string that is not empty, got {shown(salt)}")
         if not tokens:
             raise RequestError("the prompt is empty: give some text or at least one token id", "prompt")
         if len(tokens) >= self._max_model_len:
-            raise self._too_long(f"{len(tokens)} tokens, and an output needs one: shorten it or raise --max-model-len")
+            raise self._too_long(
+                f"{len(tokens)} tokens, but the output needs at least one: shorten it or raise --max-model-len"
+            )
         banned, grammar = self._encode_params(params)
         return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
 
@@ -195,7 +197,7 @@ class PromptReader:
             raise RequestError.about(
                 "truncate_prompt_tokens", f"must be at most --max-model-len, {self._max_model_len}, got {shown(asked)}"
             )
-        return self._max_model_len - 1 if asked == -1 else asked  # an output needs one
+        return self._max_model_len - 1 if asked == -1 else asked  # the output needs a token
 
     def _check_ids(self, name: str, ids: Mapping[int, float] | Sequence[int]) -> None:
         largest = max(ids, default=0)
@@ -281,7 +283,7 @@ class PromptReader:
         longest = None if len(text) <= self._max_model_len else self._require_tokenizer().longest_token()
         if longest is not None and len(text) > longest * self._max_model_len:
             raise self._too_long(
-                f"{len(text)} characters, more than they can hold: shorten it or raise --max-model-len"
+                f"{len(text)} characters, more than that many tokens can hold: shorten it or raise --max-model-len"
             )
         most = max(_MAX_CHARACTERS, 16 * self._max_model_len)
         if longest is None and len(text) > most:
@@ -313,7 +315,7 @@ class PromptReader:
         if tokens and max(tokens) >= self._vocab_size:
             raise RequestError(
                 f"the tokenizer gives the id {max(tokens)}, the model's vocabulary has {self._vocab_size}: "
-                "they do not belong together; give prompt_token_ids or the right tokenizer.json",
+                "tokenizer and model do not match; give prompt_token_ids or the right tokenizer.json",
                 param,
             )
         return tokens
@@ -323,6 +325,8 @@ class PromptReader:
             raise RequestError("prompt_token_ids must be a list of integers", "prompt")
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._vocab_size:
-                why = f"prompt_token_ids: {shown(token)} is no id of a vocabulary of {self._vocab_size}"
+                why = (
+                    f"prompt_token_ids: {shown(token)} is not a token id: the vocabulary has {self._vocab_size} tokens"
+                )
                 raise RequestError(why, "prompt")
         return tuple(tokens)

@@ -344,11 +344,11 @@ class Rendezvous:
             there = 0 <= hello.rank < max(hello.size, 1)
             return None if there else JoinRefused(f"rank {hello.rank} of {hello.size} does not exist")
         if hello.size != room.size:
-            return JoinRefused(f"it counts {hello.size} ranks, {room.created_by} counts {room.size}")
+            return JoinRefused(f"it expects {hello.size} ranks, {room.created_by} expects {room.size}")
         if not 0 <= hello.rank < room.size:
             return JoinRefused(f"rank {hello.rank} of {room.size} does not exist")
         if hello.rank in room.members:
-            why = f"{room.members[hello.rank].name} is there already: give every process a rank of its own"
+            why = f"{room.members[hello.rank].name} has already joined: give every process a rank of its own"
             # That member may have ended or become unreachable without the rendezvous knowing it yet.
             return JoinRefused(why, again=self._reopen_rooms)
         if room.complete:  # the member with this rank has left, and the others do not know the new process

@@ -18,8 +18,8 @@ from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, StepPlan, Work
 from shoal.wire.tokens import TOKEN_DTYPE
 from shoal.worker.random import row_keys, split_keys
-from shoal.worker.rules import EditsBuilder, SamplingRules
 from shoal.worker.sampler import SamplingRows
+from shoal.worker.sampling_rules import EditsBuilder, SamplingRules
 
 # Logits divided by a smaller temperature would leave the range of float32. With such a temperature only the likeliest
 # token would be drawn, so it counts as greedy.

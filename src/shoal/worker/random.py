@@ -3,7 +3,7 @@
 The random number for a token depends only on the seed, the sample index, the position and the token id. So a request
 draws the same tokens in every batch, layout and replay, and a rank with a part of the vocabulary can compute exactly
 its part. Each row has a 64-bit key, computed by a chain of splitmix64 finalizers (Steele et al., OOPSLA 2014);
-`kernels.noise` turns a key and a token id into noise.
+`kernels.gumbel_noise` turns a key and a token id into noise.
 """
 
 import numpy as np

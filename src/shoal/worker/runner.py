@@ -17,7 +17,7 @@ from shoal.wire.base import Ids
 from shoal.wire.ranks import PromptLogprobs, SeqOut, StepMask, StepPlan, StepResult, StepTimes, TokenLogprobs
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.draft_model import DraftModel
-from shoal.worker.edits import Edits, Masks
+from shoal.worker.logit_edits import Edits, Masks
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
 from shoal.worker.token_return import TokenReturn
 

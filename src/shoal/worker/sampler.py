@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.kernels.noise import gumbel
+from shoal.kernels.gumbel_noise import gumbel
 from shoal.kernels.sampling import NO_LIMIT, pack_tokens, sampling_kernels, unpack_tokens
 from shoal.parallel.mesh import Axis
-from shoal.worker.edits import NEVER, Edits, apply_edits
+from shoal.worker.logit_edits import NEVER, Edits, apply_edits
 
 _TOP_CANDIDATES = 256  # how many of the likeliest tokens are examined first; most nuclei are smaller
 

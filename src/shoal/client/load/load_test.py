@@ -21,7 +21,7 @@ from shoal.client.load.prompts import WORDS, IdPrompts, Prompts
 from shoal.client.load.report import make_report
 from shoal.client.load.request_log import LoggedRequest, log_line, read_log, writing_log
 from shoal.client.load.settings import LoadSettings
-from shoal.client.load.word_costs import words_by_tokenizer, words_by_usage
+from shoal.client.load.tokens_per_word import words_by_tokenizer, words_by_usage
 from shoal.client.load.workload import PlannedRequest, Workload, arrivals
 from shoal.errors import ConfigError, EngineError, UserError
 from shoal.process import open_files

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from shoal import addresses
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
-from shoal.transport.member import RoomMember
+from shoal.transport.room_member import RoomMember
 from shoal.wire.plan import ReplicaPlace
 
 _ROOM = "replicas"

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request
 from shoal.engine.scheduler.block_tables import BlockTables
-from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.plan_builder import PlanBuilder
+from shoal.engine.scheduler.prompt_chunking import PromptChunker
+from shoal.engine.scheduler.request_table import RequestTable
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.wire.ranks import NewSeq
 
@@ -21,7 +21,7 @@ class Admission:
 
     def __init__(
         self,
-        books: Books,
+        requests: RequestTable,
         tables: BlockTables,
         queue: WaitingQueue,
         limits: SchedulerLimits,
@@ -30,7 +30,7 @@ class Admission:
         *,
         prefix_caching: bool,
     ) -> None:
-        self._books = books
+        self._requests = requests
         self._tables = tables
         self._queue = queue
         self._limits = limits
@@ -48,11 +48,11 @@ class Admission:
 
     @property
     def _places(self) -> int:
-        return self._limits.max_num_seqs - len(self._books.running)
+        return self._limits.max_num_seqs - len(self._requests.running)
 
     def admit(self, plan: PlanBuilder) -> None:
         """Admit the requests that fit into the step, and plan the first tokens of each."""
-        running = self._books.running
+        running = self._requests.running
         waiting = min(self._places, len(self._queue))
         most_draws = -(-(len(running) + waiting) // self._limits.stages)
         admitted_tokens = 0
@@ -78,7 +78,7 @@ class Admission:
         if count == 0:
             return False
         self._queue.pop()
-        self._books.start(request, prefix)
+        self._requests.start(request, prefix)
         request.computed = computed
         self._count(request)
         plan.introduce(_introduction(request, prefix))
@@ -88,7 +88,7 @@ class Admission:
         return True
 
     def _count(self, request: Request) -> None:
-        counters = self._books.counters
+        counters = self._requests.counters
         if self._prefix_caching:
             counters.prefix_queries += len(request.tokens)
             counters.prefix_hits += request.computed

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.request import Request
-from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.request_table import RequestTable
 from shoal.engine.speculation import Drafter
 from shoal.errors import RequestError, structured_outputs_error
 from shoal.protocols import Policy
@@ -18,7 +18,7 @@ class Intake:
 
     def __init__(
         self,
-        books: Books,
+        requests: RequestTable,
         limits: SchedulerLimits,
         policy: Policy,
         clock: Callable[[], float],
@@ -27,7 +27,7 @@ class Intake:
         make_drafter: Callable[[], Drafter | None],
         has_grammars: bool,
     ) -> None:
-        self._books = books
+        self._requests = requests
         self._limits = limits
         self._policy = policy
         self._clock = clock
@@ -54,7 +54,7 @@ class Intake:
                 f"one each, and at most {self._limits.max_model_len} together",
                 "max_tokens",
             )
-        if self._books.find(message.seq) is not None:
+        if self._requests.find(message.seq) is not None:
             raise RequestError(f"request {message.seq} exists already")
         if message.grammar and not self._has_grammars:
             raise structured_outputs_error("needs a tokenizer, which this model does not have")

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Container
 
-from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request, RequestState
 from shoal.engine.scheduler.block_tables import BlockTables
-from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.plan_builder import PlanBuilder
+from shoal.engine.scheduler.prompt_chunking import PromptChunker
+from shoal.engine.scheduler.request_table import RequestTable
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.wire.base import Ids
 
@@ -20,9 +20,14 @@ class RunningPlanner:
     """
 
     def __init__(
-        self, books: Books, tables: BlockTables, queue: WaitingQueue, limits: SchedulerLimits, chunking: PromptChunker
+        self,
+        requests: RequestTable,
+        tables: BlockTables,
+        queue: WaitingQueue,
+        limits: SchedulerLimits,
+        chunking: PromptChunker,
     ) -> None:
-        self._books = books
+        self._requests = requests
         self._tables = tables
         self._queue = queue
         self._limits = limits
@@ -31,12 +36,12 @@ class RunningPlanner:
     @property
     def backlog(self) -> int:
         """The number of tokens of running prompts that could be computed now."""
-        return sum(request.uncomputed for request in self._books.running if not request.decodes)
+        return sum(request.uncomputed for request in self._requests.running if not request.decodes)
 
     def continue_in_turn(self, plan: PlanBuilder) -> bool:
         """Plan the next tokens of running requests. Return True if a request was preempted."""
         if self._limits.stages == 1:  # all requests; to find those whose turn it is would take as long as planning
-            return self._continue(plan, set(self._books.running))
+            return self._continue(plan, set(self._requests.running))
         return self._continue(
             plan, self._longest_waiting(plan, lambda each: not each.pending or each.turn <= plan.step)
         )
@@ -52,15 +57,15 @@ class RunningPlanner:
         """
         if plan is not None:
             plan.take_back(request)
-        self._books.counters.preemptions += 1
+        self._requests.counters.preemptions += 1
         request.preemptions += 1
-        self._books.stop(request)
+        self._requests.stop(request)
         request.computed = 0
         request.state = RequestState.DRAINING
         self._queue.push_if_drained(request)
 
     def preempt_all(self) -> None:
-        for request in list(self._books.running):
+        for request in list(self._requests.running):
             self.preempt(request)
 
     def _continue(self, plan: PlanBuilder, turn: Container[Request]) -> bool:
@@ -69,7 +74,7 @@ class RunningPlanner:
         Single tokens are planned first, so that the chunks of a long prompt do not delay them.
         """
         made_room = False
-        wanting = [(request, request.uncomputed) for request in self._books.running]
+        wanting = [(request, request.uncomputed) for request in self._requests.running]
         for request, uncomputed in sorted(wanting, key=lambda each: each[1] > 1):
             if request.state is not RequestState.RUNNING:  # it was preempted for another
                 continue
@@ -78,7 +83,7 @@ class RunningPlanner:
             if wanted == 0:
                 continue
             while request.state is RequestState.RUNNING and self._tables.room(request) == 0:
-                self.preempt(self._books.running[-1], plan)
+                self.preempt(self._requests.running[-1], plan)
                 made_room = True
             if request.state is RequestState.RUNNING:
                 count = min(wanted, self._tables.room(request))
@@ -116,7 +121,7 @@ class RunningPlanner:
 
         They are the ones that have waited longest among those that `may` be planned.
         """
-        decoding = [request for request in self._books.running if request.decodes]
+        decoding = [request for request in self._requests.running if request.decodes]
         ready = [request for request in decoding if request.uncomputed and may(request)]
         stages = self._limits.stages
         if len(decoding) > stages * self._limits.max_num_batched_tokens:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from shoal.engine.request import Request, RequestState
 from shoal.engine.scheduler.block_tables import BlockTables
-from shoal.engine.scheduler.books import Books
+from shoal.engine.scheduler.request_table import RequestTable
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.errors import RequestError, structured_outputs_error
@@ -16,8 +16,8 @@ from shoal.wire.ranks import PromptLogprobs, SeqOut, TokenLogprobs
 class Results:
     """Takes in results of ranks and verdicts of grammars, and keeps the updates for clients."""
 
-    def __init__(self, books: Books, tables: BlockTables, queue: WaitingQueue, verdicts: Verdicts) -> None:
-        self._books = books
+    def __init__(self, requests: RequestTable, tables: BlockTables, queue: WaitingQueue, verdicts: Verdicts) -> None:
+        self._requests = requests
         self._tables = tables
         self._queue = queue
         self._verdicts = verdicts
@@ -36,7 +36,7 @@ class Results:
 
     def accept(self, out: SeqOut) -> None:
         """Append drawn tokens to their request. Results of an older epoch are dropped."""
-        request = self._books.find(out.seq)
+        request = self._requests.find(out.seq)
         if request is None or request.epoch != out.epoch:
             return
         if out.tokens:
@@ -47,7 +47,7 @@ class Results:
         taken, finish, error = _append(request, out.tokens)
         if request.drafter is not None:
             request.drafter.accept(taken, out.drafts)
-        self._books.counters.generated_tokens += len(taken)
+        self._requests.counters.generated_tokens += len(taken)
         self._tables.cache(request)
         logprobs = out.logprobs[: len(taken)]
         if finish is not None:
@@ -95,7 +95,7 @@ class Results:
             error: a message, if the error is of another kind than INVALID.
             refusal: the kind of an error that is given as a message.
         """
-        self._books.remove(request)
+        self._requests.remove(request)
         self._verdicts.forget(request)
         self._updates.append(
             SeqUpdate(
@@ -118,7 +118,7 @@ class Results:
         """
         request.pending -= 1
         if request.num_drafts:
-            self._books.counters.count_drafts(request.num_drafts, right)
+            self._requests.counters.count_drafts(request.num_drafts, right)
             if request.state is RequestState.RUNNING:
                 request.computed -= request.num_drafts - right
             request.num_drafts = 0

@@ -23,15 +23,15 @@ has computed before. A pipeline of one stage needs none of these rules.
 from collections.abc import Callable, Iterable, Sequence
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request, RequestState
 from shoal.engine.scheduler.admission import Admission
 from shoal.engine.scheduler.block_tables import BlockTables
-from shoal.engine.scheduler.books import Books, Counters
 from shoal.engine.scheduler.intake import Intake
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.plan_builder import PlanBuilder, prompt_tokens
 from shoal.engine.scheduler.planning import RunningPlanner
+from shoal.engine.scheduler.prompt_chunking import PromptChunker
+from shoal.engine.scheduler.request_table import Counters, RequestTable
 from shoal.engine.scheduler.results import Results, end_of_output
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import Deadlines, WaitingQueue
@@ -69,12 +69,12 @@ class Scheduler:
         self._incarnation = incarnation
         self._lockstep = lockstep
         self._tables = BlockTables(pool, limits)
-        self._books = Books(self._tables)
+        self._requests = RequestTable(self._tables)
         self._queue = WaitingQueue()
         self._deadlines = Deadlines(clock)
         self._chunking = PromptChunker(limits.stages, limits.max_num_batched_tokens)
         self._intake = Intake(
-            self._books,
+            self._requests,
             limits,
             policy,
             clock,
@@ -83,11 +83,11 @@ class Scheduler:
             has_grammars=grammars is not None,
         )
         self._admission = Admission(
-            self._books, self._tables, self._queue, limits, self._chunking, clock, prefix_caching=prefix_caching
+            self._requests, self._tables, self._queue, limits, self._chunking, clock, prefix_caching=prefix_caching
         )
-        self._planner = RunningPlanner(self._books, self._tables, self._queue, limits, self._chunking)
-        self._verdicts = Verdicts(grammars, self._books, self._queue)
-        self._results = Results(self._books, self._tables, self._queue, self._verdicts)
+        self._planner = RunningPlanner(self._requests, self._tables, self._queue, limits, self._chunking)
+        self._verdicts = Verdicts(grammars, self._requests, self._queue)
+        self._results = Results(self._requests, self._tables, self._queue, self._verdicts)
         self._flights: dict[int, tuple[Request, ...]] = {}  # step -> the requests that have work in it
         self._next_step = 0
 
@@ -107,7 +107,7 @@ class Scheduler:
         if finish is not None:
             self._results.update(SeqUpdate(message.seq, (), finish=finish))
             return
-        self._books.add(request)
+        self._requests.add(request)
         if request.constraint is None:
             self._queue.push(request)
         else:
@@ -119,7 +119,7 @@ class Scheduler:
     def abort(self, seqs: Iterable[int], error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
         """End requests. Requests that have ended already, or never existed, are ignored."""
         for seq in seqs:
-            request = self._books.find(seq)
+            request = self._requests.find(seq)
             if request is not None:
                 self._results.end(request, Finish.ABORT, error=error, refusal=refusal)
 
@@ -129,20 +129,20 @@ class Scheduler:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, *, even_without_work: bool = False, no_work: bool = False) -> StepPlan | None:
+    def schedule(self, *, allow_empty: bool = False, only_empty: bool = False) -> StepPlan | None:
         """Return the next plan, or None if there is nothing to do before more results have come.
 
         Args:
-            even_without_work: return a plan in any case.
-            no_work: put no work into the plan.
+            allow_empty: return a plan in any case.
+            only_empty: put no work into the plan.
         """
-        late = self._deadlines.pop_passed(self._books.unfinished)
+        late = self._deadlines.pop_passed(self._requests.unfinished)
         self.abort(late, "the request's deadline has passed", RefusalKind.LATE)
         self._verdicts.foresee()
         plan = PlanBuilder(self._next_step, self._limits, self._chunking.share(self._backlog), self._tables)
-        if not no_work:
+        if not only_empty:
             self._fill(plan)
-        if plan.has_work or even_without_work or (not no_work and self._only_releases):
+        if plan.has_work or allow_empty or (not only_empty and self._only_releases):
             return self._launch(plan)
         return None
 
@@ -160,10 +160,12 @@ class Scheduler:
     @property
     def _only_releases(self) -> bool:
         """Return whether the ranks have nothing to do except to forget sequences."""
-        return not self._flights and self._books.has_released
+        return not self._flights and self._requests.has_released
 
     def _launch(self, plan: PlanBuilder) -> StepPlan:
-        built = plan.build(incarnation=self._incarnation, released=self._books.take_released(), lockstep=self._lockstep)
+        built = plan.build(
+            incarnation=self._incarnation, released=self._requests.take_released(), lockstep=self._lockstep
+        )
         self._chunking.note_step(sum(prompt_tokens(work) for work in built.work))
         self._flights[built.step] = plan.requests
         self._next_step += 1
@@ -207,7 +209,7 @@ class Scheduler:
         if self._flights:
             raise EngineError(f"the KV cache can't be freed while {len(self._flights)} steps are in flight")
         self.reset_cache(running=True)
-        self._books.take_released()
+        self._requests.take_released()
 
     # --- grammars ------------------------------------------------------------------------------------------------
 
@@ -226,29 +228,29 @@ class Scheduler:
         """
         return self._verdicts.masks(plan, row_bytes)
 
-    # --- books ---------------------------------------------------------------------------------------------------
+    # --- counts and audits ---------------------------------------------------------------------------------------
 
     @property
     def counters(self) -> Counters:
-        return self._books.counters
+        return self._requests.counters
 
     @property
     def unfinished(self) -> list[int]:
         """The numbers of the requests that have not ended."""
-        return list(self._books.unfinished)
+        return list(self._requests.unfinished)
 
     @property
     def running(self) -> Sequence[Request]:
         """The running requests, in the policy's order."""
-        return self._books.running
+        return self._requests.running
 
     @property
     def num_running(self) -> int:
-        return len(self._books.running)
+        return len(self._requests.running)
 
     @property
     def num_waiting(self) -> int:
-        return self._books.num_waiting
+        return self._requests.num_waiting
 
     @property
     def num_in_flight(self) -> int:
@@ -262,7 +264,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Return whether there is no request, nothing to release and no step in flight."""
-        return self._books.is_empty and not self._flights
+        return self._requests.is_empty and not self._flights
 
     @property
     def has_updates(self) -> bool:
@@ -274,4 +276,4 @@ class Scheduler:
         Raises:
             EngineError: a block or a request was lost.
         """
-        self._books.audit()
+        self._requests.audit()

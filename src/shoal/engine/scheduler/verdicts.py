@@ -7,7 +7,7 @@ if the verdict should arrive before the ranks need it. Otherwise it is planned w
 from collections.abc import Sequence
 
 from shoal.engine.request import Request, RequestState
-from shoal.engine.scheduler.books import Books
+from shoal.engine.scheduler.request_table import RequestTable
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.protocols import Grammars
 from shoal.wire.grammars import GrammarAsk, Verdict
@@ -20,10 +20,10 @@ _STEPS_REMEMBERED = 8
 class Verdicts:
     """Requests verdicts on outputs that must obey a grammar, and makes the masks of plans from them."""
 
-    def __init__(self, grammars: Grammars | None, books: Books, queue: WaitingQueue) -> None:
+    def __init__(self, grammars: Grammars | None, requests: RequestTable, queue: WaitingQueue) -> None:
         """Make it for an engine with these `grammars`; None: no request has a grammar."""
         self._grammars = grammars
-        self._books = books
+        self._requests = requests
         self._queue = queue
         self._awaited: dict[Request, None] = {}  # running requests whose verdict has not come; a set in order
         self._forward_us = 0.0  # moving average of the forward time of steps
@@ -52,7 +52,7 @@ class Verdicts:
 
     def take(self, verdict: Verdict) -> Request | None:
         """Store a verdict in its request and return the request, or None if the verdict is of no use."""
-        request = self._books.find(verdict.seq)
+        request = self._requests.find(verdict.seq)
         if request is None or request.constraint is None:
             return None
         constraint = request.constraint
@@ -94,7 +94,7 @@ class Verdicts:
                 continue
             places = 1 + len(work.drafts)
             late = self._unjudged(work.seq)
-            request = self._books.find(work.seq)
+            request = self._requests.find(work.seq)
             if late is not None:
                 self._set_back(late)
             if late is not None or request is None or request.constraint is None:  # its token will be dropped
@@ -104,7 +104,7 @@ class Verdicts:
         return b"".join(found)
 
     def _unjudged(self, seq: int) -> Request | None:
-        request = self._books.find(seq)
+        request = self._requests.find(seq)
         waits = request is not None and request.constraint is not None and request.constraint.verdict is None
         return request if waits else None
 
@@ -112,7 +112,7 @@ class Verdicts:
         """Have a request draw the token of the last plan again."""
         assert request.constraint is not None
         request.constraint.cost_us = max(request.constraint.cost_us, 2 * int(self._forward_us) + _LEAST_FORESIGHT_US)
-        self._books.stop(request)
+        self._requests.stop(request)
         request.computed = request.pending = request.num_drafts = 0
         request.epoch += 1  # so that results in flight are dropped
         request.state = RequestState.DRAINING

@@ -16,7 +16,7 @@ from shoal.openai.tools.call_deltas import CallDeltas, message_of
 from shoal.openai.tools.tool_plan import ToolPlan, plan_tools
 from shoal.outputs import CompletionOutput, RequestOutput
 from shoal.params import SamplingParams
-from shoal.server.api import bodies
+from shoal.server.api import body_reader
 from shoal.server.api.answer_schemas import ChatAnswer
 from shoal.server.api.output_streams import (
     TokenForms,
@@ -69,7 +69,7 @@ class _ChatRequest:
 
 
 def routes(service: Service) -> APIRouter:
-    router = bodies.router("OpenAI")
+    router = body_reader.router("OpenAI")
 
     @router.post(
         "/v1/chat/completions",

@@ -15,7 +15,7 @@ from shoal.llm.deltas import Delta
 from shoal.openai.answers import completion_choice, completion_logprobs, legacy_name, logprobs_by_id, usage
 from shoal.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from shoal.params import Prompt, SamplingParams
-from shoal.server.api import bodies
+from shoal.server.api import body_reader
 from shoal.server.api.answer_schemas import CompletionAnswer
 from shoal.server.api.output_streams import (
     TokenForms,
@@ -79,7 +79,7 @@ class _Echo:
 
 
 def routes(service: Service) -> APIRouter:
-    router = bodies.router("OpenAI")
+    router = body_reader.router("OpenAI")
 
     @router.post(
         "/v1/completions",
@@ -155,7 +155,9 @@ def _prompts(given: Any) -> list[Prompt]:
     if isinstance(given, str):
         return [given]
     if not isinstance(given, list) or not given:
-        why = f"prompt must be a text, a list of texts, a list of token ids or a list of such lists, got {shown(given)}"
+        why = (
+            f"prompt must be a string, a list of texts, a list of token ids or a list of such lists, got {shown(given)}"
+        )
         raise RequestError(why, "prompt")
     if _is_id(given[0]):
         return [{"prompt_token_ids": given}]
@@ -170,7 +172,7 @@ def _prompt(each: Any, where: str) -> Any:
         return each
     if isinstance(each, list):
         return {"prompt_token_ids": each}
-    raise RequestError(f"{where} must be a text or a list of token ids, got {shown(each)}", where)
+    raise RequestError(f"{where} must be a string or a list of token ids, got {shown(each)}", where)
 
 
 def _is_id(value: Any) -> bool:

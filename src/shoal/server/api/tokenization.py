@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from shoal.errors import RequestError
-from shoal.server.api import bodies
+from shoal.server.api import body_reader
 from shoal.server.api.answer_schemas import Detokenized, Tokenized
 from shoal.server.api.chat import template_arguments
 from shoal.server.api.request_schemas import DetokenizeBody, TokenizeBody
@@ -20,7 +20,7 @@ _MAX_CHARACTERS = 1 << 23  # of a text that is cut into tokens in one call
 
 
 def routes(service: Service) -> APIRouter:
-    router = bodies.router("tokens")
+    router = body_reader.router("tokens")
 
     @router.post("/tokenize", responses={200: {"model": Tokenized}, **error_responses(404)}, response_class=Response)
     async def tokenize(body: TokenizeBody) -> Response:
@@ -58,7 +58,7 @@ def _tokens(service: Service, body: TokenizeBody) -> list[int]:
         raise RequestError("give either prompt or messages", "prompt")
     if body.prompt is not None:
         if len(body.prompt) > _MAX_CHARACTERS:
-            why = f"prompt may have {_MAX_CHARACTERS} characters here, got {len(body.prompt)}: send it in parts"
+            why = f"prompt may have at most {_MAX_CHARACTERS} characters here, got {len(body.prompt)}: send it in parts"
             raise RequestError(why, "prompt")
         try:
             body.prompt.encode()

@@ -63,7 +63,7 @@ async def _answered(question: Awaitable[T], answer_s: float) -> T:
         async with asyncio.timeout(answer_s):
             return await question
     except (ShoalError, TimeoutError) as error:
-        raise _unavailable(str(error) or f"the engine has not answered within {answer_s:g} s") from None
+        raise _unavailable(str(error) or f"the fleet has not answered within {answer_s:g} s") from None
 
 
 def _why_not_accepting(status: FleetStatus) -> str:
@@ -84,7 +84,7 @@ def _states(status: FleetStatus, *, local_only: bool) -> str:
         if replica.state != "ready" and not (local_only and replica.state == "awaited")
     ]
     named = [
-        f"replica {replica.number} is {replica.state} for {replica.since_s:.0f} s"
+        f"replica {replica.number}: {replica.state} for {replica.since_s:.0f} s"
         + (f" ({replica.cause})" if replica.cause else "")
         for replica in missing[:_MOST_NAMED]
     ]

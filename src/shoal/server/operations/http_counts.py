@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.errors import ClosedError, ShoalError
 from shoal.log import get_logger
 from shoal.server.http.limits import route_of
-from shoal.server.operations.exposition import Histogram, MetricFamily
+from shoal.server.operations.metric_families import Histogram, MetricFamily
 
 log = get_logger("server")
 
@@ -141,7 +141,7 @@ class HandOver:
         except ClosedError:
             self.take_back(payload)
         except ShoalError:  # no answer in time: they may have arrived, and must not be counted twice
-            log.warning("counts of HTTP requests may be lost: the engine has not answered")
+            log.warning("counts of HTTP requests may be lost: the fleet has not answered")
 
 
 class CountRequests:

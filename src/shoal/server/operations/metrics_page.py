@@ -20,9 +20,9 @@ from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
 from shoal.server.backend import Backend
 from shoal.server.http.errors import HttpError, error_responses
-from shoal.server.operations import cache_config
-from shoal.server.operations.exposition import Histogram, MetricFamily, as_histogram, as_metric
+from shoal.server.operations import cache_config_labels
 from shoal.server.operations.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
+from shoal.server.operations.metric_families import Histogram, MetricFamily, as_histogram, as_metric
 from shoal.server.operations.process_metrics import process_collectors
 from shoal.server.operations.request_metrics import (
     COUNTERS,
@@ -57,7 +57,7 @@ CACHE_CONFIG = MetricFamily(
     "vllm:cache_config_info",
     "gauge",
     "Number and size of the KV blocks, and options of the cache, as labels.",
-    (*LABELS, *cache_config.NAMES),
+    (*LABELS, *cache_config_labels.NAMES),
 )
 WAITING_BY_REASON = MetricFamily(
     "vllm:num_requests_waiting_by_reason",
@@ -239,7 +239,7 @@ def _settings_metrics(status: FleetStatus, model_name: str, options: EngineOptio
     ]
     yield as_metric(
         CACHE_CONFIG,
-        (((*labels, *cache_config.values(options, stats)), 1) for stats, labels in known if stats.num_blocks),
+        (((*labels, *cache_config_labels.values(options, stats)), 1) for stats, labels in known if stats.num_blocks),
     )
     speculative = options.model_options.speculative_config
     most = speculative.num_speculative_tokens if speculative is not None else 0
@@ -382,9 +382,7 @@ def _routes(llm: Backend, model_name: str, counts: HandOver) -> APIRouter:
                 numbers = await _numbers(llm, counts)
                 status = await llm.status()
         except (ShoalError, TimeoutError) as error:
-            raise HttpError(
-                503, f"no numbers from the engine: {error or f'no answer within {_ANSWER_S:g} s'}"
-            ) from None
+            raise HttpError(503, f"no metrics from the fleet: {error or f'no answer within {_ANSWER_S:g} s'}") from None
         text = await asyncio.to_thread(page_of, numbers, status, model_name, llm.options)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 

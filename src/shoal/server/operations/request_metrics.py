@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.server.operations.exposition import Histogram, MetricFamily
 from shoal.server.operations.http_counts import HttpCounts
+from shoal.server.operations.metric_families import Histogram, MetricFamily
 from shoal.server.operations.process_metrics import facts_of_this_process
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 

@@ -5,7 +5,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from shoal.errors import RequestError, UserError
-from shoal.server.api import bodies
+from shoal.server.api import body_reader
 from shoal.server.backend import Backend
 from shoal.server.http.errors import error_responses
 from shoal.server.operations.status import status_json
@@ -18,7 +18,7 @@ class ReplicasWanted(BaseModel):
 
 
 def routes(llm: Backend) -> APIRouter:
-    router = bodies.router("admin")
+    router = body_reader.router("admin")
 
     @router.post(
         "/v1/admin/replicas",

@@ -87,7 +87,7 @@ class References:
                 depends on the path by which the schema was entered (`$dynamicRef`, `$recursiveRef`).
         """
         if not isinstance(reference, str):
-            raise schema_error(f": {keyword} at {here} must be a text")
+            raise schema_error(f": {keyword} at {here} must be a string")
         if keyword == "$recursiveRef":
             self._check_only_one(keyword, here, sum(each.recursive for each in self._by_uri.values()))
         uri, fragment = ("", reference[1:]) if reference.startswith("#") else urldefrag(reference)

@@ -17,7 +17,7 @@ from shoal.openai.parameters import read_response_format
 from shoal.openai.tools.tool_plan import ToolPlan, plan_tools
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
-from shoal.server.api import bodies
+from shoal.server.api import body_reader
 from shoal.server.api.answer_schemas import ResponsesAnswer
 from shoal.server.api.chat import may_cut_calls
 from shoal.server.api.output_streams import begin, check_grammars, finished, json_size, merged
@@ -71,7 +71,7 @@ class _ResponseRequest:
 
 
 def routes(service: Service) -> APIRouter:
-    router = bodies.router("OpenAI")
+    router = body_reader.router("OpenAI")
     stored = StoredConversations(service.llm, service.settings)
 
     @router.post(

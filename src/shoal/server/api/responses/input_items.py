@@ -22,7 +22,7 @@ def items_of(given: Any) -> list[Any]:
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise RequestError.about("input", f"must be a text or a list of items, got {shown(given)}")
+        raise RequestError.about("input", f"must be a string or a list of items, got {shown(given)}")
     return given
 
 
@@ -122,7 +122,9 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     match kind:
         case "message":
             if not isinstance(item.get("role"), str):
-                raise RequestError.about(f"{where}.role", f"must be a text such as user, got {shown(item.get('role'))}")
+                raise RequestError.about(
+                    f"{where}.role", f"must be a string such as user, got {shown(item.get('role'))}"
+                )
             return {"role": item["role"], "content": _content(item.get("content"), f"{where}.content")}
         case "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Collection, Mapping
 
-from shoal.cluster.members.connected_replica import ConnectedReplica
+from shoal.cluster.replicas.connected_replica import ConnectedReplica
 from shoal.errors import EngineError, UserError
 from shoal.log import get_logger
 from shoal.transport.channel import Channel

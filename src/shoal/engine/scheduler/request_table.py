@@ -1,4 +1,4 @@
-"""The scheduler's books: which requests there are, which of them run, and what was counted."""
+"""The table of unfinished requests: which of them run, and what was counted."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class Counters:
             by_position[position] += 1
 
 
-class Books:
+class RequestTable:
     """All requests that have not ended. Running requests have a block table, and the ranks know them."""
 
     def __init__(self, tables: BlockTables) -> None:

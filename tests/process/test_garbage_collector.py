@@ -30,6 +30,7 @@ assert 0.9 < gc.get_freeze_count() / before < 1.1, "the rest is frozen again"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [NOT_FROZEN, FROZEN], ids=["not frozen", "frozen"])
 def test_only_a_full_collection_includes_frozen_objects(program: str) -> None:
     subprocess.run([sys.executable, "-c", CYCLE + program], check=True)

@@ -7,7 +7,7 @@ reads no clock.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from shoal.cluster.members.restarts import Restarts
+from shoal.cluster.replicas.restart_budget import RestartBudget
 from shoal.errors import ShoalError, UserError
 
 
@@ -29,7 +29,7 @@ class Supervised:
     RESTARTING, with the time of the next start; FAILED, with the reason; or AWAITED if another host starts it.
     """
 
-    restarts: Restarts
+    restarts: RestartBudget
     started_elsewhere: bool = False  # True: another host starts it
     useful_s: float  # a run that was ready for so many seconds was useful, even if it did no work
     state: RunState = RunState.NEW

@@ -1,4 +1,4 @@
-"""The rule of restarts: whether and when a process that has ended is started again."""
+"""The number of restarts that a process may have, and the pauses before them."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ _MOST_USELESS = 5  # runs in a row that did no work
 
 
 @dataclass(slots=True)
-class Restarts:
-    """The restarts of one process.
+class RestartBudget:
+    """The restarts of one process, and how many more it may have.
 
     A run is useful if it did some work or lasted for a while. After a useful run the process is started again
     immediately, after useless runs after a pause that doubles. It is not started again after a few useless runs in a

@@ -3,7 +3,7 @@
 import contextlib
 import time
 
-from shoal.cluster.members.replica import Replica
+from shoal.cluster.replicas.replica import Replica
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.engine import SeqUpdate
 from shoal.wire.plan import EnginePlan

@@ -13,6 +13,8 @@ import torch
 from shoal import LLM, RequestOutput, SamplingParams
 from support.checkpoints import MAKERS, Reference
 
+pytestmark = pytest.mark.slow
+
 # Two tokens whose log-probabilities in the reference differ by less than this may change their order.
 NEAR_TIE = 1e-3
 # float32 sums in another order: 3 layers of width 64 differ by less than 3e-5 here; 1e-4 leaves room for more ranks.
@@ -71,6 +73,7 @@ def assert_same(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequenc
             assert token in ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_thread_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
@@ -78,6 +81,7 @@ def test_thread_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
     assert_same(folder, FEW, generate(folder, FEW, steps=12, tensor_parallel_size=tp))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 3, 4])
 @pytest.mark.parametrize("name", ["llama", "llama_6_2", "gemma3", "opt_350m"])
 def test_many_prompts(checkpoint: Checkpoint, name: str, tp: int) -> None:
@@ -142,6 +146,7 @@ def test_prefix_hits(checkpoint: Checkpoint, block_size: int) -> None:
     assert [output.num_cached_tokens for output in outputs] == [whole, whole, whole, last]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_preemption(checkpoint: Checkpoint, depth: int, tp: int) -> None:
@@ -161,6 +166,7 @@ def test_preemption(checkpoint: Checkpoint, depth: int, tp: int) -> None:
     assert_same(folder, prompts, outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}])
 def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkpoint, params: dict[str, Any]) -> None:
     folder = checkpoint("llama")

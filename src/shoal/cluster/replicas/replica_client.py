@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from shoal.cluster.members.replica import close_all
+from shoal.cluster.replicas.replica import close_all
 from shoal.errors import EngineError
 from shoal.log import get_logger
 from shoal.protocols import EngineClient

@@ -72,6 +72,7 @@ def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
         yield from ((line, name) for name in names if name in private_names_of_ours())
 
 
+@pytest.mark.slow
 def test_few_tests_reach_for_private_names() -> None:
     found: Counter[tuple[str, str]] = Counter()
     places: dict[tuple[str, str], str] = {}
@@ -86,6 +87,7 @@ def test_few_tests_reach_for_private_names() -> None:
     assert found.total() <= CEILING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "names"),
     [

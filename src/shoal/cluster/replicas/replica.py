@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 from shoal.activity import Activity
-from shoal.cluster.members.engine_thread import ThreadHost
+from shoal.cluster.replicas.engine_thread import ThreadHost
 from shoal.errors import ClosedError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess

@@ -9,12 +9,12 @@ from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.replica import close_all
-from shoal.cluster.members.replica_client import ReplicaClient
-from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.supervised import RunState
-from shoal.cluster.members.supervised_replica import SupervisedReplica
 from shoal.cluster.replica_set import ReplicaSet
+from shoal.cluster.replicas.replica import close_all
+from shoal.cluster.replicas.replica_client import ReplicaClient
+from shoal.cluster.replicas.restart_budget import RestartBudget
+from shoal.cluster.replicas.supervised import RunState
+from shoal.cluster.replicas.supervised_replica import SupervisedReplica
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.stats import keep_counters
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
@@ -346,7 +346,7 @@ class ReplicaSupervisor:
     def _add_replica(self, number: int, *, local: bool) -> SupervisedReplica:
         replica = self._replicas[number] = SupervisedReplica(
             number=number,
-            restarts=Restarts(self._limits.max_restarts, "--max-restarts"),
+            restarts=RestartBudget(self._limits.max_restarts, "--max-restarts"),
             started_elsewhere=not local,
             useful_s=_USEFUL_S,
             state=RunState.NEW if local else RunState.AWAITED,

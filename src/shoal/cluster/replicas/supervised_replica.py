@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from shoal.cluster.members.replica_client import ReplicaClient
-from shoal.cluster.members.supervised import Supervised
+from shoal.cluster.replicas.replica_client import ReplicaClient
+from shoal.cluster.replicas.supervised import Supervised
 from shoal.cluster.stats import add_past_counters, keep_counters
 from shoal.errors import EngineError, ShoalError
 from shoal.wire.engine import EngineStats

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.wire.ranks import Sampling, SamplingPenalties
 from shoal.wire.tokens import TOKEN_DTYPE
-from shoal.worker.edits import Bias, Edits, Masks, Pairs, Penalties
+from shoal.worker.logit_edits import Bias, Edits, Masks, Pairs, Penalties
 
 _LARGEST_REPETITION = 1e30  # with larger factors, or with less than its inverse, products leave the range of float32
 

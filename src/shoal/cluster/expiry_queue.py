@@ -6,7 +6,7 @@ from collections.abc import Callable
 _SLACK = 64  # entries by which the queue may grow before it is worth looking for useless ones
 
 
-class Timers:
+class ExpiryQueue:
     """A queue of requests, each with the time at which it expires.
 
     A request for which `is_open` returns False has no timer any more. Entries of such requests are deleted before they

@@ -12,6 +12,8 @@ import pytest
 import shoal
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow  # starts processes
+
 HOME = Path(shoal.__file__).parent.parent
 NAMES = ("queue", "torch", "types", "json", "numpy", "click", "runpy", "shoal", "sitecustomize")
 # Starts a Python process like a ChildProcess, and prints its output.
