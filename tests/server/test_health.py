@@ -61,7 +61,7 @@ def test_health_does_not_wait_for_replicas_of_other_hosts() -> None:
     assert ask(backend(fleet(replica(0), replica(1, "awaited"))), "/ready")[0] == 200
     code, body = ask(backend(fleet(replica(0, "starting"), replica(1, "awaited")), started=b""), "/ready")
     assert code == 503
-    assert "replica 0 is starting" in body["error"]["message"]
+    assert "replica 0: starting" in body["error"]["message"]
     assert "replica 1" not in body["error"]["message"]
 
 

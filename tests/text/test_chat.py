@@ -338,7 +338,7 @@ def test_a_template_that_fails_gives_an_error_of_one_line(template: str, expecte
 @pytest.mark.parametrize(
     ("messages", "options", "expected"),
     [
-        ([ASK], {"continue_final_message": True}, "goes with add_generation_prompt=False"),
+        ([ASK], {"continue_final_message": True}, "requires add_generation_prompt=False"),
         ([ASK], {"tools": "add"}, "tools must be a list of objects, got str"),
         ([ASK], {"chat_template": 5}, "chat_template must be a string, got int"),
         ([ASK], {"chat_template": ["a"]}, "chat_template must be a string, got list"),
