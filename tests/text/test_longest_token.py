@@ -87,7 +87,7 @@ def test_a_prompt_that_can_not_fit_is_refused_without_being_encoded(monkeypatch:
     reader = PromptReader(BUNDLED_TOKENIZER, vocab_size=640, max_model_len=1024)
     monkeypatch.setattr(type(BUNDLED_TOKENIZER), "encode", None)
     with pytest.raises(
-        RequestError, match=r"length is 1024 tokens; the prompt has 1000000 characters, more than they can"
+        RequestError, match=r"length is 1024 tokens; the prompt has 1000000 characters, more than that many"
     ):
         reader.prepare(0, "a" * 1_000_000, SamplingParams())
 
