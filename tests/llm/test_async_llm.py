@@ -118,21 +118,21 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-async def started(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-    """Start a task, and return when it has come to its first wait."""
+async def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+    """Start a task, and return it when it waits for the first time."""
     task = asyncio.create_task(work)
-    await settled()
+    await run_other_tasks()
     return task
 
 
-async def settled() -> None:
+async def run_other_tasks() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-async def until(what: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not what():
+        while not condition():
             await asyncio.sleep(0.01)
 
 
@@ -147,7 +147,7 @@ async def read(stream: RequestStream, into: list[Delta] | None = None) -> list[D
 
 
 def test_an_error_in_making_a_text_ends_only_its_request(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same delivery has the tokens and the end of another request, which must not be lost."""
+    """The same delivery contains the tokens and the end of another request, which must not be lost."""
     take = outputs.PromptOutputs.take
 
     def broken(found: outputs.PromptOutputs, index: int, update: SeqUpdate) -> bool:
@@ -169,13 +169,13 @@ def test_an_error_in_making_a_text_ends_only_its_request(harness: Harness, monke
     run(work())
 
 
-def test_deltas_that_nobody_reads_are_merged(harness: Harness) -> None:
+def test_unread_deltas_are_merged(harness: Harness) -> None:
     async def work() -> None:
         stream = harness.stream()
         first, second, third = harness.tokens(" there"), harness.tokens(" was a"), harness.tokens(" wolf.")
         harness.line.say(SeqUpdate(0, first, cached_tokens=3))
         harness.line.say(SeqUpdate(0, second, cached_tokens=3))
-        await settled()
+        await run_other_tasks()
         found = []
         async for (delta,) in stream:
             found.append(delta)
@@ -206,7 +206,7 @@ def test_outputs_of_one_prompt_grow_side_by_side(harness: Harness) -> None:
         ]
         token = harness.tokens(" wolf")
         harness.line.say(*(SeqUpdate(seq, token, finish=LENGTH if seq == 1 else None) for seq in (2, 1, 0)))
-        await settled()
+        await run_other_tasks()
         reading = stream.__aiter__()
         assert [(delta.index, delta.finish_reason) for delta in await anext(reading)] == [
             (0, None),
@@ -245,21 +245,21 @@ def test_a_stop_text_ends_the_request_in_the_fleet(harness: Harness) -> None:
         (RefusalKind.FAILED, EngineError, None),
     ],
 )
-def test_an_error_has_the_type_of_its_kind_and_comes_after_earlier_deltas(
+def test_a_refusal_raises_the_error_of_its_kind_after_earlier_deltas(
     harness: Harness, refusal: RefusalKind, error: type[ShoalError], retry: float | None
 ) -> None:
     async def work() -> None:
         stream = harness.stream(SamplingParams(n=2, max_tokens=9))
         harness.line.say(SeqUpdate(1, harness.tokens(" wolf")))
         harness.line.say(SeqUpdate(0, (), finish=ABORT, error="no more", refusal=refusal))
-        await settled()
+        await run_other_tasks()
         found: list[Delta] = []
         with pytest.raises(error, match="no more") as caught:
             await read(stream, found)
         assert [delta.text for delta in found] == [" wolf"]
         assert type(caught.value) is error
         assert getattr(caught.value, "retry_after", None) == retry
-        assert harness.line.aborted == [1], "the other output is not needed any more"
+        assert harness.line.aborted == [1], "the other output of the prompt is aborted"
         assert not stream.output().finished
         with pytest.raises(error):
             await stream.wait()
@@ -287,11 +287,11 @@ def test_leaving_the_iteration_early_ends_the_request(
         harness.line.say(SeqUpdate(0, harness.tokens(" a")))
         await how(stream)
         gc.collect()
-        await settled()
+        await run_other_tasks()
         assert harness.line.aborted == [0]
         assert harness.llm.unfinished == 0
         harness.line.say(SeqUpdate(0, harness.tokens(" b"), finish=ABORT))  # an update that was on its way
-        await settled()
+        await run_other_tasks()
 
     run(work())
 
@@ -301,7 +301,7 @@ def test_cancelling_the_task_ends_the_request(
     harness: Harness, how: Callable[[RequestStream], Coroutine[Any, Any, Any]]
 ) -> None:
     async def work() -> None:
-        task = await started(how(harness.stream()))
+        task = await start(how(harness.stream()))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -311,10 +311,10 @@ def test_cancelling_the_task_ends_the_request(
     run(work())
 
 
-def test_closing_a_stream_ends_its_reader(harness: Harness) -> None:
+def test_closing_a_stream_ends_the_iteration_over_it(harness: Harness) -> None:
     async def work() -> None:
         stream = harness.stream()
-        task = await started(read(stream))
+        task = await start(read(stream))
         stream.close()
         stream.close()
         assert await task == []
@@ -391,7 +391,7 @@ def test_the_context_length_is_lowered_to_the_fleets(harness: Harness) -> None:
 
 
 def test_many_updates_at_once_do_not_block_the_event_loop(harness: Harness) -> None:
-    """Other tasks run before all updates are handed out. No update is lost, and they stay in order."""
+    """Other tasks run before all updates are delivered. All updates arrive, in order."""
 
     async def work() -> None:
         stream = harness.stream(SamplingParams(max_tokens=2000, detokenize=False, ignore_eos=True))
@@ -407,7 +407,7 @@ def test_many_updates_at_once_do_not_block_the_event_loop(harness: Harness) -> N
     run(work())
 
 
-def test_prompt_logprobs_of_a_stream(harness: Harness) -> None:
+def test_a_stream_has_the_log_probabilities_of_its_prompt(harness: Harness) -> None:
     async def work() -> None:
         stream = harness.stream(SamplingParams(max_tokens=5, prompt_logprobs=0))
         size = len(stream.job.tokens)
@@ -475,17 +475,17 @@ async def read_all(outputs: AsyncIterator[RequestOutput]) -> list[RequestOutput]
     return [output async for output in outputs]
 
 
-def test_two_unfinished_requests_cannot_have_one_request_id(harness: Harness) -> None:
+def test_two_unfinished_requests_cannot_have_the_same_id(harness: Harness) -> None:
     async def work() -> None:
         async def begin() -> RequestOutput:
             return await anext(harness.llm.generate("Once", GREEDY, "mine"))
 
-        first = await started(begin())
+        first = await start(begin())
         await until(lambda: bool(harness.line.sent))
         with pytest.raises(RequestError, match="'mine' exists already"):
             await anext(harness.llm.generate("Once", GREEDY, "mine"))
         assert harness.line.aborted == [1]
-        await harness.llm.abort("nobody")
+        await harness.llm.abort("an unknown id")
         await harness.llm.abort("mine")
         assert harness.line.aborted == [1, 0]
         harness.line.say(SeqUpdate(0, (), finish=ABORT))
@@ -526,7 +526,7 @@ def test_an_invalid_prompt_is_not_sent(harness: Harness) -> None:
 
 def test_closing_ends_streams_with_an_error(harness: Harness) -> None:
     async def work() -> None:
-        tasks = [await started(read(harness.stream())), await started(harness.stream().wait())]
+        tasks = [await start(read(harness.stream())), await start(harness.stream().wait())]
         await asyncio.to_thread(harness.llm.close)
         for task in tasks:
             with pytest.raises(Unavailable, match="the engine was closed"):
@@ -616,7 +616,7 @@ def shown(outputs: Sequence[RequestOutput]) -> list[tuple[str, tuple[int, ...], 
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP])
-def test_streams_do_not_notice_that_an_engine_dies(signal_: signal.Signals) -> None:
+def test_streams_are_the_same_when_an_engine_dies(signal_: signal.Signals) -> None:
     async def work() -> None:
         async with real(data_parallel_size=2, distributed_executor_backend="mp") as llm:
             twins = await texts(llm)
@@ -639,7 +639,7 @@ def test_streams_do_not_notice_that_an_engine_dies(signal_: signal.Signals) -> N
     run(work())
 
 
-def test_replicas_that_share_experts_start_again_together() -> None:
+def test_replicas_that_share_experts_restart_together() -> None:
     async def work() -> None:
         options = {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "mp"}
         async with real(model=BUNDLED.parent / "demo_moe_model", **options) as llm:
@@ -669,7 +669,7 @@ def test_a_single_replica_is_restarted_and_continues_its_requests() -> None:
     run(work())
 
 
-def test_scaling_replicas_that_are_threads() -> None:
+def test_replicas_on_threads_can_be_added_and_removed() -> None:
     async def work() -> None:
         async with real(data_parallel_size=2, distributed_executor_backend="threads") as llm:
             twins = await texts(llm)
@@ -711,7 +711,7 @@ def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
 def test_blocks_of_a_dropped_stream_are_freed() -> None:
     async def work() -> None:
         async with real() as llm:
-            params = SamplingParams(n=64, max_tokens=500, ignore_eos=True)  # several times what the cache holds
+            params = SamplingParams(n=64, max_tokens=500, ignore_eos=True)  # far more tokens than the cache holds
             stream = llm.stream(llm.prepare("Once", params))
             async for _ in stream:
                 break

@@ -1,3 +1,5 @@
+"""Beam search, compared with a plain search over a made-up language."""
+
 import itertools
 import math
 import random
@@ -54,7 +56,7 @@ Scored = list[tuple[tuple[int, ...], float]]
 
 
 def plain_search(language: MadeUpLanguage, prompt: tuple[int, ...], params: BeamSearchParams, eos: set[int]) -> Scored:
-    """Search with full sorting and without an early end: slow, but plainly right."""
+    """Search with full sorting and without an early end, which is slow but easy to check by reading."""
 
     def score(each: tuple[tuple[int, ...], float]) -> float:
         tokens, logprob = each
@@ -82,7 +84,7 @@ def plain_search(language: MadeUpLanguage, prompt: tuple[int, ...], params: Beam
     temperature=st.sampled_from([0.0, 1.0, 0.5, 3.0]),
     eos=st.sets(st.integers(0, 5), max_size=2),
 )
-def test_it_finds_the_same_as_a_plain_search(
+def test_a_search_finds_the_sequences_of_a_plain_search(
     seed: int, size: int, width: int, length: int, penalty: float, temperature: float, eos: set[int]
 ) -> None:
     params = BeamSearchParams(beam_width=width, max_tokens=length, length_penalty=penalty, temperature=temperature)

@@ -1,4 +1,4 @@
-"""Deltas add up to the output without streaming, for all texts and tokenizers, however the tokens arrive."""
+"""Deltas add up to the output without streaming, for all texts, tokenizers and sizes of updates."""
 
 from collections.abc import Sequence
 from functools import cache

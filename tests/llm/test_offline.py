@@ -1,4 +1,4 @@
-"""Offline runs on a fake engine."""
+"""Offline runs with a fake engine."""
 
 import itertools
 import signal
@@ -38,7 +38,7 @@ class FakeEngine:
 
     def __init__(self, *, slow: int | None = None, late: bool = False) -> None:
         self.requests: dict[int, EngineRequest] = {}
-        self.running: dict[int, int] = {}  # request -> how many letters it has
+        self.running: dict[int, int] = {}  # request -> number of letters so far
         self.aborted: list[int] = []
         self.most = 0
         self._slow = slow
@@ -160,7 +160,9 @@ def test_outputs_of_one_prompt_are_yielded_together() -> None:
     assert [requests[seq].group for seq in range(6)] == [0, 0, 0, -1, 4, 4]
     assert [requests[seq].sampling.sample_index for seq in range(6)] == [0, 1, 2, 0, 0, 1]
     assert len({requests[seq].sampling.seed for seq in (0, 1, 2)}) == 1
-    assert [requests[seq].sampling.prompt_logprobs for seq in range(3)] == [1, -1, -1], "once for the prompt"
+    assert [requests[seq].sampling.prompt_logprobs for seq in range(3)] == [1, -1, -1], (
+        "only the first output asks for them"
+    )
 
 
 def test_an_error_of_a_request_is_in_its_output() -> None:
@@ -196,7 +198,7 @@ def test_a_stop_text_at_the_end_needs_no_abort() -> None:
     assert engine.aborted == []
 
 
-def test_each_output_of_a_prompt_stops_on_its_own() -> None:
+def test_each_output_of_a_prompt_stops_at_its_own_stop_text() -> None:
     """The other outputs of the prompt go on."""
 
     class Apart(FakeEngine):
@@ -228,7 +230,7 @@ class Source:
 
 
 def test_outputs_are_yielded_before_the_window_is_full() -> None:
-    """The first outputs do not wait until so many jobs were taken that the window is full."""
+    """The first outputs do not wait for jobs that the source has not given yet."""
     source = Source(job(i, 1) for i in itertools.count())
     next(iter(runner(FakeEngine()).run(source)))
     assert source.taken < WINDOW / 4
@@ -359,7 +361,7 @@ def test_numbers_of_any_size_fit_the_wire() -> None:
 
 
 @pytest.mark.parametrize(("given", "top_k", "count"), [(-1, 0, MOST), (0, 0, 0), (5, 5, 5)])
-def test_special_values_for_all_tokens(given: int, top_k: int, count: int) -> None:
+def test_special_values_mean_all_tokens(given: int, top_k: int, count: int) -> None:
     sampling = request_of(SamplingParams(top_k=given, logprobs=given)).sampling
     assert (sampling.top_k, sampling.logprobs, sampling.prompt_logprobs) == (top_k, count, -1)
 
@@ -375,7 +377,7 @@ def test_with_ignore_eos_the_end_of_text_token_is_no_stop_token() -> None:
     assert request.stop_ids == request.sampling.ends == encode_tokens([60])
 
 
-def test_jobs_without_a_seed_get_reproducible_seeds() -> None:
+def test_jobs_without_a_seed_get_seeds_that_later_runs_repeat() -> None:
     def seeds(seed: int) -> list[int]:
         engine = FakeEngine()
         list(runner(engine, seed=seed).run([job(i, n=2) for i in range(4)]))
@@ -406,7 +408,7 @@ class WatchedEngine(FakeEngine):
         free = self._inside.acquire(blocking=False)
         self.at_once += not free
         try:
-            threading.Event().wait(0.001)  # lets others run
+            threading.Event().wait(0.001)  # lets other threads run
             return super().updates(timeout)
         finally:
             if free:
@@ -425,7 +427,7 @@ def test_threads_take_turns_and_get_their_own_outputs() -> None:
     for thread, outputs in enumerate(found):
         assert outputs == dict.fromkeys(range(20), "".join(chr(ord("a") + thread + i) for i in (1, 2, 3)))
     assert engine.at_once == 0
-    assert engine.most > 20  # their requests share the engine
+    assert engine.most > 20  # requests of several threads run together
 
 
 def test_a_suspended_run_does_not_block_other_threads() -> None:
@@ -486,7 +488,7 @@ def test_closing_in_another_thread_ends_a_run() -> None:
 
         def updates(self, timeout: float) -> list[SeqUpdate]:
             self.begun.set()
-            threading.Event().wait(0.001)  # lets others run
+            threading.Event().wait(0.001)  # lets other threads run
             return []
 
         def close(self) -> None:
@@ -526,8 +528,8 @@ def test_a_run_that_is_garbage_collected_is_aborted() -> None:
     assert not engine.running
 
 
-def test_requests_of_one_prompt_share_their_lists() -> None:
-    """A list is one object for all requests, and not encoded again for each of them."""
+def test_requests_of_one_prompt_share_long_lists() -> None:
+    """All requests hold the same list object, which is encoded only once."""
     params = SamplingParams(
         n=50, stop_token_ids=[60, 61], min_tokens=2, allowed_token_ids=range(60, 99), logit_bias={60: 1.0, 61: 2.0}
     )

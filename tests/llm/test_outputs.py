@@ -35,17 +35,17 @@ def completion(*, letters: bool = True, **params: Any) -> Completion:
     return Completion(job(given), 0, Letters() if letters else None, stop_ids)
 
 
-def result(of: Completion, *updates: SeqUpdate) -> CompletionOutput:
+def result(completion: Completion, *updates: SeqUpdate) -> CompletionOutput:
     for each in updates:
-        assert not of.take(each), "ended early"
-    return of.output()
+        assert not completion.take(each), "the output ended before its last update"
+    return completion.output()
 
 
 def entry(chosen: float, rank: int = 1, ids: tuple[int, ...] = (), values: tuple[float, ...] = ()) -> TokenLogprobs:
     return TokenLogprobs(chosen, rank, ids, values)
 
 
-def test_the_text_is_that_of_the_tokens() -> None:
+def test_the_text_is_decoded_from_the_tokens() -> None:
     found = result(completion(), update(ids("ab")), update(ids("c"), LENGTH))
     assert found == CompletionOutput(0, "abc", ids("abc"), "length")
 
@@ -97,7 +97,7 @@ def test_a_stop_text_cuts_tokens_and_logprobs(include: bool) -> None:
 
 
 @pytest.mark.parametrize("finish", [STOP, LENGTH, ABORT])
-def test_a_stop_text_in_the_last_update_is_the_reason_of_the_end(finish: Finish) -> None:
+def test_a_stop_text_in_the_last_update_is_the_finish_reason(finish: Finish) -> None:
     of = completion(stop="b")
     assert of.take(update((*ids("abc"), EOS), finish))
     found = of.output()
@@ -111,18 +111,18 @@ def test_a_stop_text_does_not_count_before_min_tokens() -> None:
     assert of.output().text == "aba"
 
 
-def test_an_output_without_text() -> None:
+def test_outputs_have_no_text_without_a_tokenizer_or_on_request() -> None:
     for of in (completion(detokenize=False), completion(letters=False)):
         found = result(of, update(ids("ab")), update((EOS,), STOP))
         assert (found.text, found.token_ids, found.finish_reason) == ("", (*ids("ab"), EOS), "stop")
 
 
-def test_an_output_without_an_end_was_aborted() -> None:
+def test_an_output_that_never_ended_counts_as_aborted() -> None:
     found = completion().output()
     assert (found.text, found.token_ids, found.finish_reason) == ("", (), "abort")
 
 
-def test_without_a_request_for_logprobs_there_are_none() -> None:
+def test_logprobs_are_returned_only_on_request() -> None:
     found = result(completion(), update(ids("a"), LENGTH))
     assert (found.logprobs, found.cumulative_logprob) == (None, None)
 
@@ -155,7 +155,7 @@ def test_outputs_of_a_prompt_are_in_order() -> None:
     found = of.output()
     assert [(each.index, each.text) for each in found.outputs] == [(0, "a"), (1, "b")]
     assert (found.request_id, found.prompt, found.prompt_token_ids) == ("4", "pqr", ids("pqr"))
-    assert found.num_cached_tokens == 2, "the first output counts: the others find the blocks that it has computed"
+    assert found.num_cached_tokens == 2, "the cached tokens of the first output, as later outputs reuse its blocks"
     assert (found.error, found.prompt_logprobs) == (None, None)
 
 

@@ -17,7 +17,7 @@ DEADLINE_S = 30
 
 @pytest.fixture(autouse=True)
 def _handler_of_python() -> Iterator[None]:
-    """Install Python's handler, as the parent of the tests may have SIGINT ignored."""
+    """Install Python's handler, because the parent process of the tests may ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -80,17 +80,17 @@ def test_an_interrupt_waits_for_the_end_of_the_outermost_block() -> None:
         work()
     assert steps == ["inner", "outer"]
     with interrupts.held():
-        pass  # the two signals have counted as one
+        pass  # the two signals counted as one, so none is left
 
 
-def test_an_interrupt_that_was_checked_for_is_raised_once() -> None:
+def test_an_interrupt_that_a_check_has_raised_is_not_raised_again() -> None:
     def work() -> None:
         with interrupts.held():
             signal.raise_signal(signal.SIGINT)
             try:
                 interrupts.check()
             finally:
-                signal.raise_signal(signal.SIGINT)  # a second one, while the first one unwinds
+                signal.raise_signal(signal.SIGINT)  # a second signal, while the first exception is handled
 
     with pytest.raises(KeyboardInterrupt):
         work()
@@ -98,7 +98,7 @@ def test_an_interrupt_that_was_checked_for_is_raised_once() -> None:
         interrupts.check()
 
 
-def test_an_interrupt_is_not_lost_with_an_error() -> None:
+def test_an_interrupt_is_raised_even_if_the_block_raises_an_error() -> None:
     def fail() -> None:
         with interrupts.held():
             signal.raise_signal(signal.SIGINT)
@@ -109,7 +109,7 @@ def test_an_interrupt_is_not_lost_with_an_error() -> None:
     assert isinstance(found.value.__cause__, EngineError)
 
 
-def test_a_handler_of_the_program_is_left_alone() -> None:
+def test_the_programs_own_signal_handler_is_kept() -> None:
     heard: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
@@ -120,7 +120,7 @@ def test_a_handler_of_the_program_is_left_alone() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_other_threads_do_not_hold_interrupts_back() -> None:
+def test_blocks_of_other_threads_do_not_delay_interrupts() -> None:
     def work() -> None:
         with interrupts.held():
             entered.set()
@@ -146,7 +146,7 @@ class Client:
         self.closed += 1
 
 
-def test_after_closing_there_are_no_turns() -> None:
+def test_a_closed_engine_gives_no_turns() -> None:
     client: Any = Client()
     engine = SharedEngine(client)
     engine.close()

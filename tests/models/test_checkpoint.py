@@ -1,4 +1,4 @@
-"""Reading the headers of safetensors files, and refusing malformed ones with one line."""
+"""Headers of safetensors files are read, or refused with an error of one line if they are malformed."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def refusal(folder: Path) -> str:
     return message
 
 
-def test_single_file(file: Path) -> None:
+def test_the_header_of_a_single_file_is_read(file: Path) -> None:
     file.write_bytes(pack(HEADER))
     found = open_checkpoint(file.parent)
     assert found.folder == file.parent
@@ -70,7 +70,7 @@ def test_single_file(file: Path) -> None:
     assert file.read_bytes()[b.offset : b.offset + 10] == DATA[24:34]
 
 
-def test_reading_a_file_that_the_safetensors_library_wrote(checkpoint: Callable[[str], Path]) -> None:
+def test_a_file_of_the_safetensors_library_is_read(checkpoint: Callable[[str], Path]) -> None:
     from safetensors import safe_open
 
     folder = checkpoint("llama")
@@ -92,14 +92,14 @@ def shard(folder: Path) -> tuple[Path, Path]:
     return first, second
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_the_headers_of_all_shards_are_read(tmp_path: Path) -> None:
     first, second = shard(tmp_path)
     found = open_checkpoint(tmp_path)
     assert {name: (t.file, t.shape) for name, t in found.tensors.items()} == {"a": (first, (2, 3)), "b": (second, (5,))}
 
 
 def test_a_single_file_is_preferred_to_an_index(tmp_path: Path) -> None:
-    """Transformers does the same: the index may be an old one, with shards that no longer exist."""
+    """Transformers does the same, because the index may be out of date and name shards that no longer exist."""
     torch.save({"c": torch.ones(2)}, tmp_path / PICKLED_SINGLE)
     (tmp_path / PICKLED_INDEX).write_text(json.dumps({"weight_map": {"c": "gone.bin"}}))
     assert set(open_checkpoint(tmp_path).tensors) == {"c"}
@@ -117,7 +117,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     assert "lacks 2 of 2 shards: first.safetensors, second.safetensors" in refusal(tmp_path)
 
 
-def test_truncated_shard_is_named(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     _, second = shard(tmp_path)
     size = second.stat().st_size
     second.write_bytes(second.read_bytes()[:-1])
@@ -135,7 +135,7 @@ def test_pickled_files_are_read_only_if_there_are_no_safetensors_files(tmp_path:
     assert open_checkpoint(tmp_path, read_pickled=list_here).tensors["a"].file.suffix == ".safetensors"
 
 
-def test_pickled_shards(tmp_path: Path) -> None:
+def test_pickled_shards_are_read_or_refused_by_name(tmp_path: Path) -> None:
     files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     torch.save({"a": torch.ones(2)}, tmp_path / files[0])
     torch.save({"b": torch.ones(3)}, tmp_path / files[1])
@@ -143,15 +143,15 @@ def test_pickled_shards(tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": files[0], "b": files[1]}}))
     assert open_checkpoint(tmp_path).shapes == {"a": (2,), "b": (3,)}
     (tmp_path / files[1]).write_bytes(b"")
-    assert f"{files[1]} is truncated or no file of weights" in refusal(tmp_path)
+    assert f"{files[1]} is truncated or not a file of weights" in refusal(tmp_path)
     (tmp_path / files[1]).unlink()
     assert f"lacks 1 of 2 shards: {files[1]}" in refusal(tmp_path)
     index.write_text('{"weight_map": {}}')
     assert "its weight_map must map names to file names" in refusal(tmp_path)
 
 
-def test_tensors_of_an_old_file_are_the_same_where_they_share_their_numbers(tmp_path: Path) -> None:
-    """Only PyTorch reads a file from before version 1.6: its numbers can't be compared without loading them."""
+def test_equal_tensors_of_an_old_file_are_recognized_only_if_they_share_storage(tmp_path: Path) -> None:
+    """Only PyTorch reads the format from before version 1.6, so the numbers can't be compared without loading them."""
     one = torch.ones(2, 3)
     tensors = {"a": one, "b": one.view(2, 3), "row": one[1], "copy": one.clone()}
     torch.save(tensors, tmp_path / PICKLED_SINGLE, _use_new_zipfile_serialization=False)
@@ -162,7 +162,7 @@ def test_tensors_of_an_old_file_are_the_same_where_they_share_their_numbers(tmp_
     assert {name for name, tensor in found.items() if same_numbers(found["a"], tensor)} == {"a", "b", "copy"}
 
 
-def test_files_in_another_state_are_not_read(tmp_path: Path) -> None:
+def test_files_that_have_changed_are_not_read(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / PICKLED_SINGLE)
     state = open_checkpoint(tmp_path, read_pickled=list_here).state
     assert open_checkpoint(tmp_path, state=state, read_pickled=list_here).state == state
@@ -199,19 +199,19 @@ def test_tensors_with_overlapping_elements_are_refused(
         checkpoint.check_loadable(["x"])
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path)
     assert SINGLE in message
     assert INDEX in message
 
 
 @pytest.mark.parametrize("length", range(8))
-def test_a_file_too_short_for_the_length_of_its_header(file: Path, length: int) -> None:
+def test_a_file_too_short_for_the_length_of_its_header_is_refused(file: Path, length: int) -> None:
     file.write_bytes(b"\0" * length)
     assert f"truncated or not a safetensors file: it has {length} bytes" in refusal(file.parent)
 
 
-def test_a_header_longer_than_the_file(file: Path) -> None:
+def test_a_header_longer_than_the_file_is_refused(file: Path) -> None:
     file.write_bytes(b"\xff" * 200)
     assert f"its header {2**64 - 1}" in refusal(file.parent)
 
@@ -243,19 +243,19 @@ def test_a_header_longer_than_the_file(file: Path) -> None:
     ],
     ids=str,
 )
-def test_malformed_entry(file: Path, change: Header) -> None:
+def test_a_malformed_entry_is_refused(file: Path, change: Header) -> None:
     file.write_bytes(pack({**HEADER, "a": {**HEADER["a"], **change}}))
     message = refusal(file.parent)
     assert message.startswith(f"{file} has a malformed header")
 
 
 @pytest.mark.parametrize("change", [{"shape": [2, 4]}, {"data_offsets": [0, 20]}, {"dtype": "F16"}])
-def test_data_of_another_size(file: Path, change: Header) -> None:
+def test_data_of_the_wrong_size_is_refused(file: Path, change: Header) -> None:
     file.write_bytes(pack({**HEADER, "a": {**HEADER["a"], **change}}))
     assert "bytes, which is not the size of" in refusal(file.parent)
 
 
-def test_types_that_can_not_be_loaded(file: Path) -> None:
+def test_unsupported_types_are_refused(file: Path) -> None:
     file.write_bytes(pack({"a": entry("I32", [6], 0, 24), "b": entry("F32", [1], 0, 4), "c": entry("F8", [2], 0, 2)}))
     found = open_checkpoint(file.parent)
     found.check_loadable(["b"])
@@ -266,7 +266,7 @@ def test_types_that_can_not_be_loaded(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [SINGLE, INDEX])
-def test_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     message = refusal(tmp_path)
     assert message.startswith(f"{tmp_path / name} can't be read")
@@ -285,21 +285,21 @@ def opens_or_refuses(folder: Path) -> None:
 
 @_SETTINGS
 @given(st.binary(max_size=300))
-def test_random_bytes(tmp_path: Path, data: bytes) -> None:
+def test_random_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / SINGLE).write_bytes(data)
     opens_or_refuses(tmp_path)
 
 
 @_SETTINGS
 @given(st.binary(max_size=200), st.binary(max_size=50))
-def test_random_header(tmp_path: Path, header: bytes, data: bytes) -> None:
+def test_random_headers_are_read_or_refused(tmp_path: Path, header: bytes, data: bytes) -> None:
     (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + data)
     opens_or_refuses(tmp_path)
 
 
 @_SETTINGS
 @given(st.data())
-def test_mutated_bytes(tmp_path: Path, data: st.DataObject) -> None:
+def test_mutated_files_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     """Some bytes of a valid file are changed, inserted or removed."""
     content = bytearray(pack(HEADER))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -323,7 +323,7 @@ _VALUES = st.recursive(
     st.sampled_from(["dtype", "shape", "data_offsets"]),
     _VALUES,
 )
-def test_random_json(tmp_path: Path, header: Header, key: str, value: Any) -> None:
+def test_random_json_in_a_header_is_read_or_refused(tmp_path: Path, header: Header, key: str, value: Any) -> None:
     (tmp_path / SINGLE).write_bytes(pack(header))
     opens_or_refuses(tmp_path)
     (tmp_path / SINGLE).write_bytes(pack({**HEADER, "b": {**HEADER["b"], key: value}}))
@@ -332,7 +332,7 @@ def test_random_json(tmp_path: Path, header: Header, key: str, value: Any) -> No
 
 @_SETTINGS
 @given(_VALUES)
-def test_random_index(tmp_path: Path, value: Any) -> None:
+def test_random_indexes_are_read_or_refused(tmp_path: Path, value: Any) -> None:
     shutil.rmtree(tmp_path, ignore_errors=True)
     tmp_path.mkdir()
     shard(tmp_path)

@@ -24,10 +24,10 @@ from shoal.parallel.mesh import Axis
 from shoal.worker.kv_cache import allocate
 from support.checkpoints import MAKERS, reference_model
 
-# Sums of float32 numbers in another order change logits of 5 to 16 by at most 4e-5 here. A missing bias changes them by
+# In another order of summation, logits of 5 to 16 change by at most 4e-5 in float32. A missing bias changes them by
 # tenths.
 TOLERANCE = 2e-4
-# One prompt is shorter than all windows, one as long as some, and one longer than all.
+# The prompts are shorter than all windows, as long as some of them, and longer than all.
 LENGTHS = (2, 9, 70)
 PROMPTS = [[(7 * i * i + 3 * i) % 251 + 3 for i in range(length)] for length in LENGTHS]
 BLOCK_SIZE, BLOCKS = 16, 5  # blocks per sequence
@@ -105,7 +105,7 @@ def assert_close(folder: Path, found: Sequence[Tensor]) -> None:
         assert float((ours - theirs).abs().max()) < TOLERANCE
 
 
-# One rank; a rank with heads of two groups; more ranks than heads, so that some ranks have no head.
+# One rank; ranks of which one has heads of two groups; more ranks than heads, so that some have none.
 @pytest.mark.parametrize("weights", [(1,), (1, 2, 1), (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)])
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_logits_are_those_of_transformers(
@@ -144,7 +144,7 @@ def test_logits_are_those_of_transformers(
 def test_every_option_of_the_checkpoints_changes_the_logits(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, object]
 ) -> None:
-    """So the test above would fail if the decoder ignored the option."""
+    """This shows that the test above would fail if the decoder ignored the option."""
     folder = checkpoint(name)
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
@@ -166,8 +166,10 @@ STACKED = {
 
 
 @pytest.mark.parametrize("name", STACKED)
-def test_experts_in_one_tensor(checkpoint: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    """Transformers holds all experts in one tensor, and some files are saved like that."""
+def test_logits_are_right_with_all_experts_in_one_tensor(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Transformers keeps all experts in one tensor, and some files have this form."""
     folder = checkpoint(name)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     before, after, experts = STACKED[name]
@@ -198,10 +200,10 @@ def test_experts_in_one_tensor(checkpoint: Callable[[str], Path], tmp_path: Path
         ("gpt_neox", "embed_out.", "lm_head."),
     ],
 )
-def test_names_with_another_prefix(
+def test_logits_are_right_if_names_have_another_prefix(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, prefix: str, other: str
 ) -> None:
-    """Some files on the hub have other prefixes, and tensors that are not needed, such as a tied head."""
+    """Some files on the hub have other prefixes and unneeded tensors, such as a tied head."""
     folder = checkpoint(name)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     tensors = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Models that run through transformers' module: their specs, how they are cut, and which are refused and why."""
+"""Models that run through transformers' module: their specs, their cuts, and the reasons for refusing some."""
 
 import json
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def test_scales_and_soft_caps_are_found() -> None:
     ]
 
 
-def test_a_plan_is_followed_with_cuts_by_heads_columns_and_vocabulary() -> None:
+def test_a_tensor_parallel_plan_cuts_heads_columns_and_vocabulary() -> None:
     spec = read("Starcoder2")
     attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
     assert cut_of(spec, f"{attention}.q_proj.weight") == (Cut.Q_HEADS, 0)
@@ -86,8 +86,8 @@ def test_a_plan_is_followed_with_cuts_by_heads_columns_and_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(other_models.WHOLE_ATTENTION))
-def test_attention_that_takes_all_heads_stays_whole(name: str) -> None:
-    """The plan of Olmo2 says so. That of Cohere does not, but a trial with fewer heads fails."""
+def test_attention_that_needs_all_heads_is_not_cut(name: str) -> None:
+    """The plan of Olmo2 does not cut it. The plan of Cohere does, but a trial with fewer heads fails."""
     spec = read(name)
     assert (spec.cut_attention, spec.cut_linears) == (False, 3 * 3)
     assert "every rank computes all of its attention" in spec.describe(2)
@@ -97,7 +97,7 @@ def test_attention_that_takes_all_heads_stays_whole(name: str) -> None:
         assert len(shard.ranges[Cut.MLP]) < 112
 
 
-def test_an_mlp_whose_plan_gathers_stays_whole() -> None:
+def test_an_mlp_is_not_cut_if_the_plan_gathers_its_result() -> None:
     spec = read("Glm")
     assert (spec.cut_attention, spec.cut_linears) == (True, 3 * 4)
     assert spec.describe(2).endswith(
@@ -124,13 +124,13 @@ def test_two_ranks_take_half_the_memory_each() -> None:
     (alone,), halves = (
         [rank_memory(spec, spec.params, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
     )
-    # Each rank has all norms, and of 301 rows of vocabulary one has 151 and the other 150.
+    # Both ranks have all norms. Of the 301 rows of the vocabulary, one rank has 151 and the other 150.
     assert all(0.5 * alone.weights <= half.weights < 0.51 * alone.weights for half in halves)
     assert [half.block for half in halves] == [alone.block // 2] * 2
 
 
 def test_the_manifest_names_exactly_the_tensors_of_the_checkpoint(tmp_path: Path) -> None:
-    """Each has its shape, and one that is missing is named in the error."""
+    """The manifest also has the shapes, and an error names a missing tensor."""
     shapes = open_checkpoint(other_models.save("Starcoder2", tmp_path)).shapes
     spec = read_model(tmp_path, "auto")
     found = params_of(spec, shapes)
@@ -144,7 +144,7 @@ def test_the_manifest_names_exactly_the_tensors_of_the_checkpoint(tmp_path: Path
         check_shapes(params_of(spec, some), some, "here")
 
 
-def test_names_without_the_prefix() -> None:
+def test_tensor_names_may_lack_the_prefix() -> None:
     spec = read("Granite", tie_word_embeddings=False)
     assert isinstance(spec, FallbackSpec)
     written = [piece.source for param in spec.params for piece in param.pieces]
@@ -153,7 +153,7 @@ def test_names_without_the_prefix() -> None:
     assert {piece.source for param in params_of(spec, written) for piece in param.pieces} == set(written)
 
 
-def test_which_implementation_runs_a_model(tmp_path: Path) -> None:
+def test_the_implementation_follows_the_option_and_the_architecture(tmp_path: Path) -> None:
     def folder(name: str) -> Path:
         (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
         return tmp_path
@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "heads of two sizes": (lambda: config_of("MiniCPM3"), r"its queries, keys and values have heads of .* dimensions"),
     "two calls a layer": (lambda: config_of("DiffLlama"), "its 3 layers call attention 6 times"),
     "no positions": (lambda: config_of("CTRL", "LMHeadModel"), "does not take the positions of tokens"),
-    "both directions": (lambda: config_of("Bert", "LMHeadModel"), "a token sees neither"),
+    "both directions": (lambda: config_of("Bert", "LMHeadModel"), "neither causal nor a sliding window"),
     "packed experts": (lambda: config_of("Mixtral"), "rearranges its tensors while loading"),
     "an encoder": (lambda: config_of("Bart"), "it has an encoder"),
     "images": (lambda: {"architectures": ["X"], "text_config": {"hidden_size": 8}}, "it has a text_config"),
@@ -221,8 +221,8 @@ def test_code_in_the_model_folder_is_ignored_if_transformers_knows_the_model() -
 
 
 @pytest.mark.parametrize("architectures", [None, []])
-def test_model_type_decides_if_no_architecture_is_named(architectures: list[str] | None) -> None:
-    """A config.json that `config.save_pretrained` writes names none."""
+def test_the_model_type_decides_if_the_config_has_no_architecture(architectures: list[str] | None) -> None:
+    """`config.save_pretrained` writes a config.json without architectures."""
     spec = read_fallback_spec(config_of("Olmo2") | {"architectures": architectures}, "here")
     assert spec == read("Olmo2")
     with pytest.raises(
@@ -233,7 +233,7 @@ def test_model_type_decides_if_no_architecture_is_named(architectures: list[str]
 
 @pytest.mark.parametrize("original", [{}, {"original_max_position_embeddings": 64}])
 @pytest.mark.parametrize("factor", [0.5, 4.0])
-def test_yarn_gives_the_same_number_of_positions_as_in_a_family(
+def test_yarn_gives_the_same_number_of_positions_in_both_implementations(
     tmp_path: Path, factor: float, original: dict[str, Any]
 ) -> None:
     rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 10000.0, **original}
@@ -244,7 +244,7 @@ def test_yarn_gives_the_same_number_of_positions_as_in_a_family(
     assert lengths == [expected] * 2
 
 
-def test_transformers_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: str) -> Any:
         raise ImportError("No module named 'transformers'")
 
@@ -279,7 +279,7 @@ def test_a_causal_mask_has_no_window() -> None:
     ids=["all", "before", "chunks", "long chunks", "sinks", "every other"],
 )
 def test_other_masks_are_refused(mask: Any) -> None:
-    with pytest.raises(NotRunnable, match="a token sees neither"):
+    with pytest.raises(NotRunnable, match="neither causal nor a sliding window"):
         window_of_mask(mask)
 
 
@@ -311,7 +311,7 @@ class Causal(nn.Module):
     ],
     ids=["scaled", "capped", "normalized", "cropped", "biased"],
 )
-def test_models_whose_logits_depend_on_each_other_are_recognized(change: Any, elementwise: bool) -> None:
+def test_logits_that_depend_on_each_other_are_recognized(change: Any, elementwise: bool) -> None:
     spec = FallbackSpec(
         "transformers", 4, 1, 1, 1, 4, 4, 60, 8, (AttentionSpec(1.0),), NormSpec("rms", 1e-6), False, "float32",
         backbone="model",
@@ -320,7 +320,7 @@ def test_models_whose_logits_depend_on_each_other_are_recognized(change: Any, el
 
 
 def test_a_buffer_that_the_module_does_not_compute_is_named() -> None:
-    class Forgetful(nn.Module):
+    class WithUncomputedBuffer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
@@ -328,8 +328,8 @@ def test_a_buffer_that_the_module_does_not_compute_is_named() -> None:
         def initialize_weights(self) -> None:
             pass
 
-    with pytest.raises(CheckpointError, match="Forgetful does not compute the values of its buffer table"):
-        materialize_buffers(Forgetful(), CPU)
+    with pytest.raises(CheckpointError, match="WithUncomputedBuffer does not compute the values of its buffer table"):
+        materialize_buffers(WithUncomputedBuffer(), CPU)
 
 
 def test_every_tensor_of_a_loaded_model_has_numbers(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_every_tensor_of_a_loaded_model_has_numbers(tmp_path: Path) -> None:
     assert not [module for module in model.backbone.modules() if type(module) is nn.Linear]
 
 
-def test_a_model_with_dummy_weights() -> None:
+def test_a_model_may_have_dummy_weights() -> None:
     config = config_of("Glm")
     spec = read_fallback_spec(config, "here")
     (shard,) = shards_of(spec, 1)

@@ -1,4 +1,4 @@
-"""Latent attention in its absorbed form computes the same as attention over expanded keys and values."""
+"""Latent attention in its absorbed form gives the results of attention over expanded keys and values."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ LATENT = LatentSpec(
     norm=NormSpec("rms", 1e-6),
     interleaved=True,
 )
-LENS = [(1, 1), (1, 2), (1, 300), (2, 2), (4, 70), (11, 40), (30, 30)]  # queries and context of each sequence
+LENS = [(1, 1), (1, 2), (1, 300), (2, 2), (4, 70), (11, 40), (30, 30)]  # (queries, context) of each sequence
 SCALE = 0.3
 
 
@@ -120,7 +120,7 @@ def expanded(latent: LatentSpec, weights: Weights, x: Tensor) -> Tensor:
 
 
 def prefix_batch(batch: PagedBatch) -> PagedBatch:
-    """Return a batch with the same sequences from their first token on."""
+    """Return a batch that computes the same sequences from their first token."""
     lens, size = batch.host_context_lens, batch.block_size
     positions = torch.cat([torch.arange(length) for length in lens])
     rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
@@ -147,7 +147,7 @@ def ends(rows: Tensor, lens: Sequence[tuple[int, int]]) -> Tensor:
     [{}, {"q_rank": None}, {"interleaved": False}, {"kv_rank": 7, "nope_dim": 3}, {"value_dim": 1, "q_rank": 1}],
     ids=str,
 )
-def test_the_absorbed_form_computes_the_same_as_the_expanded_one(
+def test_the_absorbed_form_gives_the_results_of_the_expanded_form(
     kernels: Kernels, dtype: torch.dtype, changes: dict[str, object]
 ) -> None:
     latent = dataclasses.replace(LATENT, **changes)  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def test_the_absorbed_form_computes_the_same_as_the_expanded_one(
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_decoded_row_has_the_same_bits_alone(dtype: torch.dtype) -> None:
+def test_a_decoded_row_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> None:
     assert NATIVE is not None
     torch.manual_seed(0)
     attention = make_attention(LATENT, make_weights(LATENT, dtype), NATIVE, dtype)

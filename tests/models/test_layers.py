@@ -1,4 +1,4 @@
-"""Each layout computes its formula in models/spec.py, with any attention and MLP."""
+"""Each layout of a layer computes the formula that models/spec.py gives for it, with any attention and MLP."""
 
 from typing import Any, cast
 
@@ -100,13 +100,13 @@ def test_a_layer_computes_the_formula_of_its_layout(formula: Any, layer: Layer) 
     wanted = formula(x + residual)
     for _ in range(2):  # the results of a layer are the arguments of the next one
         x, residual = layer(x, residual, BATCH, CACHE)
-        # The tolerance is for sums of float32 numbers around 1 in another order.
+        # The tolerance allows for another order of summation in float32.
         torch.testing.assert_close(x + residual, wanted, atol=2e-5, rtol=0)
         wanted = formula(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embedding(dtype: torch.dtype) -> None:
+def test_an_embedding_scales_projects_and_adds_positions(dtype: torch.dtype) -> None:
     """The scale is rounded to the type of the weights, as in transformers."""
     weight, table = random(7, HIDDEN).to(dtype), random(9, HIDDEN).to(dtype)
     tokens, positions = torch.tensor([3, 0, 6]), torch.tensor([0, 1, 5])

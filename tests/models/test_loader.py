@@ -1,4 +1,4 @@
-"""Loading a rank's share of weights: all shares together are the whole, and a rank holds nothing but its share."""
+"""Loading a rank's share of the weights: all shares together are the whole, and a rank holds only its share."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def made_up(params: tuple[Param, ...], dtype: torch.dtype = torch.float32) -> di
 
 
 def put_together(param: Param, parts: list[tuple[Shard, Tensor]]) -> list[Tensor]:
-    """Assemble the pieces of a parameter from the tensors of all ranks. Where they overlap they must agree."""
+    """Assemble the pieces of a parameter from the tensors of all ranks, which must agree where they overlap."""
     wholes = []
     taken = [0] * len(parts)
     for piece in param.pieces:
@@ -129,7 +129,7 @@ def test_all_ranks_together_hold_the_whole(
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
-def test_real_checkpoints(checkpoint: Callable[[str], Path], name: str) -> None:
+def test_all_ranks_together_hold_a_real_checkpoint(checkpoint: Callable[[str], Path], name: str) -> None:
     from safetensors.torch import load_file
 
     folder = checkpoint(name)
@@ -165,10 +165,10 @@ def rows_of(piece: Piece, stored: Tensor) -> Tensor:
     transposed=st.booleans(),
     weights=st.none() | st.lists(st.integers(1, 4), min_size=5, max_size=5),
 )
-def test_stripes_and_transposed_matrices(
+def test_shares_are_right_for_stripes_and_transposed_matrices(
     tmp_path: Path, tp: int, kv_heads: int, group: int, stacked: str, transposed: bool, weights: list[int] | None
 ) -> None:
-    group = 1 if stacked == "interleaved" else group  # a head's query, key and value must have the same size
+    group = 1 if stacked == "interleaved" else group  # interleaved, each query head has its own key and value
     spec = dataclasses.replace(SPEC, num_kv_heads=kv_heads, num_heads=kv_heads * group)
     names = TensorNames(transposed=transposed, interleaved=stacked == "interleaved")
     if stacked != "apart":
@@ -193,8 +193,8 @@ def test_stripes_and_transposed_matrices(
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_experts(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) -> None:
-    """Experts are in separate tensors or in one of three dimensions; a rank has a share of each, or some experts."""
+def test_shares_of_experts_are_right(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) -> None:
+    """Experts are in separate tensors or in one tensor; a rank has a share of each expert, or some whole experts."""
     spec = dataclasses.replace(SPEC, moe=MoESpec(4, 22, RoutingSpec(2), (True,)))
     names = TensorNames(experts=ExpertNames().stacked() if stacked else ExpertNames())
     params = make_manifest(spec, names)
@@ -231,7 +231,7 @@ def test_experts(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) ->
 
 @pytest.mark.parametrize("cut", [range(3, 17), range(4, 8), range(5, 6), range(20), range(7, 7), range(2, 4)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_share_that_begins_or_ends_inside_a_run(tmp_path: Path, cut: range, transposed: bool) -> None:
+def test_a_share_may_begin_or_end_inside_a_run(tmp_path: Path, cut: range, transposed: bool) -> None:
     piece = Piece("a", (20, 3), Cut.MLP, 0, transposed, start=4, run=4, period=12, stored=None)
     whole = torch.arange(180.0).view(60, 3)
     checkpoint = write(tmp_path, {"a": whole.t() if transposed else whole})
@@ -243,8 +243,8 @@ def test_a_share_that_begins_or_ends_inside_a_run(tmp_path: Path, cut: range, tr
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> None:
-    """Pickled tensors may be strided or misaligned; a rank's tensors never are."""
+def test_shares_of_pickled_weights_are_right(tmp_path: Path, stored: torch.dtype, legacy: bool) -> None:
+    """Pickled tensors may be strided or misaligned, but the tensors of a rank are contiguous and aligned."""
     params = make_manifest(SPEC, TensorNames())
     wholes = made_up(params, stored)
     turned = "model.layers.0.mlp.down_proj.weight"
@@ -263,7 +263,7 @@ def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> N
 
 
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_parameters_with_a_type_of_their_own_or_a_number_to_add(tmp_path: Path, wanted: torch.dtype) -> None:
+def test_parameters_may_have_their_own_type_and_an_added_number(tmp_path: Path, wanted: torch.dtype) -> None:
     stored = torch.tensor([0.5, -1.0, 2.0]).half()
     checkpoint = write(tmp_path, {"n": stored})
     (shard,) = make_shards(SPEC, 1)
@@ -285,7 +285,7 @@ def test_parameters_with_a_type_of_their_own_or_a_number_to_add(tmp_path: Path, 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_assembling_a_parameter_allocates_no_second_copy(tmp_path: Path, transposed: bool) -> None:
-    """Even if it is converted, cut, transposed and stacked, the only allocation is the tensor that is returned."""
+    """Only the returned tensor is allocated, even if it is converted, cut, transposed and stacked."""
     names = TensorNames(transposed=transposed)
     spec = dataclasses.replace(SPEC, hidden_size=64, intermediate_size=512)
     params = make_manifest(spec, names)
@@ -329,7 +329,7 @@ def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path, stored: torc
 
 
 def test_a_tied_embedding_takes_memory_beside_the_head() -> None:
-    """On a GPU this is so only if they are on different stages."""
+    """On a GPU it takes memory only if it is on another stage than the head."""
     assert keeps_embedding("cpu")
     assert keeps_embedding("cpu", head=False)
     assert not keeps_embedding("cuda")
@@ -348,14 +348,16 @@ def truncate_file(file: Path) -> None:
 
 def rewrite_file(file: Path) -> None:
     file.write_bytes(file.read_bytes())
-    os.utime(file, ns=(1, 1))  # the clock of a file system may stand still for some milliseconds
+    os.utime(file, ns=(1, 1))  # times of files may have a resolution of some milliseconds
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [(replace_file, "was replaced"), (truncate_file, "was truncated"), (rewrite_file, "was written to")],
 )
-def test_a_file_that_changes_before_it_is_read(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
+def test_a_file_that_changes_before_it_is_read_is_refused(
+    tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
     params = make_manifest(SPEC, TensorNames())
     checkpoint = write(tmp_path, made_up(params))
     weights = CheckpointWeights(checkpoint, params, make_shards(SPEC, 1)[0], torch.float32)
@@ -365,8 +367,8 @@ def test_a_file_that_changes_before_it_is_read(tmp_path: Path, change: Callable[
         weights.tensor("layers.0.qkv.weight")
 
 
-def test_a_file_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
-    """This is noticed even if the state of the file is not checked."""
+def test_a_file_that_is_truncated_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """The error comes even if the state of the file is not checked."""
     params = make_manifest(SPEC, TensorNames())
     checkpoint = dataclasses.replace(write(tmp_path, made_up(params)), files={})
     os.truncate(tmp_path / SINGLE, checkpoint.tensors["model.embed_tokens.weight"].offset + 7)
@@ -377,7 +379,7 @@ def test_a_file_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
 
 @given(st.data())
 def test_reads_cover_a_tensor_once_and_keep_their_limit(data: st.DataObject) -> None:
-    """For any strides, each element is in exactly one part, and no part spans too many elements of the file."""
+    """For all strides, each element is in exactly one part, and no part spans more than `most` elements of the file."""
     shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
     order = data.draw(st.permutations(range(len(shape))))
     gaps = data.draw(st.integers(0, 3))
@@ -392,7 +394,7 @@ def test_reads_cover_a_tensor_once_and_keep_their_limit(data: st.DataObject) -> 
 
 
 def test_copies_are_no_larger_than_the_share(tmp_path: Path) -> None:
-    """A slice that kept the whole tensor alive would cost every rank the memory of the whole."""
+    """If a slice kept the whole tensor alive, each rank would need memory for the whole."""
     params = make_manifest(SPEC, TensorNames())
     checkpoint = write(tmp_path, made_up(params))
     for shard in make_shards(SPEC, 3):
@@ -404,7 +406,7 @@ def test_copies_are_no_larger_than_the_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pad", [0, 1, 3])
-def test_data_that_is_not_aligned(tmp_path: Path, pad: int) -> None:
+def test_unaligned_data_is_read(tmp_path: Path, pad: int) -> None:
     params = make_manifest(SPEC, TensorNames())
     wholes = made_up(params)
     weights = CheckpointWeights(write(tmp_path, wholes, pad=pad), params, make_shards(SPEC, 1)[0], torch.float32)
@@ -416,14 +418,14 @@ def test_data_that_is_not_aligned(tmp_path: Path, pad: int) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
-def test_conversion(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+def test_weights_are_converted_to_the_wanted_type(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     params = make_manifest(SPEC, TensorNames())
     wholes = made_up(params, stored)
     weights = CheckpointWeights(write(tmp_path, wholes), params, make_shards(SPEC, 1)[0], wanted)
     assert torch.equal(weights.tensor("embedding"), wholes["model.embed_tokens.weight"].to(wanted))
 
 
-def test_type_that_can_not_be_loaded(tmp_path: Path) -> None:
+def test_an_unsupported_type_is_refused(tmp_path: Path) -> None:
     params = make_manifest(SPEC, TensorNames())
     checkpoint = write(tmp_path, made_up(params))
     name = "model.norm.weight"
@@ -433,7 +435,7 @@ def test_type_that_can_not_be_loaded(tmp_path: Path) -> None:
         weights.tensor("final_norm.weight")
 
 
-def test_optional(tmp_path: Path) -> None:
+def test_an_optional_parameter_is_none_if_the_model_lacks_it(tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, out_bias=False)
     params = make_manifest(spec, TensorNames())
     (shard,) = make_shards(spec, 1)
@@ -450,7 +452,7 @@ def test_optional(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tp", [1, 3, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dummy_weights(tp: int, dtype: torch.dtype) -> None:
+def test_dummy_weights_have_the_right_shapes_and_types(tp: int, dtype: torch.dtype) -> None:
     params = make_manifest(SPEC, TensorNames())
     for shard in make_shards(SPEC, tp):
         weights = DummyWeights(params, shard, dtype, 0)

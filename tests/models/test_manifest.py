@@ -80,7 +80,7 @@ RANKS = st.integers(1, 9)
 @given(specs(), RANKS)
 @settings(deadline=None)
 def test_shares_of_all_ranks_are_the_whole(spec: ModelSpec, tp: int) -> None:
-    """Each element is on exactly one rank, but KV heads may be on several."""
+    """Each element is on exactly one rank, except that KV heads may be on several."""
     shards = manifest.make_shards(spec, tp)
     assert [shard.rank for shard in shards] == list(range(tp))
     totals = {
@@ -104,7 +104,7 @@ def test_each_rank_has_the_kv_heads_of_its_query_heads(spec: ModelSpec, tp: int)
             assert heads.kv_ids[heads.q_to_kv[local]] == query // group
         assert shard.ranges[Cut.Q_HEADS] == range(heads.q_range.start * d, heads.q_range.stop * d)
         assert shard.ranges[Cut.KV_HEADS] == range(heads.kv_ids.start * d, heads.kv_ids.stop * d)
-        assert {q // group for q in heads.q_range} == set(heads.kv_ids), "no unused KV head"
+        assert {q // group for q in heads.q_range} == set(heads.kv_ids), "a rank has a KV head without query heads"
 
 
 def params(spec: ModelSpec) -> tuple[Param, ...]:
@@ -157,7 +157,7 @@ LAYOUTS: dict[Layout, set[str]] = {
 
 
 @pytest.mark.parametrize("layout", get_args(Layout))
-def test_norms_of_a_layout(layout: Layout) -> None:
+def test_each_layout_has_its_norms(layout: Layout) -> None:
     found = {param.name for param in params(dataclasses.replace(SPEC, layout=layout, norm=LAYER))}
     names = {name.removeprefix("layers.1.") for name in found if name.startswith("layers.1.") and "norm" in name}
     assert names == {f"{name}.{end}" for name in LAYOUTS[layout] for end in ("weight", "bias")}
@@ -166,7 +166,7 @@ def test_norms_of_a_layout(layout: Layout) -> None:
     assert not any(param.name.startswith("final_norm") for param in without)
 
 
-def test_norm_of_weight_one_plus_w() -> None:
+def test_a_one_plus_norm_adds_one_to_its_weight_in_float32() -> None:
     spec = dataclasses.replace(SPEC, norm=NormSpec("rms_wide", 1e-5, one_plus=True))
     assert {(param.dtype, param.plus) for param in params(spec) if "norm" in param.name} == {("float32", 1.0)}
     assert {(param.dtype, param.plus) for param in params(spec) if "norm" not in param.name} == {(None, 0.0)}
@@ -181,8 +181,8 @@ def source_rows(piece: Piece) -> list[int]:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("end", ["weight", "bias"])
-def test_queries_keys_and_values_in_one_tensor(end: str, transposed: bool) -> None:
-    """The tensor has all rows of queries, then those of keys, then those of values, in different numbers."""
+def test_queries_keys_and_values_may_be_in_one_tensor(end: str, transposed: bool) -> None:
+    """The tensor has all rows of the queries first, then the keys, then the values."""
     names = TensorNames(qkv=("qkv",), up=("gate_up",), transposed=transposed)
     spec = dataclasses.replace(SPEC, qkv_bias=True, up_bias=True)
     found = {param.name: param for param in manifest.make_manifest(spec, names)}
@@ -200,7 +200,7 @@ def test_queries_keys_and_values_in_one_tensor(end: str, transposed: bool) -> No
 
 
 @pytest.mark.parametrize("end", ["weight", "bias"])
-def test_queries_keys_and_values_by_head(end: str) -> None:
+def test_queries_keys_and_values_may_be_interleaved_by_head(end: str) -> None:
     spec = dataclasses.replace(SPEC, num_kv_heads=8, qkv_bias=True)
     names = TensorNames(qkv=("qkv",), interleaved=True)
     (param,) = (p for p in manifest.make_manifest(spec, names) if p.name == f"layers.0.qkv.{end}")
@@ -212,8 +212,8 @@ def test_queries_keys_and_values_by_head(end: str) -> None:
     assert {piece.stored_shape[0] for piece in param.pieces} == {192}
 
 
-def test_weight_bytes() -> None:
-    """Compared with numbers computed by hand: 2 layers, with a tied head, positions, and norms in float32."""
+def test_weight_bytes_are_right() -> None:
+    """The expected numbers are computed by hand, for 2 layers, a tied head, positions, and norms in float32."""
     spec = dataclasses.replace(SPEC, num_kv_heads=8)
     layer = 64 * 64 * 4 + 3 * 64 * 112 + 2 * 64
     plain = 2 * layer + 64 + 2 * 301 * 64
@@ -234,7 +234,7 @@ def test_weight_bytes() -> None:
 
 @given(specs(), st.lists(st.integers(1, 9), min_size=1, max_size=9))
 @settings(deadline=None)
-def test_unequal_shares(spec: ModelSpec, weights: list[int]) -> None:
+def test_unequal_shares_are_the_whole(spec: ModelSpec, weights: list[int]) -> None:
     found = manifest.make_shards(spec, len(weights), weights)
     for cut, total in ((Cut.MLP, spec.intermediate_size), (Cut.VOCAB, spec.vocab_size)):
         assert [i for shard in found for i in shard.ranges[cut]] == list(range(total))
@@ -242,7 +242,7 @@ def test_unequal_shares(spec: ModelSpec, weights: list[int]) -> None:
     assert manifest.make_shards(spec, len(weights), [1] * len(weights)) == manifest.make_shards(spec, len(weights))
 
 
-def test_known_unequal_cut() -> None:
+def test_an_unequal_cut_has_the_expected_sizes() -> None:
     first, second, third = manifest.make_shards(SPEC, 3, (2, 1, 1))
     assert [len(shard.ranges[Cut.Q_HEADS]) for shard in (first, second, third)] == [32, 16, 16]
     assert [len(shard.ranges[Cut.KV_HEADS]) for shard in (first, second, third)] == [16, 8, 8]
@@ -256,8 +256,8 @@ def test_one_rank_holds_everything() -> None:
         assert all(shard.shape(piece) == piece.shape for piece in param.pieces)
 
 
-def test_known_cut() -> None:
-    """8 query heads and 4 KV heads over 3 ranks: groups stay together if no rank gets more heads by that."""
+def test_an_equal_cut_has_the_expected_sizes() -> None:
+    """Groups of query heads are split, because with whole groups one rank would have 4 of the 8 heads instead of 3."""
     shards = manifest.make_shards(SPEC, 3)
     assert [len(shard.ranges[Cut.VOCAB]) for shard in shards] == [101, 100, 100]
     assert [len(shard.ranges[Cut.MLP]) for shard in shards] == [48, 32, 32]
@@ -283,8 +283,8 @@ def mixtures(draw: st.DrawFn) -> ModelSpec:
 
 @given(mixtures(), RANKS)
 @settings(deadline=None)
-def test_mixtures_over_ranks(spec: ModelSpec, tp: int) -> None:
-    """Each element of an expert is on one rank, whether experts are cut or whole; the router is on all ranks."""
+def test_shares_of_mixtures_are_the_whole(spec: ModelSpec, tp: int) -> None:
+    """Experts may be cut or whole: each element of an expert is on one rank. The router is on all ranks."""
     moe = spec.moe
     assert moe is not None
     found = {param.name: param for param in manifest.make_manifest(spec, TensorNames())}
@@ -321,8 +321,8 @@ def test_mixtures_over_ranks(spec: ModelSpec, tp: int) -> None:
     ]
 
 
-def test_weight_bytes_of_a_mixture() -> None:
-    """Compared with numbers computed by hand: a dense layer, and a mixture whose router is in float32."""
+def test_weight_bytes_of_a_mixture_are_right() -> None:
+    """The expected numbers are computed by hand, for a dense layer and a mixture with a router in float32."""
     moe = MoESpec(5, 24, RoutingSpec(2, wide=True), (False, True), shared_size=40, shared_gate=True)
     spec = dataclasses.replace(SPEC, num_kv_heads=8, moe=moe)
     attention, ends = 64 * 64 * 4 + 2 * 64, 64 + 2 * 301 * 64
@@ -335,8 +335,8 @@ def test_weight_bytes_of_a_mixture() -> None:
     assert manifest.weight_bytes(spec, found, two, 2, embedding_kept=True) == whole - 2 * 3 * 3 * 64 * 24
 
 
-def test_experts_in_one_tensor() -> None:
-    """The tensor is [experts, rows, columns], in which the rows of an expert's gate come before those of its up."""
+def test_experts_may_be_in_one_tensor() -> None:
+    """The tensor is [experts, rows, columns]; the rows of `gate` come before the rows of `up`."""
     spec = dataclasses.replace(SPEC, moe=MoESpec(3, 10, RoutingSpec(2), (True, True)))
     names = TensorNames(experts=ExpertNames().stacked())
     found = {param.name: param for param in manifest.make_manifest(spec, names)}
@@ -348,7 +348,7 @@ def test_experts_in_one_tensor() -> None:
     assert (source_rows(down), down.stored_shape) == ([*range(128, 192)], (3, 64, 10))
 
 
-def test_tied_head_reads_the_embedding() -> None:
+def test_a_tied_head_reads_the_embedding() -> None:
     (head,) = (param for param in params(dataclasses.replace(SPEC, tie_embeddings=True)) if param.name == "head")
     assert [piece.source for piece in head.pieces] == ["model.embed_tokens.weight"]
     (head,) = (param for param in params(SPEC) if param.name == "head")

@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing is that of transformers, and results do not depend on the batch or the cut."""
+"""Mixtures of experts: transformers routes the same, and results do not depend on the batch or the cut."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +60,7 @@ GATES: list[Any] = [
 
 
 def dense(experts: Tensor, weights: Tensor) -> Tensor:
-    """Return the weight of each expert for each token, [n, experts], which is 0 if the expert is not chosen."""
+    """Return the weight of each expert for each token, [n, experts]; it is 0 if the expert is not chosen."""
     return torch.zeros(len(experts), EXPERTS).scatter_(1, experts, weights)
 
 
@@ -106,8 +106,10 @@ ROUTINGS = st.builds(
 
 @settings(steady, max_examples=60)
 @given(spec=ROUTINGS, rows=st.integers(1, 40), biased=st.booleans(), seed=st.integers(0, 2**31))
-def test_routing_of_a_row_does_not_depend_on_other_rows(spec: RoutingSpec, rows: int, biased: bool, seed: int) -> None:
-    """Experts and weights are the same in all bits when a row is routed alone."""
+def test_the_routing_of_a_row_does_not_depend_on_other_rows(
+    spec: RoutingSpec, rows: int, biased: bool, seed: int
+) -> None:
+    """If a row is routed alone, its experts and weights have the same bits."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, EXPERTS, generator=generator) * 3
     bias = torch.randn(EXPERTS, generator=generator) if biased else None
@@ -123,7 +125,7 @@ def test_routing_of_a_row_does_not_depend_on_other_rows(spec: RoutingSpec, rows:
         assert torch.allclose(weights.sum(-1), torch.tensor(spec.scale))
 
 
-def test_sigmoid_of_an_element_does_not_depend_on_its_position() -> None:
+def test_the_sigmoid_of_an_element_does_not_depend_on_its_position() -> None:
     x = torch.randn(4099) * 4
     assert torch.equal(sigmoid(x), torch.cat([sigmoid(x[i : i + 1]) for i in range(len(x))]))
     assert torch.allclose(sigmoid(x), x.sigmoid())
@@ -245,7 +247,7 @@ def test_a_mixture_over_ranks_computes_the_formula_with_one_all_reduce(tp: int, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp", [1, 3])
 def test_a_tokens_result_does_not_depend_on_the_batch(tp: int, dtype: torch.dtype) -> None:
-    """In one layout it is the same in all bits."""
+    """In the same layout, it has the same bits."""
     x = X.to(dtype)
 
     def run(axis: Axis) -> tuple[Tensor, Tensor]:

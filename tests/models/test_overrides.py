@@ -1,4 +1,4 @@
-"""Tests of overriding fields of config.json."""
+"""Overriding fields of config.json."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def test_values_are_replaced_and_objects_are_merged() -> None:
 @pytest.mark.parametrize(
     ("config", "overrides", "expected"),
     [
-        # Another kind of scaling inherits only the base from the one that it replaces.
+        # Another kind of scaling keeps only the base of the scaling that it replaces.
         ({"rope_scaling": LLAMA3, **THETA}, {"rope_scaling": LINEAR}, {"rope_scaling": LINEAR, **THETA}),
         ({"rope_scaling": {**LLAMA3, "type": "x"}}, {"rope_parameters": LINEAR}, {"rope_parameters": LINEAR}),
         ({"rope_parameters": {**LLAMA3, **THETA}}, {"rope_scaling": LINEAR}, {"rope_scaling": {**THETA, **LINEAR}}),
@@ -34,7 +34,7 @@ def test_values_are_replaced_and_objects_are_merged() -> None:
             {"rope_parameters": {**THETA, **LINEAR}},
         ),
         ({"rope_parameters": {**LLAMA3, **THETA}}, {"rope_scaling": None}, {"rope_parameters": THETA}),
-        # A base that is overridden outside of the rope replaces the base inside.
+        # A base that is overridden at the top level replaces the base within the rope's object.
         (
             {"rope_parameters": PLAIN},
             {"rope_theta": 9.0},
@@ -50,7 +50,7 @@ def test_values_are_replaced_and_objects_are_merged() -> None:
             {"rotary_pct": 0.25},
             {"rope_parameters": PLAIN, "rotary_pct": 0.25},
         ),
-        # Ropes for kinds of layers are overridden one by one.
+        # If kinds of layers have ropes of their own, each is overridden by itself.
         (
             {"rope_parameters": BY_LAYER},
             {"rope_parameters": {"full_attention": LINEAR}},

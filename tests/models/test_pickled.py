@@ -1,7 +1,7 @@
-"""Tests of files of torch.save: the offsets of their tensors are found without running code from the files.
+"""Files of torch.save: the offsets of their tensors are found without running code from the files.
 
-Most cases ask `list_tensors`, in this process, as ranks do. What could take for ever, or end a process, goes through
-`read_pickled` and the child process that it starts; so does one case of each kind.
+Most tests call `list_tensors` in this process, as ranks do. Files that could block or end a process are read with
+`read_pickled`, which starts a child process; so is one file of each kind.
 """
 
 import functools
@@ -122,7 +122,7 @@ def test_tensors_are_at_their_offsets(file: Path, save: Save) -> None:
     assert (found["turned"].shape, found["turned"].strides) == ((6, 4), (1, 6))
 
 
-def test_eight_bit_types(file: Path) -> None:
+def test_tensors_of_eight_bit_types_are_at_their_offsets(file: Path) -> None:
     tensors = {"a": torch.arange(6.0).to(torch.float8_e4m3fn), "b": torch.arange(6.0).to(torch.float8_e4m3fn)[3:]}
     torch.save(tensors, file)
     data = file.read_bytes()
@@ -134,7 +134,7 @@ def test_eight_bit_types(file: Path) -> None:
 
 
 @both
-def test_a_modules_state_dict(file: Path, save: Save) -> None:
+def test_the_state_dict_of_a_module_is_read(file: Path, save: Save) -> None:
     """A state dict is an OrderedDict with an attribute `_metadata`."""
     state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).state_dict()
     save(state, file)
@@ -148,14 +148,14 @@ def test_the_child_process_gives_the_same_result(file: Path, save: Save) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_protocols(file: Path) -> None:
-    """For untrusted files PyTorch reads only the pickle protocol that it writes, version 2."""
+def test_other_pickle_protocols_are_refused(file: Path) -> None:
+    """From untrusted files, PyTorch reads only the pickle protocol that it writes, version 2."""
     torch.save({"a": torch.ones(2)}, file, pickle_protocol=4)
     assert "Unsupported operand" in refusal(file)
 
 
 @both
-def test_a_state_dict_in_a_training_checkpoint(file: Path, save: Save) -> None:
+def test_the_state_dict_of_a_training_checkpoint_is_read(file: Path, save: Save) -> None:
     tensors = some_tensors()
     other = {"step": 7, "lr": [1e-3, None], "moments": {0: torch.ones(3)}}
     save({"state_dict": tensors, "optimizer": other, "epoch": 3}, file)
@@ -166,23 +166,26 @@ def test_a_state_dict_in_a_training_checkpoint(file: Path, save: Save) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(2)], "holds a list, and no tensors by name"),
-        (torch.ones(2), "holds a Tensor, and no tensors by name"),
-        ({}, "holds no tensors by name, but nothing"),
-        ({"model": {"a": torch.ones(2)}, "epoch": 3}, "but model, epoch; save the model's state_dict by itself"),
-        ({"state_dict": {"epoch": 3}}, "but epoch"),
-        ({3: torch.ones(2)}, "but 3"),
-        ({(1, 2): torch.ones(2)}, "but tuple"),
+        ([torch.ones(2)], "holds a list instead of tensors by name"),
+        (torch.ones(2), "holds a Tensor instead of tensors by name"),
+        ({}, "holds no tensors by name and nothing else"),
+        (
+            {"model": {"a": torch.ones(2)}, "epoch": 3},
+            "only the keys model, epoch; save the model's state_dict by itself",
+        ),
+        ({"state_dict": {"epoch": 3}}, "only the keys epoch;"),
+        ({3: torch.ones(2)}, "only the keys 3;"),
+        ({(1, 2): torch.ones(2)}, "only the keys tuple;"),
     ],
     ids=str,
 )
-def test_no_state_dict(file: Path, save: Save, content: Any, message: str) -> None:
+def test_a_file_without_a_state_dict_is_refused(file: Path, save: Save, content: Any, message: str) -> None:
     save(content, file)
     assert message in refusal(file)
 
 
 @both
-def test_values_that_are_no_tensors_are_left_out(file: Path, save: Save) -> None:
+def test_values_other_than_tensors_are_left_out(file: Path, save: Save) -> None:
     save({"a": torch.ones(2), "version": 3, "nothing": None, "list": [1.5, "x", (True,)]}, file)
     assert_read(file, {"a": torch.ones(2)})
 
@@ -199,7 +202,7 @@ class Attack:
 
 
 @both
-def test_no_code_is_run(file: Path, tmp_path: Path, save: Save) -> None:
+def test_code_in_a_file_is_never_run(file: Path, tmp_path: Path, save: Save) -> None:
     marker = tmp_path / "run"
     save({"a": torch.ones(2), "b": Attack(os.system, f"touch {marker}")}, file)
     for read in (list_tensors, in_child):
@@ -240,17 +243,17 @@ def number(value: int) -> bytes:
 
 
 def bomb_of_hashes() -> bytes:
-    """Return a key of nested tuples, 60 deep: Python would compute 2**60 hashes for it."""
+    """Return a key of nested tuples, 60 deep, for which Python would compute 2**60 hashes."""
     return b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s."
 
 
 def bomb_of_sharing() -> bytes:
-    """Return nested lists, each with the next one twice: 2**60 lists in all."""
+    """Return nested lists: each contains the next list twice, so there are 2**60 lists in all."""
     return b"\x80\x02]" + b"q\x00]h\x00ah\x00a" * 60 + b"."
 
 
 def bomb_of_copies() -> bytes:
-    """Return a list of pairs in the memo and many dicts made from it: 400 KB that ask for 20,000 x 20,000 entries."""
+    """Return many dicts that are made from one list of pairs: 400 KB that ask for 20,000 x 20,000 entries."""
     pairs = b"".join(number(i) + b"N\x86" for i in range(20_000))
     return b"\x80\x02](](" + pairs + b"e\x85q\x00" + b"ccollections\nOrderedDict\nh\x00R" * 20_000 + b"e."
 
@@ -265,7 +268,7 @@ def bomb_of_numbers(name: str) -> bytes:
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x80\x02Nr\xff\xff\xff\xff.",  # the largest memo index: the standard unpickler would allocate as much
+        b"\x80\x02Nr\xff\xff\xff\xff.",  # the largest memo index; some unpicklers allocate that much
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00.",  # bytes longer than the file
         b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",
         b"\x80\x02X\xff\xff\xff\xffab.",
@@ -306,7 +309,7 @@ def bomb_of_numbers(name: str) -> bytes:
     ids=lambda program: repr(program[:24]),
 )
 @both
-def test_invalid_programs(file: Path, save: Save, program: bytes) -> None:
+def test_invalid_pickle_programs_are_refused(file: Path, save: Save, program: bytes) -> None:
     write_program(file, save, program)
     refusal(file)
 
@@ -314,16 +317,19 @@ def test_invalid_programs(file: Path, save: Save, program: bytes) -> None:
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (bomb_of_hashes(), "took more than 2 s of a core"),
-        (b"\x80\x02}N" + b"\x85" * 400_000 + b"K\x01s.", "was killed by SIGSEGV"),  # a key nested so deep
+        (bomb_of_hashes(), "took more than 2 s of processor time"),
+        (
+            b"\x80\x02}N" + b"\x85" * 400_000 + b"K\x01s.",
+            "was killed by SIGSEGV",
+        ),  # a key that is nested too deeply for the stack
         (bomb_of_copies(), "could not allocate memory for it"),
         (bomb_of_numbers("builtins.bytearray"), "could not allocate memory for it"),
         (bomb_of_numbers("torch.FloatTensor"), "could not allocate memory for it"),
     ],
     ids=["hashes", "nesting", "copies", "bytes", "tensor"],
 )
-def test_bombs(file: Path, program: bytes, message: str) -> None:
-    """A program that would block, crash or fill a process does that to the child."""
+def test_programs_that_exhaust_time_or_memory_are_refused(file: Path, program: bytes, message: str) -> None:
+    """Such a program blocks, crashes or fills only the child process."""
     write_program(file, zipped, program)
     found = refusal(file, lambda file: in_child(file, 2 if program == bomb_of_hashes() else 60))
     assert message in found
@@ -331,8 +337,8 @@ def test_bombs(file: Path, program: bytes, message: str) -> None:
 
 
 @both
-def test_tensors_with_a_negation_flag(file: Path, save: Save) -> None:
-    """`conj().imag` shares the storage of its source; a flag beside it says that the elements must be negated."""
+def test_tensors_with_a_negation_flag_are_refused(file: Path, save: Save) -> None:
+    """`conj().imag` shares the storage of its source, with a flag that says that the elements must be negated."""
     tensor = torch.ones(3, dtype=torch.complex64).conj().imag
     assert tensor.is_neg()
     save({"a": tensor}, file)
@@ -351,14 +357,14 @@ def test_tensors_with_a_negation_flag(file: Path, save: Save) -> None:
     ],
     ids=["sparse", "quantized", "meta"],
 )
-@pytest.mark.filterwarnings("ignore")  # PyTorch warns of some of these kinds
-def test_tensors_that_are_not_plain(file: Path, save: Save, make: Callable[[], Tensor]) -> None:
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns about some of these kinds
+def test_tensors_that_are_not_dense_are_refused(file: Path, save: Save, make: Callable[[], Tensor]) -> None:
     save({"a": make()}, file)
     assert "save a dense copy of it" in refusal(file)
 
 
-def test_a_tensor_without_a_storage_in_the_file(file: Path) -> None:
-    """PyTorch calls its constructor even for untrusted files, and it allocates memory of the process."""
+def test_a_tensor_without_a_storage_in_the_file_is_refused(file: Path) -> None:
+    """Even for untrusted files, PyTorch calls the constructor of this tensor, which allocates memory in the process."""
     write_program(file, zipped, bomb_of_numbers("torch.FloatTensor").replace(number(2**33), number(6)))
     assert "the numbers of a are not in the file" in refusal(file)
 
@@ -408,7 +414,7 @@ def tensor_program(
     ids=str,
 )
 def test_a_tensor_outside_its_storage_is_refused(file: Path, save: Save, change: dict[str, Any]) -> None:
-    """In an archive another member follows, which the tensor must not reach."""
+    """In an archive, the tensor must not reach the member that follows its storage."""
     if save is zipped:
         torch.save({"a": torch.arange(6.0), "b": torch.ones(1000)}, file)
     for program, right in ((tensor_program, True), (functools.partial(tensor_program, **change), False)):
@@ -424,7 +430,7 @@ def test_a_tensor_outside_its_storage_is_refused(file: Path, save: Save, change:
             refusal(file)
 
 
-def test_a_folder_in_place_of_a_file(file: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_refused(file: Path) -> None:
     file.mkdir()
     assert "can't be read: Is a directory" in refusal(file)
     assert "can't be read: Is a directory" in refusal(file, in_child)
@@ -438,7 +444,7 @@ def child_time() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def test_one_child_reads_all_files_and_once(tmp_path: Path) -> None:
+def test_one_child_reads_each_file_once(tmp_path: Path) -> None:
     """Loading PyTorch takes the child far longer than reading small files."""
 
     def time_of(*files: Path) -> float:
@@ -458,7 +464,7 @@ def test_one_child_reads_all_files_and_once(tmp_path: Path) -> None:
     assert time_of(*files) > alone / 2
 
 
-def test_the_file_that_is_refused_is_named(tmp_path: Path) -> None:
+def test_the_error_names_the_refused_file(tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.bin" for number in range(3)]
     for file in files:
         torch.save({"a": torch.ones(2)}, file)
@@ -472,7 +478,7 @@ def test_the_file_that_is_refused_is_named(tmp_path: Path) -> None:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, bytes]], None], *, compressed: str = "") -> None:
-    """Write the archive again, with other members."""
+    """Write the archive again with changed members."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
@@ -503,37 +509,37 @@ def archive(file: Path) -> Path:
     return file
 
 
-def test_an_archive_written_by_another_program(archive: Path) -> None:
-    """There is no padding between its members, so tensors are not aligned."""
+def test_an_archive_of_another_program_is_read(archive: Path) -> None:
+    """The archive has no padding between its members, so tensors are not aligned."""
     rewrite(archive, nothing)
     assert_read(archive, some_tensors())
 
 
 @pytest.mark.parametrize("member", ["data/0", "data.pkl"])
-def test_compressed_members(archive: Path, member: str) -> None:
+def test_compressed_members_are_refused(archive: Path, member: str) -> None:
     rewrite(archive, nothing, compressed=member)
     assert f"{member} is compressed or encrypted" in refusal(archive)
 
 
-def test_byte_order(archive: Path) -> None:
+def test_another_byte_order_is_refused(archive: Path) -> None:
     rewrite(archive, with_member("byteorder", b"big"))
     assert "have the byte order big; only little is supported" in refusal(archive)
 
 
-def test_an_archive_without_its_parts(archive: Path) -> None:
+def test_an_archive_without_its_parts_is_refused(archive: Path) -> None:
     rewrite(archive, without("data/1"))
     assert "failed locating file data/1: file not found" in refusal(archive)
     rewrite(archive, without("data.pkl"))
     assert "failed locating file data.pkl: file not found" in refusal(archive)
 
 
-def test_a_member_shorter_than_its_storage(archive: Path) -> None:
+def test_a_member_shorter_than_its_storage_is_refused(archive: Path) -> None:
     rewrite(archive, with_member("data/0", b"\0" * 95))
     assert "the data of whole is cut off: 95 bytes of 96" in refusal(archive)
 
 
-def test_a_script_module(archive: Path) -> None:
-    """A file of torch.jit has classes of its own."""
+def test_a_script_module_is_refused(archive: Path) -> None:
+    """The pickle of a torch.jit file needs the classes of its module."""
     rewrite(archive, with_member("data.pkl", b"c__torch__.Model\nModel\n."))
     assert "asks for '__torch__.Model.Model'" in refusal(archive)
 
@@ -551,13 +557,13 @@ KEYS = pickle.dumps(["0"], 2)
 NUMBERS = struct.pack("<q6f", 6, *range(6))
 
 
-def test_a_legacy_file_made_by_hand(file: Path) -> None:
+def test_a_legacy_file_made_by_hand_is_read(file: Path) -> None:
     file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS))
     assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
 
-def test_a_view_of_a_storage(file: Path) -> None:
-    """PyTorch before 0.4 wrote a view as its key, its start and its size."""
+def test_a_view_of_a_legacy_storage_is_read(file: Path) -> None:
+    """PyTorch before 0.4 wrote a view as a key, a start and a size."""
     view = b"(" + text("1") + b"K\x02K\x04t"
     program = tensor_program(shape="K\x02K\x02", strides="K\x02K\x01", view=view)
     file.write_bytes(legacy_file(program, KEYS, NUMBERS))
@@ -572,19 +578,19 @@ def test_a_view_of_a_storage(file: Path) -> None:
         (legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS[:-1]), "truncated"),
         (legacy_file(tensor_program(view=b"N"), KEYS, struct.pack("<q", -1)), "truncated"),
         (legacy_file(tensor_program(view=b"N"), KEYS, struct.pack("<q5f", 5, *range(5))), "wrong byte size"),
-        (pickle.dumps({"a": 1}, 2), "no file of weights"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "no file of weights"),
-        (b"", "no file of weights"),
+        (pickle.dumps({"a": 1}, 2), "not a file of weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "not a file of weights"),
+        (b"", "not a file of weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_legacy_files_that_are_refused(file: Path, data: bytes, message: str) -> None:
+def test_malformed_legacy_files_are_refused(file: Path, data: bytes, message: str) -> None:
     file.write_bytes(data)
     assert message in refusal(file)
 
 
-def test_a_legacy_file_of_another_machine(file: Path) -> None:
-    """On every machine PyTorch writes this format in little-endian order."""
+def test_a_legacy_file_of_a_big_endian_machine_is_read(file: Path) -> None:
+    """PyTorch writes this format in little-endian order on every machine."""
     file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS, little=False))
     assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
@@ -615,7 +621,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 
 @both
-def test_every_truncation(file: Path, samples: list[bytes], save: Save) -> None:
+def test_a_file_truncated_anywhere_is_read_or_refused(file: Path, samples: list[bytes], save: Save) -> None:
     data = samples[save is legacy]
     for length in range(0, len(data), 1 if save is legacy else 7):
         file.write_bytes(data[:length])
@@ -626,7 +632,7 @@ def test_every_truncation(file: Path, samples: list[bytes], save: Save) -> None:
 
 @_FUZZ
 @given(st.data())
-def test_mutated_files(file: Path, samples: list[bytes], data: st.DataObject) -> None:
+def test_mutated_files_are_read_or_refused(file: Path, samples: list[bytes], data: st.DataObject) -> None:
     """Bytes are changed, inserted or removed, mostly in the pickle or the directory."""
     content = bytearray(data.draw(st.sampled_from(samples)))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -638,7 +644,7 @@ def test_mutated_files(file: Path, samples: list[bytes], data: st.DataObject) ->
 
 @_FUZZ
 @given(st.binary(max_size=300))
-def test_random_bytes(file: Path, data: bytes) -> None:
+def test_random_bytes_are_read_or_refused(file: Path, data: bytes) -> None:
     for head in (b"", b"PK\x03\x04", legacy_file(b"", b"", b"")):
         file.write_bytes(head + data)
         reads_or_refuses(file)

@@ -1,4 +1,4 @@
-"""FP8 weights: in every cut a rank gets the numbers times the scales of their blocks; unsupported files are refused."""
+"""FP8 weights: in every cut, a rank gets the numbers times the scales of their blocks. Other files are refused."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ def load(folder: Path, piece: Piece, cut: range, dtype: torch.dtype = torch.floa
 @settings(steady, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_cut_gets_the_right_scales(tmp_path: Path, data: st.DataObject) -> None:
-    """Cuts may be by rows, columns or stripes, of stacked or transposed matrices, at the borders of blocks or not."""
+    """Cuts are by rows, columns or stripes, of stacked or transposed matrices, at borders of blocks or within them."""
     height, width = data.draw(st.integers(1, 13)), data.draw(st.integers(1, 13))
     block = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     stack = data.draw(st.none() | st.integers(1, 3))
@@ -75,8 +75,8 @@ def test_any_cut_gets_the_right_scales(tmp_path: Path, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_fp8_number_in_every_type(tmp_path: Path, dtype: torch.dtype) -> None:
-    """All 256 bytes but the two NaNs, in a tensor that is widened in several parts, with scales in bfloat16."""
+def test_every_fp8_number_is_widened_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A tensor with all 256 bytes except the two NaNs is widened in several parts, with scales in bfloat16."""
     codes = torch.arange(256, dtype=torch.uint8)
     numbers = codes[(codes & 127) != 127].repeat(1, 40).view(-1, 254).view(torch.float8_e4m3fn)
     scales = torch.tensor([[0.5, 2.0, 0.25, 1.0, 8.0, 3.0]]).repeat(5, 1).bfloat16()
@@ -110,14 +110,14 @@ def refusal(folder: Path, names: list[str]) -> str:
     return str(caught.value)
 
 
-def test_missing_scales(tmp_path: Path) -> None:
+def test_missing_scales_are_named(tmp_path: Path) -> None:
     numbers, scales, _ = quantize(torch.randn(4, 6), (2, 3))
     write(tmp_path, {"w.weight": numbers, "v.weight": numbers.clone(), "v.weight_scale_inv": scales})
     open_checkpoint(tmp_path).check_loadable(["v.weight"])
     assert "which needs a tensor w.weight_scale_inv" in refusal(tmp_path, ["v.weight", "w.weight"])
 
 
-def test_no_block_size(tmp_path: Path) -> None:
+def test_a_missing_block_size_is_refused(tmp_path: Path) -> None:
     numbers, scales, _ = quantize(torch.randn(4, 6), (2, 3))
     write(tmp_path, {"w": numbers, "w_scale_inv": scales})
     (tmp_path / "config.json").write_text("{}")
@@ -132,13 +132,13 @@ def test_no_block_size(tmp_path: Path) -> None:
         (torch.ones(2, 2, dtype=torch.int32), "I32 [2, 2], but must be F32 [2, 2]"),
     ],
 )
-def test_scales_of_another_shape_or_type(tmp_path: Path, scales: Tensor, message: str) -> None:
+def test_scales_of_the_wrong_shape_or_type_are_refused(tmp_path: Path, scales: Tensor, message: str) -> None:
     numbers, _, _ = quantize(torch.randn(4, 6), (2, 3))
     write(tmp_path, {"w": numbers, "w_scale_inv": scales})
     assert message in refusal(tmp_path, ["w"])
 
 
-def test_quantized_vectors_and_other_types(tmp_path: Path) -> None:
+def test_quantized_vectors_and_other_fp8_types_are_refused(tmp_path: Path) -> None:
     vector = torch.ones(4).to(torch.float8_e4m3fn)
     write(tmp_path, {"w": vector, "w_scale_inv": torch.ones(2), "v": torch.ones(4).to(torch.float8_e5m2)})
     assert "with the shape [4], but only matrices can be quantized" in refusal(tmp_path, ["w"])
@@ -157,7 +157,9 @@ def test_quantized_vectors_and_other_types(tmp_path: Path) -> None:
         ({"weight_block_size": "128"}, CheckpointError, "must be two positive integers"),
     ],
 )
-def test_configurations(changes: dict[str, Any], kind: type[CheckpointError], message: str) -> None:
+def test_unsupported_configurations_are_refused(
+    changes: dict[str, Any], kind: type[CheckpointError], message: str
+) -> None:
     config = config_of((128, 128))
     assert weight_block(config) == (128, 128)
     with pytest.raises(kind, match=message):
@@ -165,7 +167,7 @@ def test_configurations(changes: dict[str, Any], kind: type[CheckpointError], me
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"quantization_config": {}}])
-def test_not_quantized(config: dict[str, Any]) -> None:
+def test_a_model_without_quantization_has_no_blocks(config: dict[str, Any]) -> None:
     assert weight_block(config) is None
 
 
@@ -174,8 +176,10 @@ def test_not_quantized(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("name", ["llama_6_2", "phi3", "gpt2", "deepseek_v2", "deepseek_v3"])
-def test_same_tokens_as_widened_weights(checkpoint: Callable[[str], Path], tmp_path: Path, name: str, tp: int) -> None:
-    """A checkpoint in FP8 and one with the same numbers in float32 give the same tokens, in families of all kinds."""
+def test_fp8_weights_give_the_tokens_of_widened_weights(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, tp: int
+) -> None:
+    """In each family, an FP8 checkpoint and a float32 checkpoint with the same numbers give the same tokens."""
     quantized, widened = write_quantized(checkpoint(name), tmp_path, block=(16, 24))
     prompts: Any = [{"prompt_token_ids": [(7 * i + 5 * length) % 250 + 3 for i in range(length)]} for length in (2, 19)]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)

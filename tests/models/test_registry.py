@@ -1,4 +1,4 @@
-"""Tests of reading specs from config.json in all spellings that are in use, and of refusing malformed files."""
+"""Specs are read from config.json in all spellings that are in use, and malformed files are refused."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def refusal(folder: Path, config: object, kind: type[CheckpointError] = Checkpoi
     return message
 
 
-def test_llama(tmp_path: Path) -> None:
+def test_a_llama_config_becomes_a_spec(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA) == ModelSpec(
         family="llama",
         hidden_size=64,
@@ -85,18 +85,18 @@ def test_llama(tmp_path: Path) -> None:
     )
 
 
-def test_llama_with_optional_fields_missing(tmp_path: Path) -> None:
+def test_optional_fields_of_llama_may_be_missing(tmp_path: Path) -> None:
     few = {k: v for k, v in LLAMA.items() if k not in {"num_key_value_heads", "max_position_embeddings"}}
     spec = read(tmp_path, {**few, "head_dim": None})
     assert (spec.num_kv_heads, spec.head_dim, spec.max_positions) == (8, 8, 2048)
 
 
-def test_biases(tmp_path: Path) -> None:
+def test_biases_are_read(tmp_path: Path) -> None:
     spec = read(tmp_path, {**LLAMA, "attention_bias": True, "mlp_bias": True})
     assert (spec.qkv_bias, spec.out_bias, spec.up_bias, spec.down_bias) == (True, True, True, True)
 
 
-def test_qwen3(tmp_path: Path) -> None:
+def test_a_qwen3_config_becomes_a_spec(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["Qwen3ForCausalLM"]}
     spec = read(tmp_path, config)
     assert (spec.family, spec.qk_norm, spec.head_dim) == ("qwen3", NormSpec("rms", 1e-5), 128)
@@ -106,7 +106,7 @@ def test_qwen3(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
-def test_qwen_windows(tmp_path: Path, architecture: str) -> None:
+def test_qwen_models_have_windows_in_some_layers(tmp_path: Path, architecture: str) -> None:
     config = {**LLAMA, "architectures": [architecture], "sliding_window": 16, "max_window_layers": 1}
     assert windows(read(tmp_path, config)) == [None, None, None]
     assert windows(read(tmp_path, {**config, "use_sliding_window": True})) == [None, 16, 16]
@@ -126,7 +126,7 @@ def mixture(folder: Path, config: dict[str, Any]) -> MoESpec:
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
-def test_which_layers_are_mixtures(tmp_path: Path, architecture: str) -> None:
+def test_the_layers_with_mixtures_are_read(tmp_path: Path, architecture: str) -> None:
     config = {**LLAMA, **MOE, "architectures": [architecture]}
     assert mixture(tmp_path, config).layers == (True, True, True)
     assert mixture(tmp_path, {**config, "decoder_sparse_step": 2}).layers == (False, True, False)
@@ -135,7 +135,7 @@ def test_which_layers_are_mixtures(tmp_path: Path, architecture: str) -> None:
     assert "7 experts, but has only 6" in refusal(tmp_path, {**config, "num_experts_per_tok": 7})
 
 
-def test_qwen_mixtures(tmp_path: Path) -> None:
+def test_mixtures_of_qwen_models_are_read(tmp_path: Path) -> None:
     config = {**LLAMA, **MOE, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 48}
     spec = read(tmp_path, config)
     assert (spec.moe, spec.qkv_bias, spec.out_bias) == (
@@ -147,11 +147,11 @@ def test_qwen_mixtures(tmp_path: Path) -> None:
     spec = read(tmp_path, config)
     assert (spec.moe, spec.qk_norm) == (MoESpec(6, 20, RoutingSpec(2), (True,) * 3), spec.norm)
     renamed = {key: value for key, value in config.items() if key != "num_experts"} | {"num_local_experts": 6}
-    assert read(tmp_path, renamed) == spec, "as transformers 5 writes it"
+    assert read(tmp_path, renamed) == spec, "transformers 5 writes num_local_experts"
 
 
-def test_qwen_mixture_windows(tmp_path: Path) -> None:
-    """The two families differ in transformers: Qwen2 MoE has windows in some layers, Qwen3 MoE in all."""
+def test_windows_of_qwen_mixtures_differ_by_family(tmp_path: Path) -> None:
+    """As in transformers, Qwen2 MoE has windows in some layers and Qwen3 MoE in all."""
     used = {**LLAMA, **MOE, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
     assert windows(read(tmp_path, {**used, "architectures": ["Qwen2MoeForCausalLM"]})) == [16, None, None]
     assert windows(read(tmp_path, {**used, "architectures": ["Qwen3MoeForCausalLM"]})) == [16] * 3
@@ -160,14 +160,14 @@ def test_qwen_mixture_windows(tmp_path: Path) -> None:
         assert windows(read(tmp_path, {**unused, "architectures": [architecture]})) == [None] * 3
 
 
-def test_mixtral(tmp_path: Path) -> None:
+def test_a_mixtral_config_becomes_a_spec(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "rope_theta": None}
     spec = read(tmp_path, config)
     assert spec.moe == MoESpec(4, spec.intermediate_size, RoutingSpec(2), (True,) * 3)
     assert (rope_of(spec), windows(spec)) == (RopeSpec(1e6), [None] * 3)
 
 
-def test_granite_factors(tmp_path: Path) -> None:
+def test_factors_of_granite_are_read(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4}
     factors = {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.2}
     spec = read(tmp_path, {**config, **factors, "logits_scaling": 8.0})
@@ -175,15 +175,15 @@ def test_granite_factors(tmp_path: Path) -> None:
     assert (spec.residual_scale, spec.logit_scale) == (0.2, 0.125)
 
 
-def test_mistral_windows(tmp_path: Path) -> None:
+def test_mistral_has_a_window_in_all_layers(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["MistralForCausalLM"]}
     assert windows(read(tmp_path, config)) == [4096] * 3, "the default of transformers"
     assert windows(read(tmp_path, {**config, "sliding_window": None})) == [None] * 3
     assert "sliding_window" in refusal(tmp_path, {**config, "sliding_window": 0})
 
 
-def test_gemma3_ropes(tmp_path: Path) -> None:
-    """In the old and the new spelling, layers with a window have another base, and their rope is not scaled."""
+def test_gemma3_has_two_ropes(tmp_path: Path) -> None:
+    """In the old and the new spelling, the rope of layers with a window has another base and no scaling."""
     config = {**LLAMA, "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 6, "sliding_window_pattern": 3}
     old = {"rope_theta": 5e5, "rope_local_base_freq": 200.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     new = {
@@ -201,7 +201,7 @@ def test_gemma3_ropes(tmp_path: Path) -> None:
     assert (plain.logit_softcap, plain.attention_of(0).softcap) == (None, None)
 
 
-def test_gemma(tmp_path: Path) -> None:
+def test_gemma_configs_become_specs(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "hidden_activation": None}
     spec = read(tmp_path, config)
     assert (spec.activation, spec.head_dim, spec.tie_embeddings, spec.embedding_scale) == ("gelu_tanh", 256, True, 8.0)
@@ -212,7 +212,7 @@ def test_gemma(tmp_path: Path) -> None:
     assert second.attention_of(0).scale == 256**-0.5
 
 
-def test_gpt2_scales(tmp_path: Path) -> None:
+def test_attention_scales_of_gpt2_are_read(tmp_path: Path) -> None:
     config = {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4}
     assert [read(tmp_path, config).attention_of(i).scale for i in range(2)] == [0.25, 0.25]
     by_layer = read(tmp_path, {**config, "scale_attn_by_inverse_layer_idx": True})
@@ -222,7 +222,7 @@ def test_gpt2_scales(tmp_path: Path) -> None:
     assert "hidden size 64 is not a multiple of 5 attention heads" in refusal(tmp_path, {**config, "n_head": 5})
 
 
-def test_opt_350m(tmp_path: Path) -> None:
+def test_the_special_layout_of_opt_350m_is_read(tmp_path: Path) -> None:
     config = {"architectures": ["OPTForCausalLM"], "do_layer_norm_before": False, "word_embed_proj_dim": 512}
     spec = read(tmp_path, config)
     assert (spec.layout, spec.final_norm, spec.embedding_width, spec.hidden_size) == ("norm_sum", False, 512, 768)
@@ -232,13 +232,13 @@ def test_opt_350m(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["longrope", "yarn", "linear"])
-def test_phi3_refuses_other_kinds_of_rope(tmp_path: Path, kind: str) -> None:
+def test_other_kinds_of_rope_are_refused_for_phi3(tmp_path: Path, kind: str) -> None:
     config = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": kind, "factor": 2.0}}
     assert kind in refusal(tmp_path, config, Unsupported)
 
 
-def test_names_of_longrope(tmp_path: Path) -> None:
-    """LongRoPE has had three names. If the original length is missing it is 4096, as in transformers."""
+def test_longrope_may_have_any_of_its_three_names(tmp_path: Path) -> None:
+    """If the original length is missing, it is 4096, as in transformers."""
     config = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 8192}
     for kind in ("longrope", "su", "yarn"):
         spec = read(tmp_path, {**config, "rope_scaling": {"type": kind, "short_factor": [1.5, 2.0, 2.5, 3.0]}})
@@ -259,7 +259,7 @@ def test_names_of_longrope(tmp_path: Path) -> None:
         ("GPTNeoXForCausalLM", {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 1e4}}, None),
     ],
 )
-def test_the_share_of_a_head_that_is_rotated(
+def test_the_rotated_share_of_a_head_is_read(
     tmp_path: Path, architecture: str, changes: dict[str, Any], rotated: int | None
 ) -> None:
     config = {**LLAMA, "architectures": [architecture]}
@@ -268,12 +268,12 @@ def test_the_share_of_a_head_that_is_rotated(
         assert "rotated" in refusal(tmp_path, {**config, "rope_parameters": {"partial_rotary_factor": odd}})
 
 
-def test_one_of_several_architectures(tmp_path: Path) -> None:
+def test_the_supported_one_of_several_architectures_is_used(tmp_path: Path) -> None:
     assert read(tmp_path, {**LLAMA, "architectures": ["Other", "LlamaForCausalLM"]}).family == "llama"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_model_type_decides_if_no_architecture_is_named(tmp_path: Path, family: str) -> None:
+def test_the_model_type_decides_if_the_config_has_no_architecture(tmp_path: Path, family: str) -> None:
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[FAMILIES[family].model_type]()
@@ -287,14 +287,14 @@ def test_model_type_decides_if_no_architecture_is_named(tmp_path: Path, family: 
 
 
 @pytest.mark.parametrize("model_type", [None, "mamba", "gemma3"])
-def test_neither_architecture_nor_a_known_model_type(tmp_path: Path, model_type: str | None) -> None:
-    """The model_type gemma3 is that of the multimodal model, not of its text part."""
+def test_a_config_without_architecture_and_known_model_type_is_refused(tmp_path: Path, model_type: str | None) -> None:
+    """The model_type gemma3 means the multimodal model, not its text part."""
     config = {**LLAMA, "architectures": None, "model_type": model_type}
     assert "architecture unnamed is not supported" in refusal(tmp_path, config, Unsupported)
 
 
 def compare(spec: ModelSpec, config: Any) -> None:
-    """Check a spec against the configuration that transformers has read from the same file."""
+    """Check a spec against the configuration that transformers reads from the same file."""
     assert spec.hidden_size == config.hidden_size
     assert spec.num_layers == config.num_hidden_layers
     assert spec.num_heads == config.num_attention_heads
@@ -345,7 +345,7 @@ def test_a_spec_agrees_with_the_configuration_of_transformers(checkpoint: Callab
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_defaults_of_a_family_are_those_of_transformers(tmp_path: Path, family: str) -> None:
-    """The config.json has sizes only, which have other names in gpt2."""
+    """The config.json has only sizes, which have other names in gpt2."""
     from transformers import AutoConfig
 
     config: dict[str, Any] = {
@@ -385,7 +385,9 @@ def test_defaults_of_a_family_are_those_of_transformers(tmp_path: Path, family: 
         ("gpt_neox", ("gpt_neox.embed_in.weight", "lm_head.weight"), "gpt_neox.", "lm_head"),
     ],
 )
-def test_names(tmp_path: Path, family: str, available: tuple[str, ...], prefix: str, head: str) -> None:
+def test_prefix_and_head_follow_the_names_in_the_file(
+    tmp_path: Path, family: str, available: tuple[str, ...], prefix: str, head: str
+) -> None:
     spec = read(tmp_path, {**LLAMA, "architectures": list(FAMILIES[family].architectures)})
     names = tensor_names(spec, available)
     assert (names.prefix, names.head) == (prefix, head)
@@ -404,7 +406,7 @@ def test_names(tmp_path: Path, family: str, available: tuple[str, ...], prefix: 
         {"rope_theta": 5e5, "rope_scaling": None, "rope_parameters": {"rope_type": "llama3", **SCALING}},
     ],
 )
-def test_llama3_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
+def test_every_spelling_of_llama3_scaling_is_read(tmp_path: Path, spelling: dict[str, Any]) -> None:
     assert rope_of(read(tmp_path, {**LLAMA, **spelling})) == RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, 64)
 
 
@@ -416,7 +418,7 @@ def test_llama3_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
     ],
 )
-def test_linear_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
+def test_every_spelling_of_linear_scaling_is_read(tmp_path: Path, spelling: dict[str, Any]) -> None:
     assert rope_of(read(tmp_path, {**LLAMA, **spelling})) == RopeSpec(10000.0, "linear", 2.0)
 
 
@@ -430,18 +432,18 @@ def test_linear_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
         {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 5.0},
     ],
 )
-def test_no_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
+def test_every_spelling_of_a_rope_without_scaling_is_read(tmp_path: Path, spelling: dict[str, Any]) -> None:
     assert rope_of(read(tmp_path, {**LLAMA, **spelling})) == RopeSpec(1e6)
 
 
-def test_yarn(tmp_path: Path) -> None:
+def test_yarn_scaling_is_read(tmp_path: Path) -> None:
     scaling: dict[str, Any] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     spec = read(tmp_path, {**LLAMA, "rope_scaling": scaling})
     usual = 0.1 * math.log(4.0) + 1.0
     assert rope_of(spec) == RopeSpec(10000.0, "yarn", 4.0, original_max_positions=128, attention_factor=usual)
     assert spec.max_positions == 512
-    said = {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
-    assert rope_of(read(tmp_path, {**LLAMA, "rope_scaling": {**scaling, **said}})) == RopeSpec(
+    given = {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    assert rope_of(read(tmp_path, {**LLAMA, "rope_scaling": {**scaling, **given}})) == RopeSpec(
         10000.0, "yarn", 4.0, 1.0, 4.0, 128, 16.0, 2.0, 1.5, False
     )
     quotient = rope_of(read(tmp_path, {**LLAMA, "rope_scaling": {**scaling, "mscale": 2.0, "mscale_all_dim": 1.0}}))
@@ -452,14 +454,14 @@ def test_yarn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ntk", "longrope", "7"])
-def test_other_scaling(tmp_path: Path, kind: object) -> None:
+def test_other_kinds_of_scaling_are_refused(tmp_path: Path, kind: object) -> None:
     message = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 2.0}}, Unsupported)
     assert repr(kind) in message
     assert "supported are default, linear, llama3, yarn, dynamic, longrope" in message
 
 
-def test_lengths(tmp_path: Path) -> None:
-    """The factor of a scaling multiplies the original length, if that is given."""
+def test_the_context_length_follows_the_scaling(tmp_path: Path) -> None:
+    """Most factors multiply the original length if the config has it, or else the length."""
 
     def lengths(**scaling: Any) -> tuple[int, int | None]:
         spec = read(tmp_path, {**LLAMA, "max_position_embeddings": 4096, "rope_scaling": scaling})
@@ -477,7 +479,7 @@ def test_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["factor", "low_freq_factor", "high_freq_factor"])
-def test_incomplete_scaling(tmp_path: Path, missing: str) -> None:
+def test_an_incomplete_scaling_is_refused(tmp_path: Path, missing: str) -> None:
     scaling = {key: value for key, value in SCALING.items() if key != missing}
     message = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": "llama3", **scaling}})
     assert missing in message
@@ -498,7 +500,7 @@ def test_incomplete_scaling(tmp_path: Path, missing: str) -> None:
         ({"dtype": "float16", "text_config": {"dtype": "bfloat16"}}, "float16"),
     ],
 )
-def test_dtype(tmp_path: Path, spelling: dict[str, Any], dtype: str) -> None:
+def test_every_spelling_of_the_dtype_is_read(tmp_path: Path, spelling: dict[str, Any], dtype: str) -> None:
     assert read(tmp_path, {**LLAMA, **spelling}).dtype == dtype
 
 
@@ -508,41 +510,41 @@ SIZES = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 
 @pytest.mark.parametrize("key", SIZES)
-def test_missing_size(tmp_path: Path, key: str) -> None:
+def test_a_missing_size_is_refused(tmp_path: Path, key: str) -> None:
     message = refusal(tmp_path, {k: v for k, v in LLAMA.items() if k != key})
     assert f"{key} must be a positive integer, got None" in message
 
 
-def test_more_heads_than_width(tmp_path: Path) -> None:
+def test_more_heads_than_the_hidden_size_are_refused(tmp_path: Path) -> None:
     assert "head_dim must be a positive integer, got 0" in refusal(tmp_path, {**LLAMA, "num_attention_heads": 128})
 
 
-def test_activation(tmp_path: Path) -> None:
+def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path, {**LLAMA, "hidden_act": "gelu"}).activation == "gelu"
     message = refusal(tmp_path, {**LLAMA, "hidden_act": "xielu"}, Unsupported)
     assert "'xielu'" in message
     assert "silu" in message
 
 
-def test_layer_types(tmp_path: Path) -> None:
+def test_unknown_or_missing_layer_types_are_refused(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["Gemma2ForCausalLM"]}
     message = refusal(tmp_path, {**config, "layer_types": ["full_attention", "linear_attention", "x"]}, Unsupported)
     assert "'linear_attention'" in message
     assert "3 names" in refusal(tmp_path, {**config, "layer_types": ["full_attention"]})
 
 
-def test_an_unknown_architecture_is_refused_with_the_supported_ones(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     message = refusal(tmp_path, {**LLAMA, "architectures": ["MambaForCausalLM"]}, Unsupported)
     assert "MambaForCausalLM" in message
     assert all(name in message for family in FAMILIES.values() for name in family.architectures)
 
 
-def test_quantized_weights(tmp_path: Path) -> None:
+def test_unsupported_quantized_weights_are_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, {**LLAMA, "quantization_config": {"quant_method": "gptq"}}, Unsupported)
     assert "weights quantized by 'gptq' can't be loaded" in message
 
 
-def test_no_config(tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         read_config(tmp_path)
 
@@ -564,8 +566,8 @@ _KEYS = [
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=3), st.sampled_from(list(FAMILIES)))
-def test_random_values(tmp_path: Path, changes: dict[str, Any], family: str) -> None:
-    """Reading returns a valid spec or raises CheckpointError."""
+def test_random_values_are_read_or_refused(tmp_path: Path, changes: dict[str, Any], family: str) -> None:
+    """Reading either returns a valid spec or raises CheckpointError."""
     config = {**LLAMA, "architectures": list(FAMILIES[family].architectures), **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with contextlib.suppress(CheckpointError):
@@ -576,7 +578,7 @@ def test_random_values(tmp_path: Path, changes: dict[str, Any], family: str) -> 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=100) | _VALUES.map(lambda value: json.dumps(value).encode()))
-def test_random_files(tmp_path: Path, data: bytes) -> None:
+def test_random_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(CheckpointError):
         read_spec(tmp_path)
@@ -594,7 +596,7 @@ def experts_of(folder: Path, config: dict[str, Any]) -> MoESpec:
     return moe
 
 
-def test_deepseek_routing(tmp_path: Path) -> None:
+def test_the_routing_of_deepseek_is_read(tmp_path: Path) -> None:
     plain = experts_of(tmp_path, DEEPSEEK).routing
     assert (plain.groups, plain.scoring, plain.normalize, plain.correction_bias) == (1, "softmax", False, False)
     grouped = experts_of(tmp_path, {**DEEPSEEK, "topk_method": "group_limited_greedy"}).routing
@@ -613,15 +615,15 @@ def test_deepseek_routing(tmp_path: Path) -> None:
         assert word in refusal(tmp_path, {**config, **changes}, Unsupported)
 
 
-def test_deepseek_layers_with_experts(tmp_path: Path) -> None:
+def test_the_layers_with_experts_of_deepseek_are_read(tmp_path: Path) -> None:
     config = {**DEEPSEEK, "num_hidden_layers": 7, "first_k_dense_replace": 3, "moe_layer_freq": 2}
     assert experts_of(tmp_path, config).layers == (False, False, False, False, True, False, True)
     assert experts_of(tmp_path, {**config, "n_shared_experts": 3, "moe_intermediate_size": 40}).shared_size == 120
     assert experts_of(tmp_path, {**config, "n_shared_experts": 0}).shared_size == 0
 
 
-def test_deepseek_scale(tmp_path: Path) -> None:
-    """In the configuration of V2-Lite YaRN does not scale cos and sin, but the attention scores."""
+def test_the_attention_scale_of_deepseek_includes_yarn(tmp_path: Path) -> None:
+    """With the configuration of V2-Lite, YaRN scales the attention scores instead of cos and sin."""
     scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
     sharpened = read(tmp_path, {**DEEPSEEK, "rope_scaling": {**scaling, "mscale": 0.707, "mscale_all_dim": 0.707}})
     assert sharpened.latent is not None
@@ -632,7 +634,7 @@ def test_deepseek_scale(tmp_path: Path) -> None:
     assert read(tmp_path, DEEPSEEK).attention_of(0).scale == pytest.approx(192**-0.5)
 
 
-def test_deepseek_queries(tmp_path: Path) -> None:
+def test_the_queries_of_deepseek_may_have_no_latent(tmp_path: Path) -> None:
     assert read(tmp_path, DEEPSEEK).latent == read(tmp_path, {**DEEPSEEK, "q_lora_rank": 1536}).latent
     straight = read(tmp_path, {**DEEPSEEK, "q_lora_rank": None}).latent
     assert straight is not None

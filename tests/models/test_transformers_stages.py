@@ -45,7 +45,7 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A backbone with tokens, positions and a norm before its layers, which it calls through `run`."""
+    """A backbone with tokens, positions and a norm. `run` calls its layers."""
 
     def __init__(self, run: Callable[["Backbone", Tensor, Tensor], Tensor], *, in_tuple: bool) -> None:
         super().__init__()
@@ -131,48 +131,50 @@ def test_all_stages_together_compute_the_same_as_the_module(cut: tuple[int, ...]
     assert torch.equal(found, expected)
 
 
-def something_between(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
+def scale_between_layers(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
     for layer in backbone.layers:
         x = layer(x) * 1.5
     return x
 
 
-def the_first_layers_input_again(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
+def reuse_the_first_input(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
     begin = x
     for layer in backbone.layers:
         x = layer(x, begin.mean())
     return x
 
 
-def a_table_that_only_the_first_stage_has(backbone: Backbone, x: Tensor, positions: Tensor) -> Tensor:
+def use_a_table_of_the_first_stage(backbone: Backbone, x: Tensor, positions: Tensor) -> Tensor:
     extra = backbone.positions(positions)
     for layer in backbone.layers:
         x = layer(x, extra)
     return x
 
 
-def one_layer_twice(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
+def run_one_layer_twice(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
     return plain(backbone, backbone.layers[0](x), _)
 
 
 @pytest.mark.parametrize(
     ("run", "why"),
     [
-        (something_between, "something is done to the residual stream between its layers"),
-        (the_first_layers_input_again, "its layers take more than the residual stream from what runs before them"),
+        (scale_between_layers, "it changes the residual stream between its layers"),
+        (reuse_the_first_input, "its layers use other results of earlier stages than the residual stream"),
         (
-            a_table_that_only_the_first_stage_has,
-            "its layers take more than the residual stream from what runs before them",
+            use_a_table_of_the_first_stage,
+            "its layers use other results of earlier stages than the residual stream",
         ),
-        (one_layer_twice, "its layers do not run one after the other"),
+        (run_one_layer_twice, "its layers do not run one after the other"),
     ],
 )
-def test_modules_that_can_not_be_cut(run: Callable[[Backbone, Tensor, Tensor], Tensor], why: str) -> None:
+def test_a_module_that_cannot_be_cut_gives_the_reason(
+    run: Callable[[Backbone, Tensor, Tensor], Tensor], why: str
+) -> None:
     with pytest.raises(NotSplittable, match=f"^{why}$"):
         watched(model_of(run))
 
 
-def test_tensors_that_depend_on_positions_only_are_computed_on_every_stage() -> None:
+def test_tensors_that_depend_only_on_positions_are_computed_on_every_stage() -> None:
     def run(backbone: Backbone, x: Tensor, positions: Tensor) -> Tensor:
         angles = positions.unsqueeze(-1) * 0.1
         for layer in backbone.layers:
@@ -182,7 +184,7 @@ def test_tensors_that_depend_on_positions_only_are_computed_on_every_stage() -> 
     assert watched(model_of(run)).layers == "model.layers"
 
 
-def test_layers_that_are_not_in_one_list() -> None:
+def test_layers_outside_one_list_are_refused() -> None:
     model = model_of()
     with pytest.raises(NotSplittable, match="its 4 layers are not in one list"):
         StageProbe(model, model.get_submodule("model"), 4)

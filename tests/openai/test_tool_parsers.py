@@ -1,4 +1,4 @@
-"""Tool calls as models write them, read piece by piece or all at once."""
+"""Tool calls in the formats of models, read piece by piece or all at once."""
 
 import json
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def cut(text: str, at: list[int]) -> list[str]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
-def test_formats_of_tool_calls(
+def test_every_format_of_tool_calls_is_read(
     make: Callable[[], ToolParser], text: str, content: str, calls: list[Call], size: int
 ) -> None:
     assert read(make(), [text[i : i + size] for i in range(0, len(text), size)]) == (content, calls)
@@ -100,7 +100,7 @@ PARTS = [
 
 @steady
 @given(st.lists(st.sampled_from(PARTS), max_size=14).map("".join), st.lists(st.integers(0, 300), max_size=8))
-def test_the_result_does_not_depend_on_how_the_text_is_cut(text: str, at: list[int]) -> None:
+def test_the_calls_do_not_depend_on_the_pieces_of_the_text(text: str, at: list[int]) -> None:
     for make in PARSERS:
         assert read(make(), cut(text, at)) == read(make(), [text])
 
@@ -119,7 +119,7 @@ CALLS = st.lists(
 
 @steady
 @given(CALLS, st.lists(st.integers(0, 1000), max_size=8), st.booleans())
-def test_calls_are_read_as_they_were_written(calls: list[tuple[str, Any]], at: list[int], ascii_only: bool) -> None:
+def test_written_calls_are_read_unchanged(calls: list[tuple[str, Any]], at: list[int], ascii_only: bool) -> None:
     objects = [json.dumps({"name": n, "arguments": a}, ensure_ascii=ascii_only) for n, a in calls]
     for make, text in (
         (hermes, "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects)),

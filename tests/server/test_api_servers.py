@@ -1,4 +1,4 @@
-"""Several processes that answer HTTP before one fleet, and how a server ends."""
+"""Several API servers in front of one fleet, and how a server ends."""
 
 import asyncio
 import dataclasses
@@ -41,13 +41,13 @@ from support.servers import ShoalServer
 
 WAIT_S = 90.0
 TOKENS = 300
-STREAMS = 4  # of each process, when one is disturbed
+STREAMS = 4  # streams of each API server when one of them is killed or stopped
 
 
-def until(check: Callable[[], Any], what: str) -> Any:
+def until(check: Callable[[], Any], event: str) -> Any:
     deadline = time.monotonic() + WAIT_S
     while not (found := check()):
-        assert time.monotonic() < deadline, f"never: {what}"
+        assert time.monotonic() < deadline, f"this did not happen within {WAIT_S:g} s: {event}"
         time.sleep(0.05)
     return found
 
@@ -56,7 +56,7 @@ def until(check: Callable[[], Any], what: str) -> Any:
 
 
 class Streaming:
-    """A stream on a connection of its own. `owner` is the process that has accepted it."""
+    """A stream on a connection of its own. `owner` is the process that accepted the connection."""
 
     def __init__(self, server: ShoalServer, number: int) -> None:
         host, port = server.url.removeprefix("http://").split(":")
@@ -77,7 +77,7 @@ class Streaming:
         self.owner = owner_of(server, self.connection)
 
     def read(self) -> tuple[str, bool]:
-        """The text, and whether it is all of it."""
+        """Return (text, whether the stream came to its end)."""
         text: list[str] = []
         try:
             while line := self.answer.readline():
@@ -98,7 +98,7 @@ class Streaming:
 
 
 def owner_of(server: ShoalServer, connection: http.client.HTTPConnection) -> int:
-    """The process of the server that holds the other end: ends of connections that are closed have no inode."""
+    """Return the server's process that holds the other end. The end of a closed connection has no inode."""
     ports = tuple(end[1] for end in (connection.sock.getpeername(), connection.sock.getsockname()))
     ends = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     (inode,) = {
@@ -113,7 +113,7 @@ def owner_of(server: ShoalServer, connection: http.client.HTTPConnection) -> int
                     return pid
             except OSError:
                 continue
-    raise AssertionError("nobody has the connection")
+    raise AssertionError("no process of the server has the connection")
 
 
 def api_pids(server: ShoalServer) -> set[int]:
@@ -128,7 +128,7 @@ def api_pids(server: ShoalServer) -> set[int]:
 
 
 def numbers(server: ShoalServer) -> tuple[int, dict[str, float]]:
-    """Who has answered, and the metrics by name (and reason), summed over engines."""
+    """Return the process that answered, and the metrics by name (and reason), summed over engines."""
     host, port = server.url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
     connection.request("GET", "/metrics")
@@ -144,12 +144,12 @@ def numbers(server: ShoalServer) -> tuple[int, dict[str, float]]:
 
 
 def streams_of_both(server: ShoalServer, twins: Sequence[str]) -> list[Streaming]:
-    """At least `STREAMS` of each API server."""
+    """Start `STREAMS` streams on each API server."""
     found: list[Streaming] = []
     deadline = time.monotonic() + WAIT_S
     pids = api_pids(server)
     while any(sum(each.owner == pid for each in found) < STREAMS for pid in pids):
-        assert time.monotonic() < deadline, "one API server takes no connections"
+        assert time.monotonic() < deadline, f"an API server has accepted no connections for {WAIT_S:g} s"
         streaming = Streaming(server, len(found) % len(twins))
         if sum(each.owner == streaming.owner for each in found) < STREAMS:
             found.append(streaming)
@@ -159,22 +159,22 @@ def streams_of_both(server: ShoalServer, twins: Sequence[str]) -> list[Streaming
 
 
 def disturb(server: ShoalServer, twins: Sequence[str], number: int) -> None:
-    """One API server gets the signal: the other's streams go on, and it is started again."""
+    """Send a signal to one API server: the streams of the other go on, and the first is started again."""
     pids = api_pids(server)
     streams = streams_of_both(server, twins)
-    victim = streams[-1].owner  # that one has just begun
+    victim = streams[-1].owner  # its last stream has just begun
     os.kill(victim, number)
     with ThreadPoolExecutor(len(streams)) as pool:
         for streaming, (text, whole) in zip(streams, pool.map(Streaming.read, streams), strict=True):
             assert twins[streaming.number].startswith(text)
             assert whole or streaming.owner == victim
             assert not whole or text == twins[streaming.number]
-    until(lambda: victim not in api_pids(server) and len(api_pids(server)) == len(pids), "it is started again")
-    until(lambda: server.status()["replicas"][0]["held"] == 0, "its requests are freed")
+    until(lambda: victim not in api_pids(server) and len(api_pids(server)) == len(pids), "the API server starts again")
+    until(lambda: server.status()["replicas"][0]["held"] == 0, "the requests of its clients are freed")
 
 
 @pytest.mark.timeout(600)
-def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
+def test_when_an_api_server_is_killed_or_stopped_the_other_goes_on() -> None:
     with ShoalServer("--api-server-count", "2") as server:
         until(lambda: len(api_pids(server)) == 2, "two API servers")
         twins = []
@@ -185,15 +185,15 @@ def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
         for number in (signal.SIGKILL, signal.SIGSTOP):
             disturb(server, twins, number)
 
-        told: dict[int, dict[str, float]] = {}
-        until(lambda: told.update([numbers(server)]) or len(told) == 2, "both tell metrics")
-        for each in told.values():
+        scraped: dict[int, dict[str, float]] = {}
+        until(lambda: scraped.update([numbers(server)]) or len(scraped) == 2, "both have answered /metrics")
+        for each in scraped.values():
             assert each["shoal:api_server_restarts_total"] == 2
             assert each["vllm:request_success_total length"] >= 2 + 2 * STREAMS
-            assert each["vllm:request_success_total abort"] >= 2  # those of the processes that went
+            assert each["vllm:request_success_total abort"] >= 2  # streams of the two processes that ended
         kept = ("vllm:generation_tokens_total", "vllm:request_success_total length", "vllm:request_success_total abort")
-        first, second = told.values()
-        assert first["process_start_time_seconds"] == second["process_start_time_seconds"]  # of neither of the two
+        first, second = scraped.values()
+        assert first["process_start_time_seconds"] == second["process_start_time_seconds"]  # of the fleet's process
         assert [first[name] for name in kept] == [second[name] for name in kept]
 
         last = Streaming(server, 0)
@@ -204,8 +204,8 @@ def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
-    """Both API servers, for prompts and chats, and the engine, for structured outputs."""
+def test_every_process_uses_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
+    """API servers use it for prompts and chats, and the engine for structured outputs."""
     shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     shutil.copytree(BUNDLED, tmp_path / "other", ignore=shutil.ignore_patterns("model*"))
     flags = ("--tokenizer", "other", "--served-model-name", "bundled", "--api-server-count", "2")
@@ -230,7 +230,7 @@ def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int) -> None:
+def test_a_server_without_replicas_ends_and_names_the_cause(count: int) -> None:
     with ShoalServer("--api-server-count", str(count), "--max-restarts", "0") as server:
         streaming = Streaming(server, 0)
         os.kill(int(server.status()["replicas"][0]["pid"]), signal.SIGKILL)
@@ -245,7 +245,7 @@ def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int
 
 
 def test_an_api_server_plans_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replicas may hold by now what they were planned for."""
+    """The replicas may already hold the memory of their plan, so little may be free."""
     planned = open_model(None, {}, online=True)
     discover = cpu.discover
     monkeypatch.setattr(cpu, "discover", lambda *some: dataclasses.replace(discover(*some), host_memory_available=1))
@@ -256,8 +256,8 @@ def test_an_api_server_plans_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert open_served_model(None, options, served).served.max_model_len == 321
 
 
-class _Nobody:
-    """A line's other end, which never answers."""
+class _SilentLine:
+    """A line whose other end never answers."""
 
     def __init__(self, deliver: object) -> None:
         self.fleet_server = self
@@ -270,11 +270,11 @@ class _Nobody:
     def close(self) -> None: ...
 
 
-def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_without_an_answer_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_llm, "ANSWER_S", 0.01)
 
     async def ask() -> None:
-        llm = AsyncLLM(connect=_Nobody)
+        llm = AsyncLLM(connect=_SilentLine)
         with pytest.raises(EngineError, match=r"has not answered 'status' within 0\.01 s"):
             await llm.status()
         llm.close()
@@ -282,14 +282,14 @@ def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPat
     asyncio.run(ask())
 
 
-def test_given_seeds_differ_between_api_servers_and_their_starts() -> None:
+def test_each_start_of_each_api_server_has_its_own_seed() -> None:
     seeds = [seed_of(7, number, start) for number in range(3) for start in range(3)]
     assert len(set(seeds)) == len(seeds)
     for seed in seeds:
         EngineOptions.from_flat(None, {"seed": seed})
 
 
-def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_request_does_not_wait_for_the_reading_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_process, "SLICE_S", WAIT_S * 10)
     ours, theirs = Channel.pair()
     ended = threading.Event()
@@ -307,7 +307,7 @@ def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.Monkey
     ours.close()
 
 
-def test_children_are_deaf_to_the_groups_signals_from_their_first_moment_on() -> None:
+def test_children_block_ctrl_c_and_sigterm_from_their_start() -> None:
     child = ChildProcess("shoal.server.api_process")
     try:
         status = Path(f"/proc/{child.pid}/status").read_text()
@@ -344,8 +344,8 @@ def slow_app(size: int) -> FastAPI:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_slow_readers_have_the_time_that_is_left(listener: socket.socket, reads: bool) -> None:
-    size = 32 << 20  # more than sockets take
+def test_slow_readers_have_until_the_end_of_the_drain(listener: socket.socket, reads: bool) -> None:
+    size = 32 << 20  # more than the buffers of the sockets hold
 
     async def run() -> Server:
         server = make_server(slow_app(size), ServerSettings(), Listening())
@@ -365,7 +365,7 @@ def test_slow_readers_have_the_time_that_is_left(listener: socket.socket, reads:
 
 
 class Front:
-    """`ends`: what `serve` does when it is told to stop."""
+    """A stand-in for the HTTP server: it ends when it is stopped, early, with an error, or only without patience."""
 
     def __init__(self, *, sleeps: bool = False, error: Exception | None = None, early: bool = False) -> None:
         self.stops: list[float] = []
@@ -388,7 +388,7 @@ class Front:
 
 
 def end_of(front: Front, *, backend: FakeBackend | None = None, signals: int = 0, timeout: float = 20.0) -> int:
-    """The exit code."""
+    """Return the exit code of a server with this front."""
 
     async def run() -> int:
         heard = serve.EndSignals()
@@ -406,14 +406,14 @@ def test_a_fatal_fleet_ends_the_server_with_its_cause() -> None:
         end_of(Front(), backend=FakeBackend(status=lambda: failed))
 
 
-def test_why_a_server_has_ended_is_told() -> None:
+def test_the_error_that_ended_a_server_is_raised() -> None:
     with pytest.raises(EngineError, match="API server 1 died"):
         end_of(Front(early=True, error=EngineError("API server 1 died")))
     with pytest.raises(EngineError, match="no descriptors"):
         end_of(Front(early=True, error=OSError("no descriptors")))
 
 
-def test_the_exit_code_after_a_signal() -> None:
+def test_the_exit_code_after_a_signal_is_0_unless_the_end_fails() -> None:
     patient, hasty = Front(), Front()
     assert end_of(patient, signals=1, timeout=20.0) == 0
     assert 5.0 < patient.stops[0] <= 20.0
@@ -423,7 +423,7 @@ def test_the_exit_code_after_a_signal() -> None:
 
 
 class Sleeper:
-    """An API server that does not end by itself. What it shows is that of a process."""
+    """The process of an API server that ends only when it is killed."""
 
     pid = 1
     exit_code: int | None = None
@@ -448,7 +448,7 @@ class Sleeper:
         self.exit_code = -9
 
 
-def test_api_servers_end_at_once_when_told_so_later() -> None:
+def test_a_second_stop_ends_api_servers_at_once() -> None:
     class Head:
         fleet_server = type("FleetServer", (), {"do": staticmethod(lambda task: task())})
 
@@ -467,7 +467,7 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
         assert not asyncio.run(run(sock))
 
 
-def test_a_second_signal_ends_at_once() -> None:
+def test_a_second_signal_ends_a_server_at_once() -> None:
     front = Front(sleeps=True)
     assert end_of(front, signals=2, timeout=1000.0) == 1
     assert front.stops[-1] == 0.0

@@ -1,4 +1,4 @@
-"""Bodies are read as `json.loads` reads them, within limits, and in small steps."""
+"""Bodies are read like `json.loads` reads them, within limits, and in small steps."""
 
 import json
 import threading
@@ -37,7 +37,7 @@ def test_deep_json_is_refused() -> None:
 
 
 def test_too_many_values_are_refused() -> None:
-    """Values of runs that are read in one call count too; commas and brackets in texts do not."""
+    """Values count even if many are read in one call; commas and brackets within texts do not count."""
     assert refused(b"[" + b"[]," * 100 + b"[]]", body_values=100) == 413
     assert refused(b"[" + b"1," * 100 + b"1]", body_values=100) == 413
     assert refused(b"{" + b",".join(b'"%d":1' % i for i in range(101)) + b"}", body_values=100) == 413
@@ -61,15 +61,15 @@ json_values = st.recursive(
 )
 
 
-def plainly(text: str) -> Any:
-    """Return the value, or the position of the mistake."""
+def with_json_loads(text: str) -> Any:
+    """Return the value, or (message, position) of the mistake."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         return error.msg, error.pos
 
 
-def carefully(text: str) -> Any:
+def with_our_reader(text: str) -> Any:
     try:
         return JsonReader(text, most_values=1000, most_containers=1000, most_depth=100).read()
     except json.JSONDecodeError as error:
@@ -78,9 +78,9 @@ def carefully(text: str) -> Any:
 
 @steady
 @given(json_values, st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_a_body_is_read_as_json_loads_reads_it(value: Any, ascii_: bool, indent: Any) -> None:
+def test_a_body_has_the_value_that_json_loads_gives(value: Any, ascii_: bool, indent: Any) -> None:
     text = json.dumps(value, ensure_ascii=ascii_, indent=indent)
-    assert repr(carefully(text)) == repr(json.loads(text))
+    assert repr(with_our_reader(text)) == repr(json.loads(text))
 
 
 @steady
@@ -89,7 +89,7 @@ def test_errors_have_the_position_that_json_loads_gives(value: Any, data: st.Dat
     text = json.dumps(value)
     at = data.draw(st.integers(0, len(text)))
     changed = text[:at] + data.draw(st.text(alphabet='[]{}",:1a \\\x00-', max_size=2)) + text[at + 1 :]
-    assert repr(carefully(changed)) == repr(plainly(changed))
+    assert repr(with_our_reader(changed)) == repr(with_json_loads(changed))
 
 
 @pytest.mark.parametrize("end", ['"', '\\n"', '\n"', '\\"x"', ""])
@@ -97,7 +97,7 @@ def test_errors_have_the_position_that_json_loads_gives(value: Any, data: st.Dat
 @pytest.mark.parametrize("form", ["{}", "[1,{},2]", '{{"a":1,"b":{},"c":[{}]}}', "{}x"])
 def test_long_texts_are_read_like_short_ones(form: str, size: int, end: str) -> None:
     text = form.replace("{}", '"' + "é" * size + end).replace("{{", "{").replace("}}", "}")
-    assert carefully(text) == plainly(text)
+    assert with_our_reader(text) == with_json_loads(text)
 
 
 def test_lists_are_read_in_steps() -> None:
@@ -121,7 +121,7 @@ def test_lists_are_read_in_steps() -> None:
     over.set()
     other.join()
     assert len(found) == 2_000_001
-    assert turns > 5, "json.loads leaves none"
+    assert turns > 5, f"the other thread had {turns} turns; beside json.loads it would have none"
 
 
 def test_a_number_of_thousands_of_digits_is_refused() -> None:
@@ -137,7 +137,7 @@ def test_errors_of_pydantic_have_the_form_that_fastapi_gives_them() -> None:
 
 
 @pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
-def test_lists_of_wrong_values_have_one_error(field: str) -> None:
+def test_a_list_of_many_wrong_values_gives_one_error(field: str) -> None:
     with pytest.raises(RequestValidationError) as caught:
         read_body(json.dumps({"prompt": "a", field: ["a"] * 1000}).encode(), CompletionBody)
     assert len(caught.value.errors()) == 1
@@ -151,7 +151,7 @@ def test_lists_of_wrong_values_have_one_error(field: str) -> None:
         ("bad_words", ["a"] * 5000, ("4096", "5000")),
     ],
 )
-def test_longer_lists_than_any_vocabulary_are_refused(field: str, value: list[Any], numbers: tuple[str, str]) -> None:
+def test_a_list_longer_than_any_vocabulary_is_refused(field: str, value: list[Any], numbers: tuple[str, str]) -> None:
     app = openai_app(FakeBackend(), ServerSettings())
     answer = TestClient(app).post("/v1/completions", json={"prompt": "a", field: value})
     error = answer.json()["error"]
@@ -181,7 +181,7 @@ def test_bodies_that_wait_to_be_read_have_a_common_limit() -> None:
         pass
 
 
-# --- halves of characters ------------------------------------------------------------------------------------------
+# --- halves of surrogate pairs -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_whole_surrogate_pairs_are_read(body: bytes) -> None:
 
 @steady
 @given(st.recursive(st.text('\ud83d\ude00\\u"a😀'), lambda inner: st.lists(inner, max_size=3), max_leaves=6))
-def test_a_body_is_refused_if_it_has_no_utf8_form(value: Any) -> None:
+def test_a_body_that_utf8_cannot_express_is_refused(value: Any) -> None:
     body = json.dumps(value).encode()
     try:
         read_json(body)

@@ -55,7 +55,7 @@ def added_up(chunks: list[Any]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def test_an_answer() -> None:
+def test_an_answer_has_the_form_of_openai() -> None:
     body = ask(model="demo", temperature=0.5).json()
     answer = ChatCompletion.model_validate(body)
     (choice,) = answer.choices
@@ -81,7 +81,7 @@ def test_a_stream_adds_up_to_the_answer() -> None:
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
-def test_usage_in_each_chunk() -> None:
+def test_each_chunk_has_the_usage_if_asked_for() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     used = [c["usage"]["completion_tokens"] for c in chunks_of(ask(stream=True, stream_options=options).text)]
     assert used == sorted(used)
@@ -93,8 +93,8 @@ def test_usage_in_each_chunk() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("top", [0, 1, 2])
-def test_as_many_of_the_likeliest_tokens_as_were_asked_for(top: int, stream: bool) -> None:
-    """The chosen token is the second likeliest: it is one of two, and not the only one."""
+def test_the_requested_number_of_likeliest_tokens_is_returned(top: int, stream: bool) -> None:
+    """The chosen token is the second likeliest: it is listed among two, but not where only one is asked for."""
     answer = ask(FakeBackend(lambda _: ["hello"]), logprobs=True, top_logprobs=top, stream=stream)
     content = added_up(chunks_of(answer.text))[0]["logprobs"] if stream else None
     for each in content or answer.json()["choices"][0]["logprobs"]["content"]:
@@ -106,7 +106,7 @@ def test_as_many_of_the_likeliest_tokens_as_were_asked_for(top: int, stream: boo
     ({"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
 ])  # fmt: skip
-def test_fields_that_need_a_stream_or_do_not_allow_one(body: dict[str, Any], param: str) -> None:
+def test_fields_that_need_or_forbid_a_stream_are_refused_without_or_with_it(body: dict[str, Any], param: str) -> None:
     backend = FakeBackend()
     answer = ask(backend, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
@@ -145,7 +145,7 @@ def test_parameters_reach_the_engine() -> None:
     assert backend.streams[1].job.params.max_tokens is None
 
 
-def test_the_header_names_a_replica() -> None:
+def test_a_header_chooses_the_replica() -> None:
     backend = FakeBackend()
     post = client(backend).post
     body = {"messages": TALK}
@@ -230,7 +230,7 @@ def test_errors_name_the_field(body: dict[str, Any], status: int, param: str, st
         (b'{"messages": []}', "text/plain"),
     ],
 )
-def test_invalid_bodies(content: bytes, kind: str) -> None:
+def test_invalid_bodies_are_refused(content: bytes, kind: str) -> None:
     answer = client().post("/v1/chat/completions", content=content, headers={"content-type": kind})
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
@@ -268,7 +268,7 @@ def test_failures_after_the_first_token_end_the_stream() -> None:
     assert all(stream.closed for stream in backend.streams)
 
 
-def test_unknown_paths_and_methods() -> None:
+def test_unknown_paths_and_methods_are_refused() -> None:
     missing = client().get("/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     wrong = client().get("/v1/chat/completions")
@@ -290,7 +290,7 @@ def pieces(text: str, size: int = 3) -> list[str]:
         ({"type": "function", "function": {"name": "weather"}}, '{"city": "Ghent"}', "stop"),
     ],
 )
-def test_tool_calls(choice: Any, says: str, finish: str) -> None:
+def test_tool_calls_are_taken_from_the_output(choice: Any, says: str, finish: str) -> None:
     settings = {"tool_call_parser": "hermes"}
     body = {"tools": [WEATHER], "tool_choice": choice}
     answer = ChatCompletion.model_validate(ask(FakeBackend(lambda _: pieces(says)), settings, **body).json())
@@ -329,7 +329,7 @@ def test_a_required_call_that_is_cut_off_does_not_become_content(stream: bool) -
         {"add_special_tokens": False, "store": False, "metadata": {"a": "b"}, "service_tier": "auto"},
     ],
 )
-def test_fields_that_ask_for_what_shoal_does_anyway_are_accepted(fields: dict[str, Any]) -> None:
+def test_fields_that_ask_for_the_usual_behaviour_are_accepted(fields: dict[str, Any]) -> None:
     answer = ask(**fields)
     assert answer.status_code == 200, answer.text
 
@@ -343,7 +343,7 @@ def test_the_reasoning_effort_reaches_the_template() -> None:
     assert [stream.job.prompt for stream in backend.streams] == ["high", "low", "not said"]
 
 
-def test_forms_of_structured_outputs() -> None:
+def test_every_form_of_structured_outputs_reaches_the_engine() -> None:
     backend = FakeBackend()
     ask(backend, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
     ask(backend, tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "weather"}})
@@ -381,12 +381,12 @@ def test_references_in_tools_lead_to_the_definitions_of_the_same_tool() -> None:
         assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) is right
 
 
-# --- clients that go away ------------------------------------------------------------------------------------------
+# --- clients that disconnect ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_disconnects_ends_its_request(stream: bool) -> None:
-    """Calls the application directly: the body comes, then a disconnect while the answer is made."""
+    """Call the application directly: after the body, a disconnect comes while the answer is made."""
 
     async def main() -> None:
         backend = FakeBackend(gate=asyncio.Semaphore(1))

@@ -31,7 +31,7 @@ def streamed(backend: FakeBackend, **body: Any) -> tuple[dict[int, dict[str, Any
         plain = [
             {**each, "finish_reason": each["finish_reason"] or "stop", "logprobs": None} for each in chunk["choices"]
         ]
-        Completion.model_validate(chunk | {"choices": plain})  # OpenAI's types do not allow null at the first token
+        Completion.model_validate(chunk | {"choices": plain})  # OpenAI's types do not allow null for the first token
         for choice in chunk["choices"]:
             mine = found.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": None})
             mine["text"] += choice["text"]
@@ -68,7 +68,7 @@ def test_a_stream_adds_up_to_the_answer(prompt: Any, body: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("body", [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}])
 def test_outputs_begin_when_the_log_probabilities_of_their_prompt_are_complete(body: dict[str, Any]) -> None:
-    """They come with the first output of the prompt, which other outputs may overtake."""
+    """They come with the first output of the prompt, and other outputs may have tokens before it."""
     backend = FakeBackend(lambda _: ["a", "b"], last_first=True)
     asked = {"prompt": ["hello there", "good day"], "n": 2, "temperature": 1, **body}
     whole = ask(backend, **asked).json()["choices"]
@@ -96,8 +96,8 @@ def test_usage_in_each_chunk_counts_cached_tokens() -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 @pytest.mark.parametrize("prompt", ["hello there", [40, 41, 42]])
-def test_requests_of_evaluations(prompt: Any, max_tokens: int) -> None:
-    """Log-likelihoods of a prompt: `echo` with `logprobs`, and an output of no or one token."""
+def test_log_likelihoods_of_a_prompt_are_returned(prompt: Any, max_tokens: int) -> None:
+    """Evaluations ask for them with `echo` and `logprobs`, and an output of no token or one."""
     backend = FakeBackend(lambda _: ["x"], finish="length")
     body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0}
     answer = ask(backend, **body).json()
@@ -120,8 +120,8 @@ def test_requests_of_evaluations(prompt: Any, max_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])
-def test_special_tokens_around_a_prompt(wanted: bool | None) -> None:
-    """A client that has added them itself asks the server not to."""
+def test_special_tokens_are_added_to_a_prompt_unless_refused(wanted: bool | None) -> None:
+    """A client that has added them itself asks the server not to add them."""
     backend = FakeBackend()
     assert ask(backend, prompt="hi", add_special_tokens=wanted).status_code == 200
     bare = tuple(backend.tokenizer.encode("hi", add_special_tokens=False))
@@ -144,7 +144,7 @@ def test_lines_of_a_stream_end_only_at_line_feeds() -> None:
     assert "".join(choice["text"] for event in events for choice in json.loads(event)["choices"]) == text
 
 
-def test_the_field_prompt_logprobs() -> None:
+def test_prompt_logprobs_are_returned() -> None:
     (choice,) = ask(prompt=[40, 41], prompt_logprobs=0).json()["choices"]
     assert choice["prompt_logprobs"][0] is None
     assert list(choice["prompt_logprobs"][1]) == ["41"]
@@ -183,7 +183,7 @@ def test_errors_name_the_field(body: dict[str, Any], status: int, param: str) ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_if_one_prompt_fails_all_end(stream: bool) -> None:
+def test_if_one_prompt_fails_the_whole_request_ends(stream: bool) -> None:
     backend = FakeBackend(error=QueueFull("full", 1))
     answer = ask(backend, prompt=["a", "b", "c"], stream=stream)
     assert answer.status_code == 429
@@ -205,14 +205,16 @@ def test_fields_without_effect_are_accepted() -> None:
         ({"prompt": ["a"] * 64, "n": 32, "stop_token_ids": list(range(600))}, "stop_token_ids", ("600", "2048")),
     ],
 )
-def test_parameters_have_limits_over_all_outputs(body: dict[str, Any], param: str, numbers: tuple[str, ...]) -> None:
+def test_parameters_have_a_limit_that_counts_all_outputs(
+    body: dict[str, Any], param: str, numbers: tuple[str, ...]
+) -> None:
     answer = ask(**{"prompt": "a", **body})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert all(number in error["message"] for number in numbers)
 
 
-def test_prompts_have_a_limit_over_all_outputs() -> None:
+def test_prompts_have_a_limit_that_counts_all_outputs() -> None:
     backend = FakeBackend()
     body = {"prompt": [[5] * 500] * 40, "n": 50}
     assert ask(backend, **body, max_tokens=1).status_code == 200
@@ -228,7 +230,7 @@ def test_repeated_entries_count_once() -> None:
 
 
 def test_large_requests_and_answers_are_handled_off_the_event_loop() -> None:
-    """Small ones are handled on it."""
+    """Small requests and answers are handled on the event loop."""
     threads = []
 
     class Backend(FakeBackend):

@@ -1,4 +1,4 @@
-"""The dashboard in a real browser: what it shows of a made-up fleet, and of a server whose rank is really killed."""
+"""The dashboard in a real browser, with a made-up fleet and with a server whose rank is really killed."""
 
 import asyncio
 import os
@@ -53,7 +53,9 @@ class Browser:
     def until(self, true: Callable[[], Any], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not self.holds(true):
-            assert time.monotonic() < deadline, f"not within {seconds:g} s; log of the page: {self.text('#log')}"
+            assert time.monotonic() < deadline, (
+                f"this did not happen within {seconds:g} s; log of the page: {self.text('#log')}"
+            )
             time.sleep(0.05)
 
     @staticmethod
@@ -70,7 +72,7 @@ class Browser:
         return [each.get_attribute("data-state") for each in self.all(css)]
 
     def watch(self, css: str) -> Callable[[], list[list[str]]]:
-        """From now on, the states of one element after the other as [its aria-label, its state]."""
+        """Return a function that returns all changes of state from now on, as [aria-label, new state]."""
         self.driver.execute_script(
             """window.seen = [];
             const note = (records) => records.forEach(({target}) =>
@@ -82,8 +84,8 @@ class Browser:
         )
         return lambda: list(self.driver.execute_script("return window.seen"))
 
-    def complaints(self) -> list[str]:
-        """What the page's own code or the browser's rules of safety said; not that a server was away."""
+    def errors(self) -> list[str]:
+        """Return errors of the page's code and of the browser's security rules, but not failed connections."""
         entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [str(entry) for entry in entries if entry["source"] != "network"]
 
@@ -103,7 +105,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 
 class Clock:
-    """A fleet of two replicas on two hosts that has been up since the test began, and works evenly."""
+    """A fleet of two replicas on two hosts that works evenly since the test began."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
@@ -137,7 +139,7 @@ class Clock:
         return fleet(*replicas, uptime=up, tp=1, pp=2, queued=3, replays=4 * restarts)
 
     def metrics(self) -> str:
-        """More and more requests: half of them between 0.1 s and 0.2 s to the first token."""
+        """Return metrics of 100 more requests each time; half of them have latencies from 0.1 s to 0.2 s."""
         self.metrics_made += 1
         n = 100 * self.metrics_made
         lines = []
@@ -152,7 +154,7 @@ def number(text: str) -> float:
 
 
 @needs_browser
-def test_a_replica_that_dies_and_comes_back_is_seen(browser: Browser) -> None:
+def test_a_replica_that_dies_and_comes_back_is_shown(browser: Browser) -> None:
     clock = Clock()
     with StatusServer(clock) as server:
         server.metrics = clock.metrics
@@ -182,7 +184,7 @@ def test_a_replica_that_dies_and_comes_back_is_seen(browser: Browser) -> None:
 
         clock.enter("starting", DIED, restarts=1)
         browser.until(lambda: browser.state("[data-replica='1']") == "starting")
-        assert browser.state("[data-replica='1'] [data-rank='1']") == "failed", "for a moment, lest nobody sees it"
+        assert browser.state("[data-replica='1'] [data-rank='1']") == "failed", "a failure stays visible for a moment"
         browser.until(lambda: browser.state("[data-replica='1'] [data-rank='1']") == "starting")
         clock.enter("ready", DIED, restarts=1)
         browser.until(lambda: browser.state("[data-replica='1']") == "ready")
@@ -195,7 +197,7 @@ def test_a_replica_that_dies_and_comes_back_is_seen(browser: Browser) -> None:
         assert "replica 1 has left" in browser.text("#log")
         assert not browser.all("[data-host='beta']")
 
-        assert browser.complaints() == []
+        assert browser.errors() == []
         fetched = browser.driver.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
         assert fetched
         assert all(name.startswith(server.url) for name in fetched)
@@ -209,7 +211,7 @@ def check_bars_and_totals(browser: Browser) -> None:
     browser.until(lambda: abs(inner.size["width"] / kv.size["width"] - 0.75) < 0.02)
     assert "6 running, 2 waiting" in browser.text("[data-replica='0']")
     assert browser.text("#total-running") == "7"
-    assert browser.text("#total-queued") == "5", "2 in an engine, 3 that no replica has"
+    assert browser.text("#total-queued") == "5", "2 wait in an engine, 3 before any engine"
     assert browser.text("#total-kv") == "43 %" or browser.text("#total-kv") == "42 %"
     browser.until(lambda: abs(number(browser.text("#total-generated")) - 200) < 10)
     browser.until(lambda: abs(number(browser.text("#total-prompt")) - 500) < 25)
@@ -223,27 +225,27 @@ def check_plots(browser: Browser) -> None:
         browser.until(lambda key=key: browser.all(f"[data-series='{key}'] polyline"))  # type: ignore[misc]
     label = browser.one("#plots figure:nth-child(2) svg").get_attribute("aria-label") or ""
     assert "p50 200 ms" in label
-    assert "p99 396 ms" in label, "1 % of the upper half, which is evenly spread from 0.2 s to 0.4 s"
+    assert "p99 396 ms" in label, "the upper half is spread evenly from 0.2 s to 0.4 s"
 
 
 @needs_browser
-def test_a_server_that_goes_away_and_comes_back(browser: Browser) -> None:
+def test_a_server_that_is_away_for_a_while_is_shown(browser: Browser) -> None:
     with StatusServer(Clock()) as server:
         browser.driver.get(f"{server.url}/dashboard")
         browser.until(lambda: browser.all("[data-replica='1']"))
         server.close()
         browser.until(lambda: browser.one("#banner").is_displayed())
         assert "does not answer" in browser.text("#banner")
-        assert browser.all("[data-replica='1']"), "what was known stays on the page"
+        assert browser.all("[data-replica='1']"), "the last known state stays on the page"
         server.now = Clock()
         server.open()
         browser.until(lambda: not browser.one("#banner").is_displayed())
         assert "the server answers again after" in browser.text("#log")
-        assert browser.complaints() == []
+        assert browser.errors() == []
 
 
 @needs_browser
-def test_the_key_is_asked_for_and_kept(browser: Browser) -> None:
+def test_the_page_asks_for_the_key_and_keeps_it(browser: Browser) -> None:
     with StatusServer(Clock()) as server:
         server.key = "secret"
         browser.driver.get(f"{server.url}/dashboard")
@@ -259,7 +261,7 @@ def test_the_key_is_asked_for_and_kept(browser: Browser) -> None:
 
 
 @needs_browser
-def test_a_thousand_replicas_do_not_freeze_it(browser: Browser) -> None:
+def test_a_thousand_replicas_do_not_freeze_the_page(browser: Browser) -> None:
     many = tuple(
         replica(n, host=f"host{n // 50}", stats=engine(running=1, free=n % 100, of_ranks=ranks(2, 2)))
         for n in range(1000)
@@ -277,12 +279,12 @@ def test_a_thousand_replicas_do_not_freeze_it(browser: Browser) -> None:
             "requestAnimationFrame(() => setTimeout(() => done(performance.now() - begun)));"
         )
         frames = sorted(browser.driver.execute_async_script(script) for _ in range(20))
-        assert frames[10] < 500, f"milliseconds to a frame: {frames}"
+        assert frames[10] < 500, f"milliseconds until a frame, sorted: {frames}"
 
 
 @needs_browser
 @pytest.mark.parametrize("width", [360, 700, 1400])
-def test_nothing_sticks_out_sideways(browser: Browser, width: int) -> None:
+def test_the_page_is_never_wider_than_its_window(browser: Browser, width: int) -> None:
     with StatusServer(Clock()) as server:
         browser.driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
@@ -294,7 +296,7 @@ def test_nothing_sticks_out_sideways(browser: Browser, width: int) -> None:
         assert browser.driver.execute_script(f"return {root}.scrollWidth - {root}.clientWidth") <= 0
 
 
-def test_the_page_is_whole_and_locked() -> None:
+def test_the_page_loads_nothing_from_elsewhere() -> None:
     with StatusServer(Clock()) as server, urlopen(f"{server.url}/dashboard", timeout=60) as answer:
         policy = answer.headers["Content-Security-Policy"]
         page = answer.read().decode()
@@ -302,14 +304,14 @@ def test_the_page_is_whole_and_locked() -> None:
     assert "unsafe" not in policy
     assert len(re.findall("'sha256-[^']{44}'", policy)) == 2
     addresses = set(re.findall(r"""["'(](?:https?:)?//[^"')]*""", page))
-    assert addresses == {'"http://www.w3.org/2000/svg'}, "the name of a format, which nobody fetches"
+    assert addresses == {'"http://www.w3.org/2000/svg'}, "this is the name of a format, which no browser fetches"
     assert not re.search(r"<(link|script|img|iframe)[^>]*(src|href)=(?!\"data:)", page)
     assert " style=" not in page
 
 
 @needs_browser
 @pytest.mark.timeout(600)
-def test_a_rank_that_is_really_killed(browser: Browser) -> None:
+def test_a_rank_that_is_really_killed_is_shown_and_replaced(browser: Browser) -> None:
     with ShoalServer("-tp", "2", "-dp", "2") as server:
         browser.driver.get(f"{server.url}/dashboard")
         browser.until(lambda: browser.states("[data-replica]") == ["ready", "ready"])
@@ -329,17 +331,17 @@ def test_a_rank_that_is_really_killed(browser: Browser) -> None:
         assert re.search(rf"replica 1 ended: .*rank 1 \(process {pid}", browser.text("#log"))
         seen = changes()
         assert ["replica 1", "starting"] in seen
-        assert ["rank 1", "failed"] in seen, "it was shown as the one that died"
+        assert ["rank 1", "failed"] in seen, "rank 1 was shown as failed"
         assert browser.states("[data-replica='0']") == ["ready"]
         new = rank_1_of_replica_1(server)
         assert new != pid
         browser.until(lambda: f"pid {new}" in browser.text("[data-replica='1'] [data-rank='1']"))
 
-        told: list[str] = []
-        asyncio.run(scale_server(server.url, 1, tell=told.append))
-        assert told[-1] == "1 replica ready"
+        lines: list[str] = []
+        asyncio.run(scale_server(server.url, 1, tell=lines.append))
+        assert lines[-1] == "1 replica ready"
         browser.until(lambda: browser.states("[data-replica]") == ["ready"])
-        assert browser.complaints() == []
+        assert browser.errors() == []
 
 
 def rank_1_of_replica_1(server: ShoalServer) -> int:

@@ -1,4 +1,4 @@
-"""/health, /ready and /version: honest, and with the cause."""
+"""/health, /ready and /version give the state of the fleet, and the cause if something is wrong."""
 
 import asyncio
 import json
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 
 def backend(status: FleetStatus | Exception, started: bytes | Exception = b"yes") -> FakeBackend:
-    """A fleet that answers with that, or fails with it."""
-    return FakeBackend(status=lambda: given(status), verbs={"started": lambda _: given(started)})
+    """Return a fleet that gives this status and this answer to "started", or raises them."""
+    return FakeBackend(status=lambda: answer_or_raise(status), verbs={"started": lambda _: answer_or_raise(started)})
 
 
-def given(answer: T | Exception) -> T:
+def answer_or_raise(answer: T | Exception) -> T:
     if isinstance(answer, Exception):
         raise answer
     return answer
 
 
-def asked(engine: FakeBackend, path: str, answer_s: float = 60.0) -> tuple[int, Any]:
+def ask(engine: FakeBackend, path: str, answer_s: float = 60.0) -> tuple[int, Any]:
     app = FastAPI()
     add_handlers(app)
     app.include_router(health.routes(engine, answer_s=answer_s))
@@ -39,29 +39,29 @@ def asked(engine: FakeBackend, path: str, answer_s: float = 60.0) -> tuple[int, 
     return status, json.loads(body)
 
 
-def test_the_version() -> None:
-    assert asked(backend(ClosedError("gone")), "/version") == (200, {"version": __version__})
+def test_the_version_is_returned_even_without_an_engine() -> None:
+    assert ask(backend(ClosedError("gone")), "/version") == (200, {"version": __version__})
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
-def test_all_is_well(path: str) -> None:
-    assert asked(backend(fleet(replica(0), replica(1))), path)[0] == 200
+def test_a_ready_fleet_is_healthy(path: str) -> None:
+    assert ask(backend(fleet(replica(0), replica(1))), path)[0] == 200
 
 
-def test_with_one_of_two_it_serves_but_is_not_all_there() -> None:
+def test_a_fleet_with_one_of_two_replicas_is_healthy_but_not_ready() -> None:
     status = fleet(replica(0), replica(1, "restarting", since=3.0, cause="rank 1 died"))
     engine = backend(status, started=b"")
-    assert asked(engine, "/health")[0] == 200
-    code, body = asked(engine, "/ready")
+    assert ask(engine, "/health")[0] == 200
+    code, body = ask(engine, "/ready")
     assert code == 503
     assert body["error"]["message"] == "not all replicas are ready: replica 1: restarting for 3 s (rank 1 died)"
 
 
-def test_replicas_of_other_hosts_are_not_waited_for() -> None:
-    assert asked(backend(fleet(replica(0), replica(1, "awaited"))), "/ready")[0] == 200
-    code, body = asked(backend(fleet(replica(0, "starting"), replica(1, "awaited")), started=b""), "/ready")
+def test_health_does_not_wait_for_replicas_of_other_hosts() -> None:
+    assert ask(backend(fleet(replica(0), replica(1, "awaited"))), "/ready")[0] == 200
+    code, body = ask(backend(fleet(replica(0, "starting"), replica(1, "awaited")), started=b""), "/ready")
     assert code == 503
-    assert "replica 0 is starting" in body["error"]["message"]
+    assert "replica 0: starting" in body["error"]["message"]
     assert "replica 1" not in body["error"]["message"]
 
 
@@ -82,8 +82,8 @@ def test_replicas_of_other_hosts_are_not_waited_for() -> None:
         (backend(ClosedError("the engine was closed")), "the engine was closed"),
     ],
 )
-def test_it_says_why_not(path: str, engine: FakeBackend, why: str) -> None:
-    code, body = asked(engine, path)
+def test_an_unhealthy_fleet_gives_the_cause(path: str, engine: FakeBackend, why: str) -> None:
+    code, body = ask(engine, path)
     assert code == 503
     assert why in body["error"]["message"]
     assert body["error"]["type"] == "server_error"
@@ -91,18 +91,18 @@ def test_it_says_why_not(path: str, engine: FakeBackend, why: str) -> None:
 
 def test_a_replica_that_can_never_start_is_named() -> None:
     engine = backend(fleet(replica(0), replica(1, "failed")), EngineError("replica 1: out of memory"))
-    assert asked(engine, "/health")[0] == 200
-    code, body = asked(engine, "/ready")
+    assert ask(engine, "/health")[0] == 200
+    code, body = ask(engine, "/ready")
     assert code == 503
     assert "out of memory" in body["error"]["message"]
 
 
-def test_an_engine_that_does_not_answer() -> None:
+def test_an_engine_that_does_not_answer_is_unhealthy() -> None:
     class Silent(FakeBackend):
         async def status(self) -> FleetStatus:
             await asyncio.Event().wait()
             raise AssertionError
 
-    code, body = asked(Silent(), "/health", answer_s=0.01)
+    code, body = ask(Silent(), "/health", answer_s=0.01)
     assert code == 503
     assert body["error"]["message"] == "the fleet has not answered within 0.01 s"

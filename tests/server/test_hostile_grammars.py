@@ -1,4 +1,4 @@
-"""Grammars that crash or never end: a real server refuses them, and its other requests go on."""
+"""Grammars that crash their process or never finish compiling: a server refuses them and answers all others."""
 
 import concurrent.futures
 import json
@@ -41,7 +41,7 @@ def chain(rules: int) -> str:
 HOSTILE: dict[str, dict[str, Any]] = {
     "a chain of rules": {"guided_grammar": chain(5000)},
     "an endless number": {"guided_grammar": ENDLESS},
-    "an endless number by another name": {"structured_outputs": {"grammar": ENDLESS}},
+    "an endless number in structured_outputs": {"structured_outputs": {"grammar": ENDLESS}},
 }
 
 
@@ -57,7 +57,7 @@ def test_hostile_grammars_are_refused_and_delay_no_other_request(server: ShoalSe
         assert status == 422, answer
         assert answer["error"]["param"] in ("guided_grammar", "structured_outputs")
         assert "simplify it" in answer["error"]["message"]
-    assert pids <= server.pids()  # nothing of the server has died
+    assert pids <= server.pids()  # no process of the server has died
 
 
 def test_an_ambiguous_grammar_is_obeyed(server: ShoalServer) -> None:
@@ -75,8 +75,8 @@ def test_a_second_signal_ends_the_server_even_while_a_grammar_is_compiled() -> N
         while server.status()["replicas"][0]["held"] == 0:
             assert time.monotonic() < deadline
         server.process.send_signal(signal.SIGTERM)
-        while server.status()["accepting"]:  # two signals at the same moment are one
+        while server.status()["accepting"]:  # two signals at the same moment would count as one
             assert time.monotonic() < deadline
-        assert server.stop(timeout=60.0) == 1  # not the 600 s that the first signal gives to what runs
+        assert server.stop(timeout=60.0) == 1  # at once, though the first signal gives running requests 600 s
         for future in (waiting, stream):
             assert future.exception() is not None or future.result()[0] >= 400

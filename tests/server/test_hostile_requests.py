@@ -18,10 +18,10 @@ WAIT_S = 100.0
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 GOOD = {"prompt": "Count:", "max_tokens": 4, "temperature": 0}
-# Of the server's process, beyond what it has after a round of the same requests: pages of the allocator that the next
-# request takes, grammars that are kept, and what a thread of the pool leaves. The bodies alone are three times that.
-TOLERATED_MIB = 32  # what stays differs by some 10 from time to time: pages that are not all free
-FIRST_MIB = 64  # some 30: grammars' library, threads, caches
+# How much the memory of the server's process may grow from one round of the same requests to the next: pages that the
+# allocator keeps, cached grammars, and memory of pool threads. The bodies alone are three times as large.
+TOLERATED_MIB = 32  # measurements differ by about 10
+FIRST_MIB = 64  # what the first round may add: about 30 for the library of grammars, threads, caches
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def resident_mib(server: ShoalServer) -> int:
 
 
 def settled_mib(server: ShoalServer) -> int:
-    """Return the memory after one more request of some size."""
+    """Return the memory after one more request of a few megabytes."""
     answer = send(server, COMPLETIONS, {**GOOD, "user": "u" * 20_000})
     assert answer.status == 200, answer.text
     return resident_mib(server)
@@ -122,7 +122,7 @@ LARGE = {
         tools=[{"type": "function", "function": {"name": f"f{i}", "parameters": {}}} for i in range(10_000)],
         tool_choice="required",
     ),
-    "a schema in a text, deep": completion(guided_json='{"a":' * 50_000),
+    "a deep schema in a text": completion(guided_json='{"a":' * 50_000),
     "a regular expression": completion(guided_regex="(a|b|ab)*" * 5000),
     "brackets of a regular expression": completion(guided_regex="(" * 5000 + "a" + ")" * 5000),
     "a grammar": completion(guided_grammar="start: " + "(" * 10_000),
@@ -141,7 +141,7 @@ SMALL = {
     "... in a model": completion(model="\ud800"),
     "... in a name": completion(**{"\ud800": 1}),
     "... in a stop text": completion(stop=["\ud800"]),
-    "... in what has no effect": completion(user="x", metadata={"a": ["\ud800"]}),
+    "... in fields without effect": completion(user="x", metadata={"a": ["\ud800"]}),
     "a token id as Python reads it": completion(logit_bias={"1_0": 1}),
     "a token id with a zero before it": completion(logit_bias={"1": 1, "01": 2}),
     "... in a bad word": completion(bad_words=["\ud800"]),
@@ -159,21 +159,21 @@ SMALL = {
     "n of a chat": chat(n=16_000, temperature=1),
     "best_of": completion(best_of=1_000_000),
     "logprobs": completion(logprobs=1_000_000),
-    "an id out of the vocabulary": completion(prompt=[1 << 30]),
+    "an id outside the vocabulary": completion(prompt=[1 << 30]),
     "an id of 30 digits": completion(prompt=[10**30]),
     "a negative id": completion(prompt=[-1]),
     "ids and texts": completion(prompt=[1, "a"]),
     "no prompt": completion(prompt=""),
     "no prompts": completion(prompt=[]),
     "a schema that nothing satisfies": completion(guided_json={"type": "integer", "minimum": 5, "maximum": 1}),
-    "... at all": chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": False}}),
+    "the schema false": chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": False}}),
     "a schema that refers to itself": completion(guided_json={"$ref": "#"}),
     "a schema from elsewhere": completion(guided_json={"$ref": "http://127.0.0.1:1/x"}),
     "a schema 60 deep, with a number that is too long": completion(
         guided_json={"properties": {"a": nested(30)}, "required": ["a"], "minimum": 10**400}
     ),
     "a template": chat(chat_template="{% for i in range(10**9) %}x{% endfor %}"),
-    "arguments of a call, deep": chat(
+    "deep arguments of a call": chat(
         messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 50_000}}]}]
     ),
     "detokenize": ("/detokenize", {"tokens": [10**30]}),
@@ -212,14 +212,14 @@ def test_odd_requests_are_answered(server: ShoalServer, fields: dict[str, Any]) 
     assert answer.status == 200, answer.text
 
 
-def test_of_two_fields_with_the_same_name_the_last_counts(server: ShoalServer) -> None:
+def test_the_last_of_two_fields_with_the_same_name_counts(server: ShoalServer) -> None:
     answer = send(server, *bare(b'{"prompt":5,"prompt":"b","max_tokens":-1,"max_tokens":1}'))
     assert answer.status == 200
     assert json.loads(answer.text)["usage"]["completion_tokens"] == 1
 
 
 def test_a_large_request_is_refused_and_its_memory_is_freed(server: ShoalServer) -> None:
-    """Memory is as before, but for what the first request of a kind costs: libraries, threads, caches."""
+    """The first request of a kind may leave libraries, threads and caches in memory; later ones leave nothing."""
     check_well(server)
     fresh = resident_mib(server)
     refuse_large(server)
@@ -252,8 +252,8 @@ def test_the_memory_of_a_flood_of_headers_is_freed(server: ShoalServer) -> None:
     assert resident_mib(server) <= before + TOLERATED_MIB
 
 
-def test_other_requests_are_answered_meanwhile(server: ShoalServer) -> None:
-    """All other requests get the same text as always while bad requests are refused."""
+def test_good_requests_are_answered_while_bad_ones_are_refused(server: ShoalServer) -> None:
+    """Each good request gets the same text."""
     stop = threading.Event()
     texts: list[str] = []
 
@@ -273,7 +273,7 @@ def test_other_requests_are_answered_meanwhile(server: ShoalServer) -> None:
     assert len(set(texts)) == 1
 
 
-# --- clients that go -----------------------------------------------------------------------------------------------
+# --- clients that disconnect ---------------------------------------------------------------------------------------
 
 
 def idle(server: ShoalServer) -> bool:
@@ -321,8 +321,8 @@ def test_the_blocks_of_a_client_that_disconnects_are_freed(
     check_well(server)
 
 
-def test_a_client_that_does_not_read_slows_no_other(server: ShoalServer) -> None:
-    """Its answer is finished and waits for it. The blocks are free as soon as the answer is finished."""
+def test_a_client_that_does_not_read_delays_no_other(server: ShoalServer) -> None:
+    """Its answer is computed, frees its blocks, and waits in memory until the client reads."""
     at = urllib.parse.urlparse(server.url)
     body = {"prompt": "Hi", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 16, "temperature": 1}
     data = json.dumps({**body, "logprobs": 5}).encode()

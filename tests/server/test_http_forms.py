@@ -1,4 +1,4 @@
-"""Less usual requests to a real server: offers of other protocols, HTTP/1.0, HEAD."""
+"""Unusual requests to a real server: offers of other protocols, HTTP/1.0, HEAD."""
 
 import json
 import re
@@ -191,7 +191,7 @@ def test_a_client_of_http_1_0_never_gets_status_100(server: ShoalServer) -> None
 
 
 @pytest.mark.parametrize("path", [*GETS, "/docs", "/nothing", "/v1/models/none", "/v1/completions"])
-def test_head_is_get_without_its_body(server: ShoalServer, path: str) -> None:
+def test_head_is_answered_like_get_but_without_a_body(server: ShoalServer, path: str) -> None:
     found = ask(server, request("GET", path))
     with Connection(server) as connection:
         connection.send(request("HEAD", path, "Connection: close"))
@@ -205,7 +205,7 @@ def test_head_is_get_without_its_body(server: ShoalServer, path: str) -> None:
     assert int(headers["content-length"]) > 0
 
 
-def test_a_path_says_which_methods_it_takes(server: ShoalServer) -> None:
+def test_other_methods_are_refused_with_a_list_of_the_allowed_ones(server: ShoalServer) -> None:
     taken = dict.fromkeys(GETS, "GET, HEAD")
     taken |= {"/v1/completions": "POST", "/tokenize": "POST"}
     for path, methods in taken.items():

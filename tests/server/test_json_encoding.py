@@ -26,7 +26,7 @@ def grown(value: Any, times: int) -> Any:
 
 @steady
 @given(VALUES, st.sampled_from([1, 30, 700]))
-def test_the_pieces_together_are_the_whole_text(value: Any, times: int) -> None:
+def test_the_joined_pieces_are_the_whole_text(value: Any, times: int) -> None:
     large = grown(value, times)
     assert "".join(json_pieces(large)) == json_text(large)
 
@@ -66,7 +66,7 @@ def test_an_encoded_list_has_the_json_of_a_list(items: list[Any], times: int) ->
         assert json_bytes(value(encoded)).decode() == json_text(value(plain))
 
 
-def test_the_size_of_an_encoded_list_is_that_of_its_texts() -> None:
+def test_the_size_of_an_encoded_list_is_the_size_of_its_texts() -> None:
     encoded = EncodedList()
     encoded.append({"a": 1.5})
     encoded.append("bc")

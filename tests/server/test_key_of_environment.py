@@ -1,4 +1,4 @@
-"""The API key from an environment variable: asked of clients, sent by our own, and shown nowhere else."""
+"""The API key from an environment variable: the server requires it, our clients send it, and no child gets it."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def descendants(pid: int) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if parent == pid:
             found += [int(folder.name), *descendants(int(folder.name))]
@@ -39,7 +39,7 @@ def top(server: ShoalServer, **environment: str) -> "subprocess.CompletedProcess
 
 
 @pytest.mark.timeout(300)
-def test_it_is_asked_for_and_not_handed_down() -> None:
+def test_the_key_is_required_and_not_given_to_child_processes() -> None:
     options = ["--kv-cache-memory-bytes", "8MiB", "-tp", "2", "--api-server-count", "2"]
     with ShoalServer(*options, environment={"SHOAL_API_KEY": "", "VLLM_API_KEY": f"{KEY} other"}) as server:
         asked = [status_with(server, key) for key in (None, "wrong", KEY, "other")]
@@ -57,6 +57,6 @@ def test_it_is_asked_for_and_not_handed_down() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_flag_goes_over_it() -> None:
+def test_the_flag_overrides_the_environment_variable() -> None:
     with ShoalServer("--kv-cache-memory-bytes", "8MiB", "--api-key", "a", environment={"SHOAL_API_KEY": KEY}) as server:
         assert [status_with(server, key) for key in (KEY, "a")] == [401, 200]

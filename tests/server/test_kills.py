@@ -1,4 +1,4 @@
-"""Every process of a server killed and stopped under load: no stream loses, repeats or changes a token."""
+"""Each process of a loaded server is killed and stopped: no stream loses, repeats or changes a token."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 
 
 def prompt_of(number: int) -> dict[str, Any]:
-    """Half of them greedy, half seeded; the bundled model writes on and on if it may not end."""
+    """Return a prompt whose output is long. Every second one is drawn with a seed, the others are greedy."""
     drawn = {"temperature": 1.0, "seed": number} if number % 2 else {"temperature": 0.0}
     return {"prompt": f"Count from {number} to {number + 40}:", **drawn}
 
@@ -38,7 +38,7 @@ async def stream(client: AsyncOpenAI, number: int) -> str:
 
 
 class Traffic:
-    """So many streams at a time, again and again; each must be what its undisturbed twin was."""
+    """One stream per twin at any time, started again and again; each must equal its undisturbed twin."""
 
     def __init__(self, client: AsyncOpenAI, twins: list[str]) -> None:
         self.ended = 0
@@ -70,7 +70,7 @@ def victim(status: Any, role: str, turn: int) -> int:
 
 
 async def settled(server: ShoalServer, traffic: Traffic, restarts: int) -> Any:
-    """All replicas are ready, after so many restarts, and streams have ended since."""
+    """Return the status once all replicas are ready after this many restarts and more streams have ended."""
     deadline, goal = time.monotonic() + WAIT_S, None
     while True:
         traffic.check()
@@ -80,13 +80,13 @@ async def settled(server: ShoalServer, traffic: Traffic, restarts: int) -> Any:
             goal = traffic.ended + STREAMS // 2
         if goal is not None and traffic.ended >= goal:
             return status
-        assert time.monotonic() < deadline, f"not settled: {status}"
+        assert time.monotonic() < deadline, f"replicas are not all ready after {WAIT_S:g} s: {status}"
         await asyncio.sleep(0.05)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", [("-tp", "2"), ("-dp", "2")], ids=" ".join)
-def test_streams_outlive_every_process(layout: tuple[str, str], request: pytest.FixtureRequest) -> None:
+def test_streams_survive_the_end_of_any_process(layout: tuple[str, str], request: pytest.FixtureRequest) -> None:
     times = 3 if request.config.getoption("--matrix") else 1
 
     async def run(server: ShoalServer) -> None:

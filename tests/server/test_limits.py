@@ -156,7 +156,7 @@ def test_a_body_that_is_too_large_by_its_content_length_is_refused_before_it_com
     assert body["error"]["type"] == "invalid_request_error"
 
 
-def test_a_chunked_body_is_refused_when_it_has_become_too_large(server: Server) -> None:
+def test_a_chunked_body_is_refused_once_it_is_too_large(server: Server) -> None:
     head = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert server.send(head, *[b"100\r\n" + b"x" * 256 + b"\r\n"] * 5)[0] == 413
 
@@ -175,7 +175,7 @@ def test_a_body_that_does_not_end_is_refused(server: Server) -> None:
     assert body["error"]["code"] == "request_timeout"
 
 
-def test_a_body_that_nobody_waits_for_does_not_hold_its_connection(server: Server) -> None:
+def test_a_body_that_no_endpoint_reads_does_not_hold_its_connection(server: Server) -> None:
     with server.connect() as client:
         client.sendall(get("/health", "Content-Length: 10"))
         assert answer(client)[0] == 200
@@ -215,7 +215,7 @@ def test_a_flood_of_headers_is_refused(server: Server) -> None:
         assert body["error"]["code"] == "headers_too_large"
 
 
-def test_a_header_that_never_ends_is_not_kept() -> None:
+def test_a_header_that_never_ends_is_not_kept_in_memory() -> None:
     """The parser alone would keep all of it."""
     with Server(RequestLimits(header_bytes=50_000)) as server, server.connect() as client:
         client.sendall(b"GET /health HTTP/1.1\r\nX: ")
@@ -333,7 +333,7 @@ def test_a_client_that_disconnects_ends_its_stream(server: Server) -> None:
 
 
 def test_a_client_that_disconnects_ends_its_stream_even_if_another_request_waits(server: Server) -> None:
-    """If two requests have come, it is the first one that runs."""
+    """The first of the two requests runs."""
     server.ended.clear()
     with server.connect() as client:
         client.sendall(get("/stream") * 2)

@@ -1,6 +1,6 @@
-"""The requests that lm-eval 0.4.13 sends, as they were recorded, and what it reads in the answers, against `LLM`.
+"""Recorded requests of lm-eval 0.4.13: it reads in the answers what `LLM` gives for the same prompts.
 
-examples/lm_eval has the tasks that they are of.
+The requests come from the tasks in examples/lm_eval.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ QUESTIONS = [
     ("12 + 30 =", " 🙂"),
 ]
 GREEDY = [True, False, False, False]
-ANSWERS = {  # to PROMPTS
+ANSWERS = {  # parameters of the requests with PROMPTS
     "greedy": {"max_tokens": 100, "temperature": 0.0, "stop": ["\n", "<|eos|>"], "seed": 1234},
-    "without the end's name": {"max_tokens": 100, "temperature": 0.0, "stop": ["\n"], "seed": 1234},
+    "without eos as stop text": {"max_tokens": 100, "temperature": 0.0, "stop": ["\n"], "seed": 1234},
     "sampled": {
         "max_tokens": 24, "temperature": 1.5, "stop": ["\n", " 7", "<|eos|>"], "seed": 1234, "top_p": 0.95,
     },
@@ -42,7 +42,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[ShoalServer]:
 
 
 class Offline:
-    """Return an `LLM` of one rank with the same model."""
+    """An `LLM` of one rank with the same model."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -94,7 +94,7 @@ def scoring(prompt: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_scores_of_a_batch_of_token_ids(server: ShoalServer, offline: Offline, bos: bool) -> None:
+def test_scores_of_a_batch_of_token_ids_are_those_of_llm(server: ShoalServer, offline: Offline, bos: bool) -> None:
     contexts = [encode(context, bos=bos) for context, _ in QUESTIONS]
     prompts = [encode(context + continuation, bos=bos) for context, continuation in QUESTIONS]
     found = [score_of(*pair) for pair in zip(ask(server, scoring(prompts)), map(len, contexts), strict=True)]
@@ -105,8 +105,8 @@ def test_scores_of_a_batch_of_token_ids(server: ShoalServer, offline: Offline, b
         assert [greedy for _, greedy in found] == GREEDY
 
 
-def test_scores_of_a_text(server: ShoalServer, offline: Offline) -> None:
-    """With tokenized_requests=False and add_bos_token=True. The server itself puts the first token before the text."""
+def test_scores_of_a_text_are_those_of_llm(server: ShoalServer, offline: Offline) -> None:
+    """With tokenized_requests=False and add_bos_token=True, the server puts the first token before the text."""
     for context, continuation in QUESTIONS:
         (choice,) = ask(server, scoring(context + continuation))
         expected = offline.score(encode(context + continuation), len(encode(context)))
@@ -115,8 +115,8 @@ def test_scores_of_a_text(server: ShoalServer, offline: Offline) -> None:
         assert greedy == expected[1]
 
 
-def test_scores_of_the_windows_of_a_long_text(server: ShoalServer, offline: Offline) -> None:
-    """The windows are as long as allowed: one begins with the first token, and one continues."""
+def test_scores_of_the_windows_of_a_long_text_are_those_of_llm(server: ShoalServer, offline: Offline) -> None:
+    """The windows are as long as the context: one begins with the first token, the other continues the text."""
     tokens = encode(" ".join(f"{number} + {number} = {2 * number}" for number in range(10, 200)), bos=False)
     windows = [[0, *tokens[:1022]], tokens[1021 : 1021 + 301]]
     for window in windows:
@@ -127,7 +127,7 @@ def test_scores_of_the_windows_of_a_long_text(server: ShoalServer, offline: Offl
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_outputs_for_a_batch_of_token_ids(server: ShoalServer, offline: Offline, kind: str) -> None:
+def test_outputs_for_a_batch_of_token_ids_are_those_of_llm(server: ShoalServer, offline: Offline, kind: str) -> None:
     prompts = [encode(prompt) for prompt in PROMPTS]
     found = [choice["text"] for choice in ask(server, {"prompt": prompts, **ANSWERS[kind]})]
     assert found == offline.answers(prompts, ANSWERS[kind])
@@ -135,13 +135,13 @@ def test_outputs_for_a_batch_of_token_ids(server: ShoalServer, offline: Offline,
         assert found == [" 96", " 3 4 5 6 7 8 9", " elppa", " apple fig pear"]
 
 
-def test_outputs_for_a_text(server: ShoalServer) -> None:
-    """With tokenizer_backend=None."""
+def test_a_text_gets_the_right_output(server: ShoalServer) -> None:
+    """lm-eval sends texts with tokenizer_backend=None."""
     body = {"max_tokens": 100, "temperature": 0.0, "stop": ["\n"], "seed": 1234}
     assert [ask(server, {"prompt": each, **body})[0]["text"] for each in PROMPTS[:2]] == [" 96", " 3 4 5 6 7 8 9"]
 
 
-def test_outputs_of_a_chat(server: ShoalServer) -> None:
+def test_a_chat_gets_the_right_answer(server: ShoalServer) -> None:
     messages = [{"role": "user", "content": "What is 62 + 57?"}]
     body = {"messages": messages, "max_tokens": 100, "temperature": 0.0, "stop": ["\n"], "seed": 1234}
     (choice,) = ask(server, body, "/v1/chat/completions")

@@ -1,4 +1,4 @@
-"""Freed memory is the system's again."""
+"""Freed memory is returned to the operating system."""
 
 import platform
 import subprocess
@@ -15,7 +15,7 @@ from shoal.process.malloc import return_large_blocks
 def resident() -> int:
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) >> 10
 
-if sys.argv[1] == "given back":
+if sys.argv[1] == "returned":
     return_large_blocks()
 def work() -> None:
     for _ in range(3):
@@ -31,8 +31,8 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-@pytest.mark.parametrize(("how", "least", "most"), [("given back", -1, 2), ("as it is", 10, 100)])
-def test_large_blocks_of_a_thread_are_given_back(how: str, least: int, most: int) -> None:
-    """MiB that stay, of two blocks of 20 at a time."""
+@pytest.mark.parametrize(("how", "least", "most"), [("returned", -1, 2), ("kept by default", 10, 100)])
+def test_large_blocks_of_a_thread_are_returned(how: str, least: int, most: int) -> None:
+    """`least` and `most` are the MiB by which the process may have grown after blocks of 20 MiB."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
     assert least <= int(done.stdout) <= most

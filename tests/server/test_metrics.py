@@ -1,4 +1,4 @@
-"""/metrics: numbers that are right, whoever counts and whoever asks, and names that dashboards know."""
+"""/metrics: its numbers are right with any number of processes, and it has the names that dashboards read."""
 
 import asyncio
 import itertools
@@ -46,7 +46,7 @@ from support.fleet_status import engine, fleet, ranks, replica
 
 ROOT = Path(__file__).parent.parent.parent
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
-LENGTH = 200  # of a sequence, at most
+LENGTH = 200  # most tokens of a sequence
 WAIT_S = 120.0
 TTFT, GAP, E2E = (
     "vllm:time_to_first_token_seconds",
@@ -71,7 +71,7 @@ def samples(text: str, *, kinds: Sequence[str] = ("counter", "gauge", "histogram
 
 
 class Scraped:
-    """A page, asked by name and labels."""
+    """The metrics of one page; a call with a name and labels returns a value."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -81,7 +81,7 @@ class Scraped:
         return self.samples[name, tuple(sorted((key, str(value)) for key, value in labels.items()))]
 
     def total(self, name: str) -> float:
-        """Over all labels."""
+        """Return the sum over all labels."""
         return sum(value for (found, _), value in self.samples.items() if found == name)
 
 
@@ -97,7 +97,7 @@ def ending(seq: int, finish: Finish = Finish.LENGTH, tokens: int = 0, **more: An
 # --- the recorder ------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_taken_apart_into_its_times() -> None:
+def test_the_times_of_a_request_are_measured() -> None:
     clock = FakeClock()
     metrics = RequestMetrics(LENGTH, clock=clock)
     metrics.added(replace_fields(request(0, range(12), max_tokens=40), arrival=1000.0))
@@ -141,12 +141,12 @@ def test_a_request_is_taken_apart_into_its_times() -> None:
     assert found("vllm:request_success_total", engine=1, finished_reason="length") == 1
 
 
-def test_a_request_that_goes_on_elsewhere_is_one_request() -> None:
+def test_a_request_that_moves_to_other_replicas_counts_once() -> None:
     clock = FakeClock()
     metrics = RequestMetrics(LENGTH, clock=clock)
     metrics.added(replace_fields(request(0, range(10)), arrival=1000.0))
     clock.now = 1001.0
-    metrics.dispatched(0, 0)  # which ends before the first token
+    metrics.dispatched(0, 0)  # replica 0 ends before the first token
     clock.now = 1004.0
     metrics.dispatched(0, 1)
     clock.now = 1005.0
@@ -172,7 +172,7 @@ def test_a_request_that_goes_on_elsewhere_is_one_request() -> None:
     assert found.total("vllm:request_success_total") == 1
 
 
-def test_outputs_of_one_prompt_are_one_prompt() -> None:
+def test_all_outputs_of_a_prompt_count_as_one_prompt() -> None:
     metrics = RequestMetrics(LENGTH)
     for seq in range(3):
         metrics.added(request(seq, range(4), group=0))
@@ -187,7 +187,7 @@ def test_outputs_of_one_prompt_are_one_prompt() -> None:
     assert found("vllm:request_generation_tokens_sum", engine=0) == 17
 
 
-def test_why_requests_ended() -> None:
+def test_requests_are_counted_by_the_reason_of_their_end() -> None:
     metrics = RequestMetrics(LENGTH)
     refusals = [each for each in RefusalKind if each is not RefusalKind.NONE]
     for seq in range(4 + len(refusals)):
@@ -199,16 +199,16 @@ def test_why_requests_ended() -> None:
     metrics.dispatched(2, 0)
     metrics.updated(0, ending(2, Finish.ABORT, tokens=1))
     metrics.dispatched(3, 0)
-    metrics.updated(0, ending(3, Finish.ABORT, error="the grammar has gone wrong"))
+    metrics.updated(0, ending(3, Finish.ABORT, error="the grammar failed"))
     metrics.ended(ending(0, Finish.ABORT))
     for seq, refusal in enumerate(refusals, 4):
         metrics.ended(ending(seq, Finish.ABORT, error="no", refusal=refusal))
-    metrics.ended(ending(999))  # nobody knows it
+    metrics.ended(ending(999))  # a request that was never added
 
     found = page(metrics)
     ends = {dict(labels)["finished_reason"]: 0.0 for (name, labels) in found.samples if "success" in name}
     assert set(ends) == {"stop", "length", "abort"}
-    assert found("vllm:request_success_total", engine="", finished_reason="abort") == 1  # no replica had it
+    assert found("vllm:request_success_total", engine="", finished_reason="abort") == 1  # never dispatched
     assert found("vllm:request_success_total", engine=0, finished_reason="abort") == 1
     assert found("vllm:request_success_total", engine=0, finished_reason="stop") == 1
     for reason, count in {"invalid": 1, "full": 1, "late": 1, "failed": 2, "closing": 1}.items():
@@ -217,7 +217,7 @@ def test_why_requests_ended() -> None:
 
 
 class Twin:
-    """Drives a recorder, and feeds prometheus_client's own histograms with what should be in it."""
+    """A recorder under test, beside histograms of prometheus_client that observe the same values."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -229,7 +229,7 @@ class Twin:
             if name in TWINS
         }
         self.counts: Counter[tuple[str, int]] = Counter()
-        self.times: dict[int, float] = defaultdict(float)  # from arrival to the last token, of finished ones
+        self.times: dict[int, float] = defaultdict(float)  # sums from arrival to the last token, of finished requests
         self.requests: list[dict[str, Any]] = []
         self.open: list[int] = []
 
@@ -315,7 +315,7 @@ STEPS = st.lists(
 
 @settings(steady, max_examples=50)
 @given(steps=STEPS)
-def test_whatever_happens_the_histograms_are_those_of_prometheus_client(steps: list[tuple[float, Any]]) -> None:
+def test_histograms_equal_those_of_prometheus_client(steps: list[tuple[float, Any]]) -> None:
     twin = Twin()
     for pause, (what, *arguments) in steps:
         twin.clock.now += pause
@@ -339,7 +339,7 @@ def test_whatever_happens_the_histograms_are_those_of_prometheus_client(steps: l
 REASONS = ("stop", "length", "abort")
 
 
-def test_nothing_is_kept_of_what_has_ended() -> None:
+def test_ended_requests_are_not_kept_in_memory() -> None:
     metrics = RequestMetrics(LENGTH)
     for seq in range(100):
         metrics.added(request(seq, [1], group=seq - seq % 2))
@@ -361,7 +361,7 @@ def text_of(*metrics: Metric) -> str:
     return generate_latest(Given()).decode()
 
 
-def test_the_text() -> None:
+def test_the_page_has_the_text_format_of_prometheus() -> None:
     bounds = (0.5, 1.0, 1e6)
     histogram = Ours(bounds, (1, 0, 2, 1), 7.25)
     text = text_of(
@@ -402,13 +402,13 @@ def test_labels_are_escaped() -> None:
     assert found == {name}
 
 
-def test_buckets_of_lengths() -> None:
+def test_the_bounds_of_lengths_double_up_to_the_longest() -> None:
     assert doubling_bounds(1) == (1,)
     assert doubling_bounds(100) == (1, 2, 5, 10, 20, 50, 100)
     assert doubling_bounds(4096)[-2:] == (1000, 2000)
 
 
-def test_the_names_that_others_read_are_there() -> None:
+def test_the_names_that_vllm_dashboards_read_are_present() -> None:
     found = {family.name: family.type for family in text_string_to_metric_families(page(RequestMetrics(LENGTH)).text)}
     counters = (
         "prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens request_success num_preemptions "
@@ -429,7 +429,7 @@ def test_the_names_that_others_read_are_there() -> None:
             assert found[f"vllm:{name}"] == kind
 
 
-def test_all_that_is_described_is_there_and_nothing_else() -> None:
+def test_the_page_has_exactly_the_described_metrics() -> None:
     stats = replace_fields(engine(of_ranks=ranks()), accepted_by_position=(2, 1))
     status = fleet(replica(0, stats=stats))
     metrics = RequestMetrics(LENGTH)
@@ -440,7 +440,7 @@ def test_all_that_is_described_is_there_and_nothing_else() -> None:
     described = {
         family.name.removesuffix("_total") if family.kind == "counter" else family.name: family for family in FAMILIES
     }
-    assert set(found) == set(described) | OF_A_PROCESS
+    assert set(found) == set(described) | PROCESS_METRICS
     for name, family in described.items():
         labels = {label for sample in found[name].samples for label in sample.labels}
         assert labels - {"le"} == set(family.labels), name
@@ -449,21 +449,21 @@ def test_all_that_is_described_is_there_and_nothing_else() -> None:
 
 
 FAMILIES = families(LENGTH)
-OF_A_PROCESS = {
+PROCESS_METRICS = {
     *("process_cpu_seconds", "process_resident_memory_bytes", "process_virtual_memory_bytes"),
     *("process_start_time_seconds", "process_open_fds", "process_max_fds", "python_info"),
     *("python_gc_objects_collected", "python_gc_objects_uncollectable", "python_gc_collections"),
 }
 
 
-def test_the_document_has_them_all() -> None:
+def test_the_docs_list_every_metric() -> None:
     table = re.findall(r"^\| `(\S+)` \| (\w+) \| (.*?) \| (.+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
     assert table == [
         (each.name, each.kind, ", ".join(f"`{label}`" for label in each.labels), each.about) for each in FAMILIES
     ]
 
 
-def test_the_document_has_those_of_a_process() -> None:
+def test_the_docs_list_every_metric_of_a_process() -> None:
     listed = re.findall(r"^\| `(\S+)` \| (\w+) \| ([^|]+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
     text = text_of(*(each for one in process_collectors(facts_of_this_process()) for each in one.collect()))
     assert {(name, kind) for name, kind, _ in listed} == set(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.M))
@@ -473,7 +473,7 @@ def expressions(panel: dict[str, Any]) -> list[str]:
     return [target["expr"] for target in panel.get("targets", ())]
 
 
-def test_the_dashboard_asks_for_what_there_is() -> None:
+def test_the_grafana_dashboard_uses_metrics_that_exist() -> None:
     dashboard = json.loads((ROOT / "deploy/grafana/shoal.json").read_text())
     known = {}
     for family in FAMILIES:
@@ -515,7 +515,7 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
     ),
     queued=st.integers(0, 100),
 )
-def test_no_request_is_counted_twice_or_not_at_all(replicas: list[tuple[str, int, int]], queued: int) -> None:
+def test_running_and_waiting_count_each_request_once(replicas: list[tuple[str, int, int]], queued: int) -> None:
     states = [
         replace_fields(replica(number, state, stats=engine(running=9, waiting=waiting)), held=held)
         for number, (state, waiting, held) in enumerate(replicas)
@@ -540,7 +540,9 @@ def test_no_request_is_counted_twice_or_not_at_all(replicas: list[tuple[str, int
         ("asleep", 2, "ready", "discard_all"),
     ],
 )
-def test_why_requests_wait_and_how_an_engine_sleeps(activity: str, level: int, state: str, sleeps: str) -> None:
+def test_the_reasons_of_waiting_and_the_sleep_state_are_shown(
+    activity: str, level: int, state: str, sleeps: str
+) -> None:
     one = replace_fields(replica(0, state, stats=engine(waiting=2)), held=3)
     status = replace_fields(fleet(one, queued=4), activity=activity, sleep_level=level)
     found = page(RequestMetrics(LENGTH), status)
@@ -553,7 +555,7 @@ def test_why_requests_wait_and_how_an_engine_sleeps(activity: str, level: int, s
     assert states == {each: each == sleeps for each in SLEEP_STATES}
 
 
-def test_all_places_of_a_guess_are_there_from_the_beginning() -> None:
+def test_every_position_of_a_draft_has_a_counter_from_the_start() -> None:
     options = EngineOptions.from_flat(None, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}})
     stats = replace_fields(engine(), accepted_by_position=(5, 2))
     status = fleet(replica(0, stats=stats), replica(1, stats=add_past_counters(keep_counters(stats), stats)))
@@ -563,7 +565,7 @@ def test_all_places_of_a_guess_are_there_from_the_beginning() -> None:
     assert [found(name, engine=1, position=place) for place in range(3)] == [10, 4, 0]
 
 
-def test_how_often_requests_gave_their_blocks_back() -> None:
+def test_preemptions_are_counted_by_request() -> None:
     metrics = RequestMetrics(LENGTH)
     for seq, preemptions in enumerate((0, 0, 3)):
         metrics.added(request(seq, [1]))
@@ -575,7 +577,7 @@ def test_how_often_requests_gave_their_blocks_back() -> None:
     assert [found(f"{name}_bucket", engine=0, le=le) for le in ("1.0", "2.0", "3.0")] == [2, 2, 3]
 
 
-def test_what_the_status_says() -> None:
+def test_the_status_of_the_fleet_becomes_metrics() -> None:
     stats = replace_fields(
         engine(free=25, queries=40, hits=30, of_ranks=ranks(busy_us=1_500_000)),
         iteration_tokens=(2, 1, 0, 4, 5),
@@ -615,18 +617,18 @@ def test_what_the_status_says() -> None:
     assert found("shoal:rank_busy_seconds_total", engine=0, rank=1) == 1.5
 
 
-def test_counters_go_on_over_the_lives_of_a_replica() -> None:
-    life = replace_fields(
+def test_counters_never_fall_when_a_replica_restarts() -> None:
+    one_life = replace_fields(
         engine(queries=40, hits=30, prompt=9, of_ranks=ranks(busy_us=2_000_000)),
         iteration_tokens=(1, 2),
         step_tokens=9,
         steps=3,
     )
-    between = keep_counters(life)
-    again = keep_counters(add_past_counters(between, life))
-    at_last = add_past_counters(again, life)
+    between = keep_counters(one_life)
+    again = keep_counters(add_past_counters(between, one_life))
+    at_last = add_past_counters(again, one_life)
     before: Samples = {}
-    for stats in (life, between, add_past_counters(between, life), again, at_last):
+    for stats in (one_life, between, add_past_counters(between, one_life), again, at_last):
         text = page(RequestMetrics(LENGTH), fleet(replica(0, stats=stats))).text
         now = samples(text, kinds=("counter", "histogram"))
         assert all(now[key] >= value for key, value in before.items())
@@ -641,7 +643,7 @@ def test_counters_go_on_over_the_lives_of_a_replica() -> None:
 
 
 class Head(FakeBackend):
-    """The process that has the fleet, as an API server speaks to it."""
+    """The process with the fleet, as an API server sees it."""
 
     def __init__(self) -> None:
         self.metrics = RequestMetrics(LENGTH)
@@ -682,7 +684,7 @@ def running(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(limited())
 
 
-def test_any_api_server_answers_for_all() -> None:
+def test_each_api_server_shows_the_counts_of_all() -> None:
     async def scenario() -> None:
         head = Head()
         first, second = api_server(head), api_server(head)
@@ -718,7 +720,7 @@ def test_probes_behind_a_proxys_path_are_not_counted() -> None:
     running(scenario)
 
 
-def test_counts_are_handed_over_unasked() -> None:
+def test_an_api_server_hands_its_counts_over_by_itself() -> None:
     async def scenario() -> None:
         head = Head()
         await get(api_server(head), "/things/1")
@@ -728,7 +730,7 @@ def test_counts_are_handed_over_unasked() -> None:
     running(scenario)
 
 
-def test_without_an_engine_there_is_a_cause_and_no_count_is_lost() -> None:
+def test_without_an_engine_the_cause_is_given_and_no_count_is_lost() -> None:
     async def scenario() -> None:
         head = Head()
         app = api_server(head)
@@ -744,8 +746,8 @@ def test_without_an_engine_there_is_a_cause_and_no_count_is_lost() -> None:
     running(scenario)
 
 
-def test_clients_that_would_rather_have_openmetrics_get_the_same_names() -> None:
-    """prometheus_client's OpenMetrics has no colons in names, and some headers are more than its choice can take."""
+def test_clients_that_prefer_openmetrics_get_the_usual_names() -> None:
+    """OpenMetrics in prometheus_client forbids colons in names, and its choice of a format fails on some headers."""
 
     async def scenario() -> None:
         app = api_server(Head())
@@ -757,8 +759,8 @@ def test_clients_that_would_rather_have_openmetrics_get_the_same_names() -> None
     running(scenario)
 
 
-def test_a_process_is_always_the_one_that_has_the_fleet() -> None:
-    """Whoever makes the text. Here it is a child, with a limit of files that nobody else has."""
+def test_process_metrics_describe_the_process_with_the_fleet() -> None:
+    """Here it is a child process, which we recognize by its limit of open files, and this process makes the page."""
     script = (
         "import resource, sys\n"
         "from shoal.server.operations.request_metrics import RequestMetrics\n"
@@ -769,12 +771,12 @@ def test_a_process_is_always_the_one_that_has_the_fleet() -> None:
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as head:
         assert head.stdout is not None
-        told = head.stdout.readline()
-        found = Scraped(page_of(told, fleet(replica(0)), "tiny").decode())
+        answer = head.stdout.readline()
+        found = Scraped(page_of(answer, fleet(replica(0)), "tiny").decode())
         head.communicate()
     assert found("process_max_fds") == 77
     name = "python_gc_collections_total"
-    theirs = {labels["generation"]: value for labels, value in json.loads(told)["process"]["garbage"][2][2]}
+    theirs = {labels["generation"]: value for labels, value in json.loads(answer)["process"]["garbage"][2][2]}
     assert {each: found(name, generation=each) for each in theirs} == theirs
 
 
@@ -782,7 +784,7 @@ def test_a_process_is_always_the_one_that_has_the_fleet() -> None:
 
 
 class RemoteClient:
-    """An API server's end of a line."""
+    """The end of a line that an API server holds."""
 
     def __init__(self, server: FleetServer) -> None:
         theirs, sock = Channel.pair()
@@ -790,7 +792,7 @@ class RemoteClient:
         server.connect(theirs)
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
-        """Gives the tokens that came."""
+        """Run the prompts to their ends and return the number of tokens that came."""
         now = time.monotonic()
         for seq, prompt in enumerate(prompts):
             sampling = Sampling(seed=seq, temperature=1.0)
@@ -817,7 +819,7 @@ class RemoteClient:
                     return message.payload
 
     def _hear(self) -> list[Any]:
-        assert wait([self._channel], WAIT_S), "nobody answers"
+        assert wait([self._channel], WAIT_S), f"the fleet has not answered within {WAIT_S:g} s"
         return [to_api.decode(frame) for frame in self._channel.receive()]
 
     def close(self) -> None:
@@ -829,7 +831,7 @@ async def scraped(llm: AsyncLLM) -> Scraped:
 
 
 async def until(llm: AsyncLLM, holds: Callable[[Scraped], bool]) -> Scraped:
-    """An engine tells its own numbers a moment after its clients' tokens."""
+    """Return the first metrics for which `holds` is true. An engine sends its numbers a moment after the tokens."""
     while not holds(found := await scraped(llm)):
         await asyncio.sleep(0.05)
     return found
@@ -839,7 +841,7 @@ def counters(found: Scraped) -> Samples:
     return samples(found.text, kinds=("counter", "histogram"))
 
 
-def test_a_real_engine_its_clients_and_its_end() -> None:
+def test_the_metrics_of_real_replicas_are_right_even_when_one_is_killed() -> None:
     metrics = RequestMetrics(LENGTH)
 
     async def scenario() -> None:
@@ -872,14 +874,14 @@ def test_a_real_engine_its_clients_and_its_end() -> None:
                 assert Scraped(text.decode()).total("vllm:request_success_total") == 13
                 remote.close()
 
-            await kill_one_under(llm, found)
+            await kill_a_loaded_replica(llm, found)
 
     running(scenario)
 
 
-async def kill_one_under(llm: AsyncLLM, before: Scraped) -> None:
+async def kill_a_loaded_replica(llm: AsyncLLM, before: Scraped) -> None:
     long = llm.prepare("Once upon a time", SamplingParams(max_tokens=450, temperature=0.0, ignore_eos=True))
-    victim = (await llm.status()).replicas[0].pid  # known beforehand: the streams take no second
+    victim = (await llm.status()).replicas[0].pid  # asked for beforehand: the streams end within a second
     ends = asyncio.gather(*(llm.stream(long).wait() for _ in range(6)))
     under = await until(llm, lambda now: now.total(f"{TTFT}_count") == 13 + 6)
     assert 0 < under.total("vllm:num_requests_running") + under.total("vllm:num_requests_waiting") <= 6

@@ -1,6 +1,6 @@
-"""Numbers that JSON does not have, or no 64-bit float holds, in every field of every endpoint: refused, never a 500.
+"""Numbers outside JSON or outside 64-bit floats are refused in every field of every endpoint, never with status 500.
 
-The fields are those of the server's own description, so that an endpoint that is added is tried as well.
+The fields come from the server's OpenAPI description, so new endpoints are tested as well.
 """
 
 import json
@@ -22,7 +22,7 @@ from support.fake_backend import FakeBackend
 NO_NUMBERS = ["1e999", "-1e999", "NaN", "Infinity", "-Infinity", "1E+400", "9" * 400 + ".0"]
 ODD = [*NO_NUMBERS, "9" * 400, "9" * 5000, "-" + "9" * 30, "1.7e308", "1e-999", "[" * 100 + "]" * 100]
 TOOL = {"type": "function", "name": "f", "function": {"name": "f"}}
-# What a path needs, so that the rest of a body is looked at; with tools, so that what chooses among them is.
+# The required fields of each path, without which the others would not be read; tools, so that tool_choice is read too.
 NEEDED: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL]},
@@ -34,7 +34,7 @@ INSIDE = ["%s", '[{"a":%s}]', '{"type":"function","name":"f","function":{"name":
 
 
 def app() -> FastAPI:
-    backend = FakeBackend(refusal=AssertionError("no body here has a number of replicas that is right"))
+    backend = FakeBackend(refusal=AssertionError("no body in this test has a valid number of replicas"))
     found = openai_app(backend, ServerSettings(tool_call_parser="hermes"))
     found.include_router(scaling.routes(backend))
     add_limits(found, ServerSettings())
@@ -48,7 +48,7 @@ def client() -> Iterator[TestClient]:
 
 
 def fields() -> list[tuple[str, str]]:
-    """Return (path, field) of every body that is described, and of one that is not."""
+    """Return (path, field) for every described field, and for one unknown field of each path."""
     described = app().openapi()
     found = []
     for path, operations in described["paths"].items():
@@ -71,7 +71,7 @@ def post(client: TestClient, path: str, field: str, value: str, stream: bool = F
 
 
 @pytest.mark.parametrize("path", sorted({path for path, _ in fields()}))
-def test_odd_numbers_in_every_field(client: TestClient, path: str) -> None:
+def test_odd_numbers_are_refused_in_every_field(client: TestClient, path: str) -> None:
     for field in [field for at, field in fields() if at == path]:
         for value in ODD:
             for form in INSIDE:
@@ -82,14 +82,14 @@ def test_odd_numbers_in_every_field(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_odd_numbers_in_a_tool(client: TestClient, stream: bool) -> None:
+def test_odd_numbers_are_refused_in_a_tool(client: TestClient, stream: bool) -> None:
     value = '{"type":"function","name":"f","x":1e999}'
     answer = post(client, "/v1/responses", "tool_choice", value, stream)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     assert "'1e999'" in answer.json()["error"]["message"]
 
 
-def test_odd_numbers_in_a_text_are_text(client: TestClient) -> None:
+def test_odd_numbers_within_a_text_are_accepted(client: TestClient) -> None:
     assert post(client, "/v1/completions", "prompt", '"NaN, \\"Infinity\\" and 1e999"').status_code == 200
 
 
@@ -112,5 +112,7 @@ texts = st.recursive(
 
 @settings(max_examples=400, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(fields()), texts, st.booleans())
-def test_values_of_any_form(client: TestClient, field: tuple[str, str], value: str, stream: bool) -> None:
+def test_odd_values_never_give_a_server_error(
+    client: TestClient, field: tuple[str, str], value: str, stream: bool
+) -> None:
     post(client, *field, value, stream)

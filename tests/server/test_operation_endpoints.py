@@ -1,4 +1,4 @@
-"""Pauses, sleep and resets over HTTP: what is answered, and what real replicas do."""
+"""Pauses, sleep and resets over HTTP: the answers of endpoints, and the behaviour of real replicas."""
 
 import asyncio
 import os
@@ -64,7 +64,7 @@ def client(backend: FakeBackend) -> TestClient:
         ),
     ],
 )
-def test_what_vllm_s_clients_send_is_understood(path: str, asked: Operation, answer: dict[str, Any]) -> None:
+def test_requests_of_vllm_clients_are_understood(path: str, asked: Operation, answer: dict[str, Any]) -> None:
     backend = FakeBackend()
     found: Any = client(backend).post(path)
     assert (found.status_code, found.json()) == (200, answer)
@@ -72,7 +72,7 @@ def test_what_vllm_s_clients_send_is_understood(path: str, asked: Operation, ans
 
 
 @pytest.mark.parametrize(("activity", "paused", "sleeping"), [("awake", 0, 0), ("paused", 1, 0), ("asleep", 1, 1)])
-def test_what_it_is_at_can_be_asked(activity: str, paused: int, sleeping: int) -> None:
+def test_the_state_of_the_server_is_returned(activity: str, paused: int, sleeping: int) -> None:
     asked = client(FakeBackend(status=lambda: replace_fields(fleet(), activity=activity)))
     assert asked.get("/is_paused").json() == {"is_paused": bool(paused)}
     assert asked.get("/is_sleeping").json() == {"is_sleeping": bool(sleeping)}
@@ -82,7 +82,7 @@ def test_what_it_is_at_can_be_asked(activity: str, paused: int, sleeping: int) -
     ("path", "param"),
     [("/pause?mode=later", "mode"), ("/sleep?level=3", "level"), ("/wake_up?tags=lungs", "tags[0]")],
 )
-def test_wrong_parameters_are_named(path: str, param: str) -> None:
+def test_a_wrong_parameter_is_refused_by_name(path: str, param: str) -> None:
     backend = FakeBackend()
     found: Any = client(backend).post(path)
     assert (found.status_code, found.json()["error"]["param"], backend.operations) == (400, param, [])
@@ -94,11 +94,11 @@ def test_wrong_parameters_are_named(path: str, param: str) -> None:
         (ConfigError("the engine is asleep"), 409),
         (Unavailable("the server ends"), 503),
         (ClosedError("the engine was closed"), 503),
-        (EngineError("nobody answers"), 500),
+        (EngineError("the engine does not answer"), 500),
     ],
 )
 @pytest.mark.parametrize("path", ["/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache"])
-def test_errors_have_their_status(path: str, error: Exception, status: int) -> None:
+def test_each_error_has_its_http_status(path: str, error: Exception, status: int) -> None:
     found: Any = client(FakeBackend(refusal=error)).post(path)
     assert (found.status_code, found.json()["error"]["message"]) == (status, str(error))
 
@@ -145,7 +145,7 @@ def get(server: ShoalServer, path: str) -> Answer:
 
 
 def completion(server: ShoalServer, seed: int, max_tokens: int = 100, on_text: Callable[[], Any] = lambda: None) -> str:
-    """The text of a streamed completion; `on_text` is called when a part of it is there."""
+    """Return the text of a streamed completion; `on_text` is called for each part that has text."""
     body = {
         "model": "bundled",
         "prompt": "Count from 3 to 9:",
@@ -167,7 +167,7 @@ def completion(server: ShoalServer, seed: int, max_tokens: int = 100, on_text: C
 
 
 @pytest.mark.parametrize(("stop", "go_on"), [("/pause?mode=keep", "/resume"), ("/sleep?mode=keep", "/wake_up")])
-def test_streams_stand_still_and_go_on_with_the_same_text(server: ShoalServer, stop: str, go_on: str) -> None:
+def test_streams_pause_and_go_on_with_the_same_text(server: ShoalServer, stop: str, go_on: str) -> None:
     undisturbed = [completion(server, seed) for seed in range(2)]
     begun = [threading.Event(), threading.Event()]
     with ThreadPoolExecutor(2) as pool:
@@ -183,7 +183,7 @@ def test_streams_stand_still_and_go_on_with_the_same_text(server: ShoalServer, s
     assert get(server, "/ready").status_code == 200
 
 
-def test_a_rank_that_dies_asleep_is_replaced_and_asleep_too(server: ShoalServer) -> None:
+def test_a_rank_that_dies_asleep_is_replaced_by_a_sleeping_rank(server: ShoalServer) -> None:
     before = completion(server, 5, 8)
     assert post(server, "/sleep?level=2").json() == {"status": "asleep", "missing": ["weights", "kv_cache"]}
     refused = post(server, "/v1/completions", {"model": "bundled", "prompt": "x"})
@@ -191,8 +191,8 @@ def test_a_rank_that_dies_asleep_is_replaced_and_asleep_too(server: ShoalServer)
     status = get(server, "/v1/admin/status").json()
     killed = status["replicas"][0]["stats"]["ranks"][1]["pid"]
     os.kill(killed, signal.SIGKILL)
-    _await(server, lambda replicas: replicas[0]["restarts"] == 1 and replicas[0]["state"] == "ready")
-    _await(
+    wait_until(server, lambda replicas: replicas[0]["restarts"] == 1 and replicas[0]["state"] == "ready")
+    wait_until(
         server,
         lambda replicas: all(rank["weight_bytes"] == 0 for each in replicas for rank in each["stats"]["ranks"]),
     )
@@ -201,20 +201,20 @@ def test_a_rank_that_dies_asleep_is_replaced_and_asleep_too(server: ShoalServer)
     assert completion(server, 5, 8) == before
 
 
-def _await(server: ShoalServer, holds: Callable[[Any], bool]) -> None:
-    """Ask until the replicas are so; each answer takes a moment."""
+def wait_until(server: ShoalServer, holds: Callable[[Any], bool]) -> None:
+    """Ask for the status until `holds` is true of the replicas."""
     deadline = time.monotonic() + WAIT_S
     while not holds(get(server, "/v1/admin/status").json()["replicas"]):
         assert time.monotonic() < deadline, server.log()[-2000:]
 
 
 @pytest.mark.parametrize("path", ["/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache"])
-def test_all_of_it_asks_for_the_key_and_is_described(server: ShoalServer, path: str) -> None:
+def test_each_endpoint_requires_the_key_and_is_described(server: ShoalServer, path: str) -> None:
     assert ask(server, "POST", path, key=False).status_code == 401
     assert "post" in get(server, "/openapi.json").json()["paths"][path]
 
 
-def test_a_drain_during_a_pause_ends_in_time_and_says_what_holds() -> None:
+def test_a_drain_during_a_pause_ends_in_time_with_a_warning() -> None:
     with ShoalServer("--shutdown-timeout", "2", "--kv-cache-memory-bytes", "8MiB") as found:
         begun = threading.Event()
         with ThreadPoolExecutor(1) as pool:
@@ -224,7 +224,7 @@ def test_a_drain_during_a_pause_ends_in_time_and_says_what_holds() -> None:
             assert found.stop() == 1
             stream.exception(WAIT_S)
         assert (
-            "the server is paused: 1 requests can't finish, and are cut off unless POST /resume continues it"
+            "the server is paused: its 1 unfinished requests will be cut off, unless POST /resume lets them finish"
             in found.log()
         )
 

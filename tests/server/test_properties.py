@@ -1,6 +1,6 @@
 """Thousands of generated requests: none gives a server error, and a good request is answered afterwards.
 
-By the server's own description (schemathesis), right and wrong ones, and by what JSON can be (hypothesis).
+Valid and invalid requests come from the server's OpenAPI description (schemathesis), and any JSON from hypothesis.
 """
 
 import json
@@ -30,11 +30,11 @@ CHECKS: list[Any] = [
     content_type_conformance,
     response_schema_conformance,
 ]
-WITH_BODY = 80  # requests of an operation that takes one, in each mode
+WITH_BODY = 80  # generated requests for an operation with a body, in each mode
 WITHOUT = 10
 GARBAGE = 300
 WAIT_S = 100.0
-# A number that may make the server work for long -> what it is cut to. Others of its kind have tests of their own.
+# Fields with which a request may take long, and the values to which they are cut. Larger values are tested elsewhere.
 MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 3, "replicas": 1} | dict.fromkeys(
     ("logprobs", "top_logprobs", "prompt_logprobs"), 5
 )
@@ -59,7 +59,7 @@ fuzzed = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-OPERATIONS = {"/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache"}  # their parameters are in the query
+OPERATIONS = {"/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache"}  # they take parameters in the query
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def check_well(server: ShoalServer, session: requests.Session) -> None:
 
 
 def known(case: Case[Any]) -> Any:
-    """Return the body without names that are not described, and without other models."""
+    """Return the body without undescribed fields and without fields whose valid values no schema tells."""
     if not isinstance(case.body, dict):
         return case.body
     return {name: value for name, value in case.body.items() if name in FIELDS.split() and name not in UNKNOWABLE}
 
 
 def shortened(path: str, body: Any) -> Any:
-    """Return the body with limits on the work, if the server accepts it."""
+    """Return the body with limits on the work that the server may have with it."""
     if not isinstance(body, dict):
         return body
     found = {**body}
@@ -102,7 +102,7 @@ def shortened(path: str, body: Any) -> Any:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_requests_made_from_the_description_are_answered_as_it_says(
+def test_requests_from_the_openapi_description_get_described_answers(
     server: ShoalServer, session: requests.Session, mode: GenerationMode
 ) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
@@ -110,7 +110,7 @@ def test_requests_made_from_the_description_are_answered_as_it_says(
     for result in schema.get_all_operations():
         operation: Any = cast(Any, result).ok()
         if mode is GenerationMode.NEGATIVE and (operation.method == "get" or operation.path == "/resume"):
-            continue  # nothing that could be wrong
+            continue  # no parameter that could be wrong
         with_body = operation.method == "post" and operation.path not in OPERATIONS
 
         @settings(fuzzed, max_examples=WITH_BODY if with_body else WITHOUT)
@@ -123,7 +123,7 @@ def test_requests_made_from_the_description_are_answered_as_it_says(
             response = case.call(session=session, timeout=WAIT_S)
             statuses[response.status_code] += 1
             case.validate_response(response, checks=CHECKS)
-            if case.path in OPERATIONS:  # what comes next is to be computed
+            if case.path in OPERATIONS:  # the next requests need a server that computes
                 assert session.post(f"{server.url}/wake_up", timeout=WAIT_S).status_code == 200
 
         ask()

@@ -59,7 +59,7 @@ def test_log_likelihoods_are_those_of_llm(client: TestClient, offline: LLM, max_
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "pick"}}])
-def test_a_required_call_comes_from_any_model(client: TestClient, choice: Any) -> None:
+def test_a_required_call_is_made_by_a_model_without_training_for_it(client: TestClient, choice: Any) -> None:
     schema = {
         "type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False,
     }  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_required_call_comes_from_any_model(client: TestClient, choice: Any) -
     assert '"n"' in call["function"]["arguments"]
 
 
-def test_a_replica_that_does_not_exist(client: TestClient) -> None:
+def test_a_replica_that_does_not_exist_is_refused(client: TestClient) -> None:
     answer = client.post("/v1/completions", json={"prompt": "a", "data_parallel_rank": 7})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "data_parallel_rank")
 
@@ -109,7 +109,7 @@ def test_log_probabilities_of_a_response_have_the_bytes_of_its_text(client: Test
 
 @pytest.mark.parametrize(("echo", "before"), [(False, ""), (True, "é日x")])
 @pytest.mark.parametrize("stop", [None, ["🦊"]])
-def test_offsets_are_of_the_text_that_is_returned(
+def test_text_offsets_point_into_the_returned_text(
     client: TestClient, echo: bool, before: str, stop: list[str] | None
 ) -> None:
     body = {"prompt": "é日x", "echo": echo, "logprobs": 1, "stop": stop, **SAYS_WORDS}
@@ -127,7 +127,7 @@ def test_offsets_are_of_the_text_that_is_returned(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echo_that_ends_within_a_character_continues_with_it(client: TestClient, stream: bool) -> None:
+def test_an_echo_that_ends_within_a_character_is_continued_by_the_output(client: TestClient, stream: bool) -> None:
     tokens = client.post("/tokenize", json={"prompt": "ab日c"}).json()["tokens"]
     body = {"prompt": tokens[:4], "echo": True, "logprobs": 0, "max_tokens": 1, "stream": stream, "temperature": 0}
     for cut, expected in ((4, "<|bos|>ab\ufffd"), (5, "<|bos|>ab日"), (6, "<|bos|>ab日c")):

@@ -62,7 +62,7 @@ def test_a_salt_reaches_the_prompt(path: str, salt: str) -> None:
     assert [stream.job.cache_salt for stream in backend.streams] == [salt]
 
 
-def test_a_salt_reaches_prompts_of_ids_and_each_of_several() -> None:
+def test_a_salt_reaches_prompts_of_ids_and_each_prompt_of_a_list() -> None:
     backend = FakeBackend()
     assert ask(COMPLETIONS, backend, prompt=[[5, 6], [7]], cache_salt="a").status_code == 200
     assert [(stream.job.tokens, stream.job.cache_salt) for stream in backend.streams] == [((5, 6), "a"), ((7,), "a")]
@@ -87,7 +87,7 @@ TEXT = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "objec
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_by_the_engine_has_the_clients_name_for_the_field(
+def test_a_refusal_by_the_engine_names_the_field_that_the_client_sent(
     path: str, body: dict[str, Any], error: RequestError, status: int, param: str, message: str, stream: bool
 ) -> None:
     answer = ask(path, FakeBackend(error=error), **body, stream=stream)
@@ -98,7 +98,7 @@ def test_a_refusal_by_the_engine_has_the_clients_name_for_the_field(
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_a_refusal_within_a_stream_has_the_clients_name_for_the_field(path: str) -> None:
+def test_a_refusal_within_a_stream_names_the_field_that_the_client_sent(path: str) -> None:
     backend = FakeBackend(error=structured_outputs_error("can't be obeyed: x"), fail_after=1)
     text = ask(path, backend, guided_regex=".*", stream=True).text
     (found,) = [chunk["error"] for chunk in chunks(text) if "error" in chunk]
@@ -109,7 +109,7 @@ def test_a_refusal_within_a_stream_has_the_clients_name_for_the_field(path: str)
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_token_ids_of_completions() -> None:
+def test_completions_return_token_ids() -> None:
     backend = FakeBackend()
     answer = ask(COMPLETIONS, backend, n=2, temperature=1, return_token_ids=True).json()
     job = backend.streams[0].job
@@ -120,7 +120,7 @@ def test_token_ids_of_completions() -> None:
     assert answer["usage"]["completion_tokens"] == sum(len(choice["token_ids"]) for choice in answer["choices"])
 
 
-def test_token_ids_of_chats() -> None:
+def test_chats_return_token_ids() -> None:
     backend = FakeBackend()
     answer = ask(CHAT, backend, return_token_ids=True).json()
     job = backend.streams[0].job
@@ -147,7 +147,7 @@ def test_token_ids_of_a_stream_are_those_of_the_answer(path: str, says: list[str
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_token_ids_without_being_asked_for(path: str, stream: bool) -> None:
+def test_token_ids_are_returned_only_on_request(path: str, stream: bool) -> None:
     assert "token_ids" not in ask(path, stream=stream).text
 
 
@@ -158,7 +158,7 @@ def logprobs_of(path: str, answer: Any, stream: bool) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("by_flag", [False, True])
-def test_log_probabilities_by_id(stream: bool, by_flag: bool) -> None:
+def test_log_probabilities_may_have_ids_instead_of_texts(stream: bool, by_flag: bool) -> None:
     settings = ServerSettings(return_tokens_as_token_ids=by_flag)
     asked: dict[str, Any] = {"stream": stream} | ({} if by_flag else {"return_tokens_as_token_ids": True})
     backend = FakeBackend(lambda _: ["Hello", " you"])
@@ -175,7 +175,7 @@ def test_log_probabilities_by_id(stream: bool, by_flag: bool) -> None:
     assert all(top["token"] == "token_id:5" for position in content for top in position["top_logprobs"])
 
 
-def test_the_request_counts_more_than_the_flag() -> None:
+def test_the_request_overrides_the_flag() -> None:
     settings = ServerSettings(return_tokens_as_token_ids=True)
     answer = ask(COMPLETIONS, None, settings, logprobs=0, return_tokens_as_token_ids=False)
     assert "token_id:" not in answer.text
@@ -185,7 +185,7 @@ def test_the_request_counts_more_than_the_flag() -> None:
 
 
 @pytest.mark.parametrize("path", list(ASKED))
-def test_spaces_between_special_tokens(path: str) -> None:
+def test_spaces_between_special_tokens_may_be_left_out(path: str) -> None:
     backend = FakeBackend()
     for wanted in (None, True, False):
         assert ask(path, backend, spaces_between_special_tokens=wanted).status_code == 200
@@ -205,7 +205,7 @@ def test_spaces_between_special_tokens(path: str) -> None:
         ({"thinking_token_budget": 5}, "thinking_token_budget is not supported: Shoal does not know where"),
     ],
 )
-def test_what_shoal_lacks_is_refused_by_name(path: str, body: dict[str, Any], message: str) -> None:
+def test_parameters_that_shoal_lacks_are_refused_by_name(path: str, body: dict[str, Any], message: str) -> None:
     answer = ask(path, **body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, next(iter(body)))
@@ -216,7 +216,7 @@ def test_what_shoal_lacks_is_refused_by_name(path: str, body: dict[str, Any], me
 @pytest.mark.parametrize(
     "body", [{"vllm_xargs": {}}, {"vllm_xargs": None}, {"logits_processors": []}, {"thinking_token_budget": None}]
 )
-def test_empty_values_of_what_shoal_lacks_are_accepted(path: str, body: dict[str, Any]) -> None:
+def test_empty_values_of_parameters_that_shoal_lacks_are_accepted(path: str, body: dict[str, Any]) -> None:
     assert ask(path, **body).status_code == 200
 
 
@@ -245,7 +245,7 @@ def test_an_echo_shows_the_tokens_that_were_kept() -> None:
     assert "".join(choice["logprobs"]["tokens"][:3]) == shown
 
 
-def test_a_prompt_that_is_far_too_long_is_cut_to_what_the_model_takes() -> None:
+def test_a_prompt_that_is_far_too_long_is_cut_to_the_context_length() -> None:
     backend = FakeBackend()
     text = "One two three. " * 20_000
     assert ask(COMPLETIONS, backend, prompt=text).status_code == 400

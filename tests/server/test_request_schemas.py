@@ -29,20 +29,20 @@ def test_every_parameter_is_described(endpoint: Endpoint, field: str, name: str)
 
 
 @pytest.mark.parametrize(("endpoint", "field", "name"), FIELDS)
-def test_numbers_have_their_ranges(endpoint: Endpoint, field: str, name: str) -> None:
+def test_numbers_have_the_ranges_of_the_table(endpoint: Endpoint, field: str, name: str) -> None:
     form = SAMPLING_TABLE[name].form
     if not isinstance(form, Number):
         return
     number, null = schema_of(endpoint, field)["anyOf"]
     assert (number["type"], null["type"]) == ("integer" if form.integer else "number", "null")
     low = number.get("exclusiveMinimum" if form.above_low else "minimum", form.low)
-    # A completion may have no tokens, with echo; a response can't ask for all of the vocabulary.
+    # A completion with echo may have no new tokens; a response can't ask for the whole vocabulary.
     others = {("completions", "max_tokens"): 0, ("responses", "logprobs"): 0}
     assert low == others.get((endpoint, name), form.least)
     assert number.get("maximum", form.high) == (2048 if name == "n" else form.high)
 
 
-def test_a_schema_has_no_other_names_of_numbers() -> None:
-    """pydantic writes `ge` instead of `minimum` where it does not understand which type a range belongs to."""
+def test_a_schema_has_only_standard_names_of_ranges() -> None:
+    """pydantic writes `ge` instead of `minimum` where it cannot tell the type to which a range belongs."""
     for body in BODIES.values():
         assert '"ge"' not in str(body.model_json_schema()).replace("'", '"')

@@ -35,13 +35,13 @@ def events_of(text: str) -> list[Any]:
     return found
 
 
-def without_names(response: dict[str, Any]) -> dict[str, Any]:
-    """Return what two answers to the same question have in common."""
+def without_ids(response: dict[str, Any]) -> dict[str, Any]:
+    """Return the response without ids and times, so that two answers to one request are equal."""
     items = [{**item, "id": "", "call_id": ""} for item in response["output"]]
     return {**response, "id": "", "created_at": 0, "output": items}
 
 
-def test_an_answer() -> None:
+def test_an_answer_has_the_form_of_openai() -> None:
     backend = FakeBackend()
     answer = Response.model_validate(
         ask(backend, instructions="be short", max_output_tokens=9, top_k=3, metadata={"a": "b"}).json()
@@ -55,7 +55,7 @@ def test_an_answer() -> None:
     assert "<|system|>be short<|end|><|user|>hi<|end|>" in job.prompt
 
 
-def test_an_answer_that_reaches_its_length() -> None:
+def test_an_answer_that_reaches_its_length_is_incomplete() -> None:
     answer = Response.model_validate(ask(FakeBackend(finish="length")).json())
     assert answer.status == "incomplete"
     assert answer.incomplete_details is not None
@@ -73,7 +73,7 @@ def test_a_stream_adds_up_to_the_answer(says: str, body: dict[str, Any]) -> None
     assert [event["type"] for event in events[:3]] == [
         "response.created", "response.in_progress", "response.output_item.added",
     ]  # fmt: skip
-    assert without_names(events[-1]["response"]) == without_names(whole)
+    assert without_ids(events[-1]["response"]) == without_ids(whole)
     for i, item in enumerate(whole["output"]):
         mine = [event for event in events if event.get("output_index") == i]
         text = "".join(event["delta"] for event in mine if event["type"].endswith(".delta"))
@@ -87,13 +87,13 @@ def test_a_stream_adds_up_to_the_answer(says: str, body: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("top", [None, 1])
-def test_as_many_of_the_likeliest_tokens_as_were_asked_for(top: int | None) -> None:
+def test_the_requested_number_of_likeliest_tokens_is_returned(top: int | None) -> None:
     answer = ask(FakeBackend(lambda _: ["hello"]), include=["message.output_text.logprobs"], top_logprobs=top).json()
     for each in answer["output"][0]["content"][0]["logprobs"]:
         assert (each["logprob"], [known["logprob"] for known in each["top_logprobs"]]) == (-1.5, [-0.5][: top or 0])
 
 
-def test_a_conversation_with_a_call() -> None:
+def test_a_conversation_with_a_call_reaches_the_template() -> None:
     template = (
         "{% for m in messages %}[{{ m.role }} {{ m.content }} {{ m.tool_calls | default('') | tojson }}]{% endfor %}"
     )
@@ -113,7 +113,7 @@ def test_a_conversation_with_a_call() -> None:
     assert "[tool done" in prompt
 
 
-def test_text_and_a_call_of_one_turn_are_one_message() -> None:
+def test_text_and_calls_of_one_turn_become_one_message() -> None:
     template = "{% for m in messages %}[{{ m.role }} {{ m.content }} {{ m.tool_calls | length }}]{% endfor %}"
     backend = FakeBackend()
     said = [
@@ -129,7 +129,7 @@ def test_text_and_a_call_of_one_turn_are_one_message() -> None:
     assert backend.streams[0].job.prompt == "[user hi 0][assistant let me see 2][tool done 0]"
 
 
-def test_log_probabilities_with_tools() -> None:
+def test_tools_do_not_change_log_probabilities() -> None:
     tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
     include = ["message.output_text.logprobs"]
     found = []
@@ -141,7 +141,7 @@ def test_log_probabilities_with_tools() -> None:
     assert found[0] == found[1] != []
 
 
-def test_structured_text() -> None:
+def test_a_text_format_reaches_the_engine_as_structured_outputs() -> None:
     backend = FakeBackend()
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     assert ask(backend, text={"format": {"type": "json_schema", "name": "x", "schema": schema}}).status_code == 200
@@ -186,12 +186,12 @@ def test_errors_name_the_field(body: dict[str, Any], status: int, param: str) ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_failures(stream: bool) -> None:
+def test_failures_have_a_status_or_end_the_stream(stream: bool) -> None:
     full = ask(FakeBackend(error=QueueFull("full", 2)), stream=stream)
     assert (full.status_code, full.headers["retry-after"]) == (429, "2")
-    late = ask(FakeBackend(error=EngineError("it has died"), fail_after=1), stream=stream)
+    late = ask(FakeBackend(error=EngineError("rank 1 has died"), fail_after=1), stream=stream)
     if stream:
         last = events_of(late.text)[-1]
-        assert (last["type"], last["response"]["error"]["message"]) == ("response.failed", "it has died")
+        assert (last["type"], last["response"]["error"]["message"]) == ("response.failed", "rank 1 has died")
     else:
         assert late.status_code == 500

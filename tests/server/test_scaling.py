@@ -1,4 +1,4 @@
-"""POST /v1/admin/replicas: what is said against a number of replicas."""
+"""POST /v1/admin/replicas: the errors that a wrong number of replicas gives."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ from support.fake_backend import FakeBackend
         (ConfigError("9 replicas need 18 devices, there are 8"), 400, "replicas", None),
         (Unavailable("the server ends", 4.0), 503, None, "4"),
         (ClosedError("the engine was closed"), 503, None, "10"),
-        (EngineError("nobody answers"), 500, None, None),
+        (EngineError("the engine does not answer"), 500, None, None),
     ],
 )
-def test_errors_have_their_status(error: Exception, status: int, param: str | None, after: str | None) -> None:
+def test_each_error_has_its_http_status(error: Exception, status: int, param: str | None, after: str | None) -> None:
     app = FastAPI()
     add_handlers(app)
     app.include_router(scaling.routes(FakeBackend(refusal=error)))

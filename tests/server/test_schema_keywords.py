@@ -1,4 +1,4 @@
-"""Keywords of a JSON schema that can't be obeyed, at every endpoint that takes one: a header or an error."""
+"""Keywords of JSON schemas that Shoal can't obey give a header or an error at every endpoint with schemas."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def ask(path: str, body: dict[str, Any], backend: FakeBackend | None = None) -> 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("strict", [None, False])
 @pytest.mark.parametrize("body_of", ENDPOINTS)
-def test_a_header_names_what_is_ignored(body_of: Any, strict: bool | None, stream: bool) -> None:
+def test_a_header_names_the_ignored_keywords(body_of: Any, strict: bool | None, stream: bool) -> None:
     path, body, _ = body_of(TAGS, strict)
     answer = ask(path, {**body, "stream": stream})
     assert (answer.status_code, answer.headers[HEADER]) == (200, IGNORED)
@@ -76,7 +76,7 @@ def test_a_strict_schema_is_obeyed_or_refused(body_of: Any) -> None:
     assert ask(path, body).status_code == 200
 
 
-def test_each_tool_is_as_strict_as_it_says() -> None:
+def test_each_tool_may_be_strict_or_not() -> None:
     loose, strict = tool(TAGS, None, "loose"), tool(PLAIN, True, "strict")
     body = {"messages": TALK, "tools": [loose, strict], "tool_choice": "required"}
     answer = ask("/v1/chat/completions", body)
@@ -90,7 +90,7 @@ def test_each_tool_is_as_strict_as_it_says() -> None:
     (completion, "structured_outputs"), (formatted, "response_format.json_schema.strict"),
     (called, "tools[0].function.strict"), (responded, "text.format.json_schema.strict"),
 ])  # fmt: skip
-def test_strict_is_true_or_false(body_of: Any, param: str) -> None:
+def test_strict_must_be_true_or_false(body_of: Any, param: str) -> None:
     path, body, _ = body_of(PLAIN, "yes")
     answer = ask(path, body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
@@ -111,7 +111,7 @@ def test_the_header_is_short_and_the_log_has_one_line(caplog: pytest.LogCaptureF
     assert [line for line in caplog.messages if "uniqueItems" in line] == caplog.messages[:1]
 
 
-def test_anchors_belong_to_their_tool() -> None:
+def test_an_anchor_leads_to_the_schema_of_its_own_tool() -> None:
     def anchored(kind: str) -> dict[str, Any]:
         return {
             "type": "object",

@@ -1,4 +1,4 @@
-"""GET /v1/admin/status: every field, under its name."""
+"""GET /v1/admin/status returns every field of the status under its name."""
 
 import json
 from urllib.request import urlopen
@@ -11,7 +11,7 @@ from support.fleet_status import engine, fleet, ranks, replica
 from support.status_server import StatusServer
 
 
-def test_every_field_is_there_under_its_name() -> None:
+def test_every_field_has_its_name() -> None:
     traffic = (Traffic("tp", "all_reduce", 3, 4096),)
     rank = replace_fields(ranks()[0], traffic=traffic)
     stats = replace_fields(
@@ -34,7 +34,7 @@ def test_every_field_is_there_under_its_name() -> None:
     assert shown["replicas"][1]["cause"] == "rank 1 died"
 
 
-def test_over_http_it_is_never_cached() -> None:
+def test_the_answer_is_never_cached() -> None:
     status = fleet(replica(0, stats=engine(running=7)))
     with (
         StatusServer(lambda: status) as server,

@@ -32,7 +32,7 @@ ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 
 
 class Talk:
-    """Return a client, and a function that returns the prompt that the model got last."""
+    """A conversation with a server. `shown` is the last prompt that the model got."""
 
     def __init__(self, says: list[str] | None = None, **settings: Any) -> None:
         self.says = says or ["Fine."]
@@ -54,7 +54,7 @@ class Talk:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_second_turn(stream: bool) -> None:
+def test_a_second_turn_continues_the_conversation(stream: bool) -> None:
     talk = Talk()
     first = talk.say("Hi", instructions="be short", stream=stream)
     assert (first["store"], first["previous_response_id"]) == (True, None)
@@ -68,7 +68,7 @@ def test_a_second_turn(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_and_its_output(stream: bool) -> None:
+def test_the_output_of_a_call_follows_the_call(stream: bool) -> None:
     talk = Talk([CALL[i : i + 5] for i in range(0, len(CALL), 5)])
     first = talk.say("Rain?", tools=[TOOL], stream=stream)
     (call,) = first["output"]
@@ -80,7 +80,7 @@ def test_a_call_and_its_output(stream: bool) -> None:
     assert talk.shown == '[assistant  weather{"a": 1}][tool wet]'
 
 
-def test_references_to_items_of_the_request_and_of_others() -> None:
+def test_item_references_lead_to_items_of_this_and_earlier_requests() -> None:
     talk = Talk()
     first = talk.say([{"type": "message", "id": "msg_mine", "role": "user", "content": "Hi"}])
     talk.say([{"type": "item_reference", "id": name} for name in ("msg_mine", first["output"][0]["id"])])
@@ -146,18 +146,18 @@ def test_a_conversation_that_is_too_large_is_answered_and_not_stored() -> None:
     assert (answer["status"], answer["store"], talk.backend.store.size) == ("completed", False, 0)
 
 
-def test_a_store_that_does_not_answer_fails_no_request() -> None:
+def test_requests_succeed_though_the_store_does_not_answer() -> None:
     talk = Talk()
 
     async def ask(verb: str, payload: bytes = b"") -> bytes:
-        raise EngineError("nobody answers")
+        raise EngineError("the engine does not answer")
 
     talk.backend.ask = ask  # type: ignore[method-assign]
     answer = talk.say("Hi")
     assert (answer["status"], answer["store"]) == ("completed", False)
 
 
-def test_the_response_before_may_be_removed_while_an_answer_is_made() -> None:
+def test_the_previous_response_may_be_removed_while_an_answer_is_made() -> None:
     talk = Talk()
     first = talk.say("Hi")
     ask = talk.backend.ask
@@ -263,7 +263,7 @@ def test_unused_responses_are_removed_after_a_time() -> None:
     assert found.size == 0
 
 
-def test_the_longest_unused_response_is_removed_first() -> None:
+def test_the_least_recently_used_response_is_removed_first() -> None:
     found = store()
     for name in "abc":
         keep(found, name)
@@ -272,7 +272,7 @@ def test_the_longest_unused_response_is_removed_first() -> None:
     assert [has(found, name) for name in "abcd"] == [True, False, True, True]
 
 
-def test_bytes_have_a_limit_and_shared_turns_count_once() -> None:
+def test_the_bytes_of_a_store_have_a_limit_and_shared_turns_count_once() -> None:
     found = store(most=1000, most_bytes=100_000)
     assert keep(found, "0", size=40_000) == b"kept"
     for i in range(1, 30):
@@ -291,7 +291,7 @@ def test_bytes_have_a_limit_and_shared_turns_count_once() -> None:
     )
 
 
-def test_a_conversation_outlives_the_responses_before_it() -> None:
+def test_a_conversation_stays_whole_when_its_earlier_responses_are_removed() -> None:
     found = store()
     keep(found, "a")
     keep(found, "b", "a")
@@ -309,12 +309,12 @@ def test_a_response_with_a_known_id_replaces_the_older_one() -> None:
     assert stored_turns_decoder.decode(found.verbs["responses.turns"](b"a")).turns[0] == b"[%s]" % (b"1" * 20)
 
 
-# --- OpenAI's client, whichever process answers --------------------------------------------------------------------
+# --- OpenAI's client with several API servers ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def client_of() -> Iterator[Callable[[], openai.OpenAI]]:
-    """Each client has connections of its own, and any of the processes may accept them."""
+    """Return a maker of clients. Each has connections of its own, which any API server may accept."""
     options = ["--kv-cache-memory-bytes", "64MiB", "--api-server-count", "2", "--chat-template", TEMPLATE]
     with ShoalServer(*options) as server, contextlib.ExitStack() as opened:
 
@@ -325,7 +325,7 @@ def client_of() -> Iterator[Callable[[], openai.OpenAI]]:
 
 
 @pytest.mark.timeout(300)
-def test_openais_client(client_of: Callable[[], openai.OpenAI]) -> None:
+def test_openais_client_reads_continues_and_deletes_responses(client_of: Callable[[], openai.OpenAI]) -> None:
     options: Any = {"model": "bundled", "max_output_tokens": 8, "temperature": 0}
     first = client_of().responses.create(input="Count from 3 to 9:", **options)
     said: list[Any] = [
@@ -334,7 +334,7 @@ def test_openais_client(client_of: Callable[[], openai.OpenAI]) -> None:
         {"role": "user", "content": "And on:"},
     ]
     expected = client_of().responses.create(input=said, store=False, **options)
-    for _ in range(6):  # so that most likely both processes accept one
+    for _ in range(6):  # most likely, each API server accepts at least one
         client = client_of()
         second = client.responses.create(input="And on:", previous_response_id=first.id, **options)
         assert second.output_text == expected.output_text
@@ -358,7 +358,7 @@ def test_openais_client(client_of: Callable[[], openai.OpenAI]) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_and_its_output_by_openais_client(client_of: Callable[[], openai.OpenAI], stream: bool) -> None:
+def test_openais_client_continues_after_a_call(client_of: Callable[[], openai.OpenAI], stream: bool) -> None:
     parameters = {
         "type": "object",
         "properties": {"a": {"enum": [1]}},

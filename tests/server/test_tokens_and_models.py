@@ -30,7 +30,7 @@ def test_a_text_becomes_tokens_and_text_again() -> None:
     assert client().post("/detokenize", json={"tokens": plain["tokens"]}).json() == {"prompt": "wörld 🐟"}
 
 
-def test_a_conversation() -> None:
+def test_a_conversation_becomes_the_tokens_of_its_template() -> None:
     said = client().post("/tokenize", json={"messages": TALK}).json()
     text = client().post("/detokenize", json={"tokens": said["tokens"]}).json()["prompt"]
     assert text.endswith("<|user|>hi there<|end|><|assistant|>")
@@ -38,7 +38,7 @@ def test_a_conversation() -> None:
     assert bare["tokens"] == said["tokens"][:-1]
 
 
-def test_a_conversation_may_be_longer_than_the_model_takes() -> None:
+def test_a_conversation_may_be_longer_than_the_context() -> None:
     said = client().post("/tokenize", json={"messages": [{"role": "user", "content": "hi " * 1000}]}).json()
     assert said["count"] > said["max_model_len"]
 
@@ -61,7 +61,7 @@ def test_errors_name_the_field(path: str, body: Any, status: int, param: str) ->
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
 
 
-def test_models() -> None:
+def test_models_are_listed_by_every_served_name() -> None:
     names = ("org/first", "second")
     served = client(served_model_names=names)
     listed = served.get("/v1/models").json()
@@ -76,7 +76,7 @@ def test_an_unknown_parser_is_refused() -> None:
         ServerSettings(tool_call_parser="x")
 
 
-def test_the_description_is_complete() -> None:
+def test_the_openapi_description_has_every_endpoint_and_its_errors() -> None:
     described = client().get("/openapi.json").json()
     paths = described["paths"]
     assert set(paths) >= {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/tokenize"}

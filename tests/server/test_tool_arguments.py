@@ -1,4 +1,4 @@
-"""Arguments of tool calls are whole JSON objects, whatever the schema allows and wherever an output is cut."""
+"""Arguments of tool calls are complete JSON objects, for all schemas and even if the output is cut."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from shoal.text.structured_outputs import grammar_text
 from support.fake_backend import FakeBackend
 
 NUMBER = {"properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
-SCHEMAS: dict[str, tuple[Any, list[str]]] = {  # parameters, and which of ARGUMENTS they allow
+SCHEMAS: dict[str, tuple[Any, list[str]]] = {  # (parameters of a tool, the ARGUMENTS that they allow)
     "missing": (None, ["{}"]),
     "empty": ({}, ["{}"]),
     "true": (True, ["{}", '{"n": 1}', '{"q": 3}']),
@@ -40,9 +40,9 @@ TOOL = {"name": "pick", "parameters": {"type": "object", "properties": {"a": {"t
 CHOSEN = {"type": "function", "function": {"name": "pick"}}
 
 
-@pytest.mark.parametrize(("parameters", "left"), SCHEMAS.values(), ids=SCHEMAS)
+@pytest.mark.parametrize(("parameters", "allowed"), SCHEMAS.values(), ids=SCHEMAS)
 @pytest.mark.parametrize("choice", ["required", CHOSEN], ids=["required", "by name"])
-def test_arguments_are_an_object_whatever_the_schema_leaves_open(parameters: Any, left: list[str], choice: Any) -> None:
+def test_arguments_are_an_object_for_every_schema(parameters: Any, allowed: list[str], choice: Any) -> None:
     function = {"name": "pick"} | ({} if parameters is None else {"parameters": parameters})
     plan = plan_tools([{"type": "function", "function": function}], choice, None)
     text = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
@@ -56,7 +56,7 @@ def test_arguments_are_an_object_whatever_the_schema_leaves_open(parameters: Any
         tokens = (*encode(output, add_special_tokens=False).ids, 1)
         if grammar.count_valid(tokens) == len(tokens):
             found.append(arguments)
-    assert found == left
+    assert found == allowed
 
 
 @pytest.mark.parametrize("parameters", [7, False, [], "x", {"type": "string"}, {"type": ["null", "array"]}])
@@ -100,7 +100,7 @@ def chat(says: str, finish: FinishReason, *, stream: bool, **body: Any) -> tuple
     return content, [(name, arguments) for name, arguments in calls], reason
 
 
-CUT: dict[str, Any] = {  # tool_choice, and the output up to the stop text
+CUT: dict[str, Any] = {  # (tool_choice, the output up to the stop text)
     "by name": (CHOSEN, '{"a": "x'),
     "required": ("required", '[{"name": "pick", "parameters": {"a": "x'),
     "auto": ("auto", '<tool_call>{"name": "pick", "arguments": {"a": "x'),
@@ -110,7 +110,7 @@ CUT: dict[str, Any] = {  # tool_choice, and the output up to the stop text
 @pytest.mark.parametrize(("choice", "says"), CUT.values(), ids=CUT)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stop", [{"stop": ["y"]}, {"stop_token_ids": [5]}])
-def test_a_call_that_the_clients_stop_cuts_is_left_out(
+def test_a_call_that_is_cut_by_the_clients_stop_is_left_out(
     choice: Any, says: str, stream: bool, stop: dict[str, Any]
 ) -> None:
     assert chat(says, "stop", stream=stream, tool_choice=choice, **stop) == ("", [], "stop")
@@ -119,14 +119,14 @@ def test_a_call_that_the_clients_stop_cuts_is_left_out(
 @pytest.mark.parametrize(("choice", "says"), CUT.values(), ids=CUT)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stop", [{}, {"stop": ["y"]}])
-def test_the_part_of_a_call_that_the_length_cuts_is_sent(
+def test_a_call_that_the_length_limit_cuts_is_sent_as_far_as_it_goes(
     choice: Any, says: str, stream: bool, stop: dict[str, Any]
 ) -> None:
     assert chat(says, "length", stream=stream, tool_choice=choice, **stop) == ("", [("pick", '{"a": "x')], "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_whole_calls_before_one_that_was_cut_are_sent(stream: bool) -> None:
+def test_complete_calls_before_a_cut_call_are_sent(stream: bool) -> None:
     says = '[{"name": "pick", "parameters": {"a": "1"}}, {"name": "pick", "parameters": {"a": "x'
     found = chat(says, "stop", stream=stream, tool_choice="required", stop=["y"])
     assert found == ("", [("pick", '{"a": "1"}')], "stop")
@@ -141,14 +141,14 @@ def test_a_stop_after_the_arguments_leaves_the_call_whole(stream: bool, end: str
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_model_that_ends_within_a_call_has_not_called(stream: bool) -> None:
+def test_a_call_that_the_model_itself_breaks_off_is_no_call(stream: bool) -> None:
     _, calls, reason = chat(CUT["auto"][1], "stop", stream=stream, tool_choice="auto")
     assert reason == "stop"
     assert stream or not calls
 
 
 @pytest.mark.parametrize("arguments", ["7", "true", "[1]", '"7"', '"x"'])
-def test_a_call_without_an_object_is_text(arguments: str) -> None:
+def test_a_call_whose_arguments_are_no_object_is_text(arguments: str) -> None:
     says = f'<tool_call>{{"name": "pick", "arguments": {arguments}}}</tool_call>'
     content, calls, reason = chat(says, "stop", stream=False, tool_choice="auto")
     assert (calls, reason) == ([], "stop")
@@ -163,7 +163,7 @@ def test_arguments_in_other_forms_become_objects(written: str, read: Any) -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_response_leaves_out_a_call_that_the_clients_stop_cuts(stream: bool) -> None:
+def test_a_response_leaves_out_a_call_that_is_cut_by_the_clients_stop(stream: bool) -> None:
     tools = [{"type": "function", **TOOL}]
     asked = {"input": "hi", "tools": tools, "tool_choice": "required", "stop": ["y"], "stream": stream}
     answer = post("/v1/responses", CUT["required"][1], "stop", **asked)

@@ -1,7 +1,7 @@
 """The internal parts of uvicorn that Shoal uses, although uvicorn does not promise to keep them.
 
-pyproject.toml says up to which version of uvicorn they were looked at. Whoever raises that bound runs this file with
-the newer version first: each failure names what has moved, and the modules below are where Shoal uses it.
+pyproject.toml limits uvicorn to the versions with which this file passed. To raise the limit, run this file with the
+newer version first: each failure names a part that has changed, and Shoal uses these parts in the modules below.
 """
 
 import ast
@@ -57,9 +57,9 @@ CYCLE_ATTRIBUTES = {
 SERVER_ATTRIBUTES = {"config", "force_exit", "server_state", "should_exit"}
 
 
-def moved(what: str) -> str:
+def moved(part: str) -> str:
     users = ", ".join(module.__name__ for module in MODULES)
-    return f"uvicorn {uvicorn.__version__} has changed {what}, which Shoal builds on in {users}"
+    return f"uvicorn {uvicorn.__version__} has changed {part}. Shoal uses it in {users}"
 
 
 METHODS = [
@@ -69,21 +69,21 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("owner", "name", "parameters"), METHODS, ids=[name for _, name, _ in METHODS])
-def test_a_method_that_is_overridden_has_its_parameters(owner: type, name: str, parameters: list[str]) -> None:
+def test_an_overridden_method_has_the_known_parameters(owner: type, name: str, parameters: list[str]) -> None:
     method = getattr(owner, name, None)
     assert method is not None, moved(f"{owner.__name__}.{name} (it is gone)")
     found = [*inspect.signature(method).parameters]
     assert found == ["self", *parameters], moved(f"{owner.__name__}.{name}, whose parameters are {found}")
 
 
-def test_status_lines() -> None:
+def test_status_lines_have_the_known_form() -> None:
     line = STATUS_LINE.get(431)
     assert line == b"HTTP/1.1 431 Request Header Fields Too Large\r\n", moved(
         f"STATUS_LINE, which has {line!r} for 431"
     )
 
 
-def test_attributes_of_a_server() -> None:
+def test_a_server_has_the_known_attributes() -> None:
     server = uvicorn.Server(uvicorn.Config("none"))
     missing = SERVER_ATTRIBUTES - set(vars(server))
     assert not missing, moved(f"Server, which lacks {missing}")
@@ -92,7 +92,7 @@ def test_attributes_of_a_server() -> None:
 
 
 class Transport(asyncio.Transport):
-    """A connection without another end."""
+    """A transport that keeps the written bytes and sends them nowhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def watched(calls: list[str]) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol, whose methods are overridden as Shoal's are, and note their calls."""
+    """Return uvicorn's protocol with the methods that Shoal overrides; `calls` gets the names of the called ones."""
 
     def watching(name: str) -> Callable[..., Any]:
         def method(self: HttpToolsProtocol, *arguments: Any) -> Any:
@@ -134,7 +134,7 @@ def watched(calls: list[str]) -> type[HttpToolsProtocol]:
     return type("Watched", (HttpToolsProtocol,), {name: watching(name) for name in PROTOCOL_METHODS})
 
 
-def test_a_connection_has_its_attributes_and_calls_what_is_overridden() -> None:
+def test_a_connection_has_the_known_attributes_and_calls_the_overridden_methods() -> None:
     calls: list[str] = []
 
     async def scenario() -> None:
@@ -163,15 +163,15 @@ def test_a_connection_has_its_attributes_and_calls_what_is_overridden() -> None:
         connection.connection_lost(None)
 
     asyncio.run(scenario())
-    silent = set(PROTOCOL_METHODS) - set(calls) - {"pause_writing", "resume_writing"}  # those the transport calls
+    silent = set(PROTOCOL_METHODS) - set(calls) - {"pause_writing", "resume_writing"}  # the transport calls these
     assert not silent, moved(f"HttpToolsProtocol, which no longer calls {silent}")
 
 
-# --- the lists above are what Shoal builds on, no more and no less ---------------------------------------------------
+# --- the lists above are complete ------------------------------------------------------------------------------------
 
 
 def attributes(tree: ast.AST, *names: str) -> Iterator[str]:
-    """Give each attribute that is looked up in a variable or an attribute with one of the names."""
+    """Yield each attribute that is read from a variable or attribute with one of the names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             owner = node.value
@@ -180,8 +180,8 @@ def attributes(tree: ast.AST, *names: str) -> Iterator[str]:
                 yield node.attr
 
 
-def built_on(kind: type, module: ModuleType) -> set[str]:
-    """Return what the methods of a class look up in `self` that the class does not define itself."""
+def used_of_base(kind: type, module: ModuleType) -> set[str]:
+    """Return the attributes of `self` that methods of a class use but the class does not define."""
     tree = ast.parse(inspect.getsource(module))
     (body,) = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
     own = {*vars(kind), *vars(kind).get("__annotations__", {})}
@@ -195,8 +195,8 @@ def overridden(kind: type, base: type) -> set[str]:
 def test_the_lists_are_complete() -> None:
     assert overridden(protocol.BoundedProtocol, HttpToolsProtocol) == set(PROTOCOL_METHODS)
     assert overridden(listening.Server, uvicorn.Server) == set(SERVER_METHODS)
-    assert built_on(protocol.BoundedProtocol, protocol) == PROTOCOL_ATTRIBUTES
-    assert built_on(listening.Server, listening) == SERVER_ATTRIBUTES
+    assert used_of_base(protocol.BoundedProtocol, protocol) == PROTOCOL_ATTRIBUTES
+    assert used_of_base(listening.Server, listening) == SERVER_ATTRIBUTES
     trees = [ast.parse(inspect.getsource(module)) for module in MODULES]
     assert {name for tree in trees for name in attributes(tree, "cycle", "_cycle")} == CYCLE_ATTRIBUTES
     assert {name for tree in trees for name in attributes(tree, "connection")} <= PROTOCOL_ATTRIBUTES

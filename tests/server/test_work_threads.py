@@ -1,4 +1,4 @@
-"""Work off the event loop."""
+"""Work on threads beside the event loop."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ def test_small_work_is_done_immediately_and_large_work_on_another_thread() -> No
     assert asyncio.run(where(100, quick=False)) == "shoal-work"
 
 
-def test_an_error_is_raised_for_the_caller() -> None:
+def test_an_error_of_the_work_is_raised_in_the_caller() -> None:
     async def fail() -> None:
         await WorkThreads(1).run(lambda: int("x"))
 
@@ -82,7 +82,7 @@ def _no_collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_collector")
 def test_a_failure_keeps_no_reference_to_the_work() -> None:
-    """It is freed before the garbage collector runs, which may take long while nothing happens."""
+    """Its memory is freed at once, not only when the garbage collector runs, which may take long in an idle process."""
 
     async def go() -> None:
         threads = WorkThreads(1)
@@ -93,7 +93,7 @@ def test_a_failure_keeps_no_reference_to_the_work() -> None:
         with contextlib.suppress(ValueError):
             await threads.run(work)
         del work
-        assert await threads.run(lambda: 5) == 5  # the thread is at something else by now
+        assert await threads.run(lambda: 5) == 5  # the thread has begun other work
         assert alive() is None
 
     asyncio.run(go())

@@ -1,3 +1,5 @@
+"""The state of a grammar: masks, drafts, ends, and errors."""
+
 import random
 import re
 from functools import cache
@@ -19,7 +21,7 @@ TOKENIZER = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read
 SIZE = 640
 EOS = (1, 5)
 A, B, C = (int(Tokenizer.from_str(TOKENIZER).token_to_id(letter) or 0) for letter in "abc")
-WORD = 4  # bytes
+WORD_BYTES = 4
 
 
 def vocabulary(eos: Ids = EOS, vocab_size: int = SIZE) -> Vocabulary:
@@ -37,7 +39,7 @@ def of_regex(pattern: str, source: Vocabulary | None = None, limits: LLParserLim
 
 def rows(grammar: GrammarState, drafts: Ids = (), words: int = SIZE // 32) -> list[set[int]]:
     parts = [place.row for place in grammar.allowed_tokens(drafts)]
-    assert [len(part) for part in parts] == [words * WORD] * (1 + len(drafts))
+    assert [len(part) for part in parts] == [words * WORD_BYTES] * (1 + len(drafts))
     return [{token for token in range(words * 32) if part[token // 8] >> token % 8 & 1} for part in parts]
 
 
@@ -52,7 +54,7 @@ def texts() -> dict[int, str]:
     return {i: tokenizer.decode([i]) for i in range(SIZE) if tokenizer.decode([i]).isascii() and tokenizer.decode([i])}
 
 
-def test_first_tokens_are_those_that_a_matching_text_can_begin_with() -> None:
+def test_the_first_mask_has_the_tokens_that_begin_a_matching_text() -> None:
     [first] = rows(of_regex("ab*c"))
     assert first == {i for i, text in texts().items() if re.fullmatch("ab*c?", text)}
     assert A in first
@@ -67,7 +69,7 @@ def test_every_end_of_text_token_is_allowed_where_the_grammar_accepts() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
-def test_an_output_that_another_process_began_is_taken_in_one_call(count: int) -> None:
+def test_the_tokens_of_a_begun_output_are_taken_in_one_call(count: int) -> None:
     """The state is the same as after taking the tokens one by one, with a mask computed before each."""
     output = (A, B, B, EOS[0])[:count]
     stepwise, resumed = of_regex("ab*"), of_regex("ab*")
@@ -88,7 +90,7 @@ def test_after_a_complete_text_only_end_of_text_tokens_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("end", EOS)
-def test_nothing_may_follow_an_end_of_text_token(end: int) -> None:
+def test_no_token_may_follow_an_end_of_text_token(end: int) -> None:
     grammar = of_regex("ab*")
     grammar.accept((A, end))
     assert grammar.ended
@@ -120,7 +122,7 @@ def test_masks_after_drafts_leave_the_state_unchanged() -> None:
         ((A, B, SIZE), 2),
     ],
 )
-def test_drafts_are_valid_up_to_the_first_that_the_grammar_does_not_allow(drafts: Ids, valid: int) -> None:
+def test_drafts_are_valid_up_to_the_first_forbidden_draft(drafts: Ids, valid: int) -> None:
     grammar = of_regex("ab*c")
     assert grammar.count_valid(drafts) == valid
     rows(grammar, drafts)
@@ -128,7 +130,7 @@ def test_drafts_are_valid_up_to_the_first_that_the_grammar_does_not_allow(drafts
 
 
 @pytest.mark.parametrize("tokens", [(C,), (A, A), (1,), (A, 5), (SIZE,), (A, C, A), (A, C, 1, 5)])
-def test_a_token_that_can_not_follow_is_an_error_and_changes_nothing(tokens: Ids) -> None:
+def test_a_forbidden_token_is_an_error_and_changes_nothing(tokens: Ids) -> None:
     grammar = of_regex("ab*c")
     before = rows(grammar)
     with pytest.raises(EngineError, match=f"token {tokens[-1]} "):
@@ -136,7 +138,7 @@ def test_a_token_that_can_not_follow_is_an_error_and_changes_nothing(tokens: Ids
     assert rows(grammar) == before
 
 
-def test_a_model_without_end_of_text_tokens_ends_when_nothing_may_follow() -> None:
+def test_a_model_without_end_of_text_tokens_ends_when_no_token_may_follow() -> None:
     grammar = of_regex("ab?", vocabulary(eos=()))
     assert not rows(grammar)[0] & {*EOS}
     grammar.accept((A,))
@@ -144,7 +146,7 @@ def test_a_model_without_end_of_text_tokens_ends_when_nothing_may_follow() -> No
     assert rows(grammar) == [{B}]
     grammar.accept((B,))
     assert grammar.ended
-    assert rows(grammar)[0]  # a row is never empty: what is drawn after the end is dropped
+    assert rows(grammar)[0]  # a row is never empty; a token that is drawn after the end is dropped
 
 
 def test_an_end_of_text_token_that_also_has_text_is_allowed_only_at_the_end() -> None:
@@ -155,12 +157,12 @@ def test_an_end_of_text_token_that_also_has_text_is_allowed_only_at_the_end() ->
     assert rows(grammar) == [{B}]
 
 
-def test_a_dead_end_is_reported_when_it_is_reached_and_not_before() -> None:
+def test_a_dead_end_is_reported_only_when_it_is_reached() -> None:
     grammar = of_regex("abca", vocabulary(eos=(B,)))
     assert rows(grammar, (A,)) == [{A}, {B}]
     assert not grammar.problem
     grammar.accept((A,))
-    assert rows(grammar) == [{B}]  # never empty
+    assert rows(grammar) == [{B}]  # a row is never empty
     assert "no token of the model may follow" in grammar.problem
     assert grammar.ended
     grammar.accept((B,))
@@ -190,7 +192,7 @@ def test_a_model_with_fewer_tokens_than_its_tokenizer_has_smaller_rows() -> None
     assert rows(of_regex("[a-z ]*", source), words=4)[0] == {i for i in rows(of_regex("[a-z ]*"))[0] if i < 100}
 
 
-def test_text_that_the_vocabulary_can_not_spell_is_refused() -> None:
+def test_a_text_that_no_tokens_of_the_model_spell_is_refused() -> None:
     with pytest.raises(RequestError, match="no token of the model"):
         of_regex("a", vocabulary(vocab_size=A))
 
@@ -207,7 +209,7 @@ def test_copies_are_independent() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"model": {"vocab": {}}}', "[]"])
-def test_a_tokenizer_that_can_not_be_read_is_an_error(text: str) -> None:
+def test_an_unreadable_tokenizer_is_an_error(text: str) -> None:
     with pytest.raises(RequestError, match="tokenizer"):
         Vocabulary(text, EOS, SIZE)
 
@@ -222,7 +224,7 @@ def test_a_tokenizer_that_can_not_be_read_is_an_error(text: str) -> None:
         (LLMatcher.grammar_from_lark("start: nothing"), "nothing"),
     ],
 )
-def test_a_grammar_that_can_not_be_used_is_refused_in_one_line(grammar: str, reason: str) -> None:
+def test_an_unusable_grammar_is_refused_in_one_line(grammar: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as caught:
         GrammarState.compile(grammar, shared())
     assert str(caught.value).startswith("structured_outputs ")
@@ -235,7 +237,7 @@ PATTERNS = ["[ab]*c", "(ab|ba){2,3}", "a+(b|c)?", "[a-c ]{0,5}", '"[^"]*"', "(th
 @steady
 @given(st.sampled_from(PATTERNS), st.randoms(use_true_random=False), st.integers(1, 12))
 def test_texts_drawn_from_masks_match(pattern: str, drawn: random.Random, most: int) -> None:
-    """Tokens drawn at random from the masks always form a text that matches when an end-of-text token is drawn."""
+    """If tokens are drawn at random from the masks until an end-of-text token, their text always matches."""
     grammar, text = of_regex(pattern), ""
     for _ in range(most):
         [allowed] = rows(grammar)

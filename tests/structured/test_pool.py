@@ -1,4 +1,4 @@
-"""Grammars in real processes: a hostile grammar affects no other, and a process that is killed is replaced."""
+"""Grammars in real processes: a hostile grammar affects no other, and a killed process is replaced."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ of_schema: Callable[[str], str] = LLMatcher.grammar_from_json_schema
 
 
 class PoolClient:
-    """A pool, and the verdicts that it has given, by sequence."""
+    """A pool and its verdicts by sequence."""
 
     def __init__(self, limits: GrammarLimits = DEFAULT_LIMITS, folder: Path = BUNDLED) -> None:
         self.pool: GrammarPool = grammar_pool(folder, EOS, SIZE, limits=limits)
@@ -39,7 +39,7 @@ class PoolClient:
     def wait_for(self, *seqs: int) -> list[Verdict]:
         deadline = time.monotonic() + DEADLINE_S
         while not set(seqs) <= set(self.verdicts):
-            assert time.monotonic() < deadline, "no verdict came"
+            assert time.monotonic() < deadline, f"no verdict has come within {DEADLINE_S:g} s"
             self.verdicts |= {verdict.seq: verdict for verdict in self.pool.poll(0.1)}
         return [self.verdicts.pop(seq) for seq in seqs]
 
@@ -60,8 +60,8 @@ class PoolClient:
         found = [pid for pid in children(os.getpid()) if b"grammar_host" in command(pid)]
         return found + [pid for host in found for pid in children(host)]
 
-    def check_at_most(self, count: int) -> None:
-        """Check that at most `count` grammar processes are left, once those that were told to end have ended."""
+    def wait_for_at_most(self, count: int) -> None:
+        """Wait until at most `count` grammar processes are left. The others need a moment to end."""
         deadline = time.monotonic() + DEADLINE_S
         while len(self.grammar_processes()) > count:
             assert time.monotonic() < deadline, self.grammar_processes()
@@ -95,11 +95,11 @@ def references(count: int) -> str:
 
 
 HOSTILE = {
-    "a number that crashes the library": of_schema('{"const":-9223372036854775808}'),
+    "a constant that crashes the library": of_schema('{"const":-9223372036854775808}'),
     "a bound that crashes the library": of_schema('{"type":"integer","minimum":-9223372036854775808}'),
     "a long chain of rules": LLMatcher.grammar_from_lark(chain(5000)),
     "a long chain of references": of_schema(references(5000)),
-    "endless to compile": of_schema('{"type":"integer","multipleOf":9999991}'),
+    "a schema that compiles forever": of_schema('{"type":"integer","multipleOf":9999991}'),
     "too large": LLMatcher.grammar_from_regex("a" * (1 << 20)),
 }
 
@@ -110,7 +110,7 @@ def refusal(verdict: Verdict) -> str:
 
 
 def test_hostile_grammars_do_not_affect_another_output() -> None:
-    """All hostile grammars come at once, and an output of a harmless one still gets its verdicts."""
+    """All hostile grammars come at once, and an output with a harmless grammar still gets its verdicts."""
     client = PoolClient(replace(DEFAULT_LIMITS, compile_cpu_s=1))
     try:
         client.verdict(1, PLAIN)
@@ -131,18 +131,26 @@ def test_hostile_grammars_do_not_affect_another_output() -> None:
         client.pool.close()
 
 
-def test_a_refused_grammar_is_refused_again_without_a_process(client: PoolClient) -> None:
-    first = client.verdict(1, HOSTILE["a number that crashes the library"])
+def test_a_grammar_that_was_refused_before_starts_no_process(client: PoolClient) -> None:
+    first = client.verdict(1, HOSTILE["a constant that crashes the library"])
     before = client.processes()
-    assert client.verdict(2, HOSTILE["a number that crashes the library"]).refusal == first.refusal
+    assert client.verdict(2, HOSTILE["a constant that crashes the library"]).refusal == first.refusal
     assert client.processes() == before
 
 
 @pytest.mark.parametrize(
     ("limits", "grammar", "reason"),
     [
-        (replace(DEFAULT_LIMITS, compile_cpu_s=1), HOSTILE["endless to compile"], "more than 1 s of processor"),
-        (replace(DEFAULT_LIMITS, compile_s=0.3), HOSTILE["endless to compile"], "more than 0.3 s to compile"),
+        (
+            replace(DEFAULT_LIMITS, compile_cpu_s=1),
+            HOSTILE["a schema that compiles forever"],
+            "more than 1 s of processor",
+        ),
+        (
+            replace(DEFAULT_LIMITS, compile_s=0.3),
+            HOSTILE["a schema that compiles forever"],
+            "more than 0.3 s to compile",
+        ),
         (replace(DEFAULT_LIMITS, memory_mib=64), of_schema('{"type":"integer","multipleOf":1000003}'), "64 MiB of mem"),
     ],
 )
@@ -155,7 +163,7 @@ def test_each_limit_is_enforced_and_named_in_the_reason(limits: GrammarLimits, g
         client.pool.close()
 
 
-def test_outputs_of_a_grammar_share_its_process(client: PoolClient) -> None:
+def test_outputs_with_the_same_grammar_share_a_process(client: PoolClient) -> None:
     for seq in range(5):
         assert client.verdict(seq, PLAIN).masks == client.verdict(seq + 10, PLAIN).masks
     assert len(client.grammar_processes()) == 1
@@ -164,7 +172,7 @@ def test_outputs_of_a_grammar_share_its_process(client: PoolClient) -> None:
 def test_a_compilation_without_waiting_outputs_is_stopped(client: PoolClient) -> None:
     client.verdict(1, PLAIN)
     known = client.grammar_processes()
-    client.pool.follow(2, HOSTILE["endless to compile"])
+    client.pool.follow(2, HOSTILE["a schema that compiles forever"])
     deadline = time.monotonic() + DEADLINE_S
     while len(client.grammar_processes()) == len(known):
         assert time.monotonic() < deadline
@@ -176,16 +184,16 @@ def test_a_compilation_without_waiting_outputs_is_stopped(client: PoolClient) ->
     assert not client.pool.pending
 
 
-def test_grammars_wait_while_there_are_as_many_processes_as_allowed() -> None:
+def test_grammars_wait_while_the_maximum_of_processes_runs() -> None:
     client = PoolClient(replace(DEFAULT_LIMITS, compiling=1, live=2, idle=1))
     try:
         grammars = [LLMatcher.grammar_from_regex(f"a{{{i}}}") for i in range(1, 7)]
         for seq, grammar in enumerate(grammars):
             client.pool.follow(seq, grammar)
-        for seq in range(len(grammars)):  # the next one starts when an earlier one is no longer needed
+        for seq in range(len(grammars)):  # the next grammar gets a process when an earlier one is forgotten
             [found] = client.wait_for(seq)
             assert found.refusal is None
-            client.check_at_most(2)
+            client.wait_for_at_most(2)
             client.pool.forget([seq])
     finally:
         client.pool.close()
@@ -196,7 +204,7 @@ def test_an_output_can_be_followed_again_after_its_process_was_killed(client: Po
     [pid] = client.grammar_processes()
     os.kill(pid, signal.SIGKILL)
     [found] = client.wait_for(1)
-    assert (found.lost, found.refusal) == ("its process was ended by signal 9", None)
+    assert (found.lost, found.refusal) == ("its process was killed by signal 9", None)
     client.pool.follow(1, PLAIN, (A, B))
     [again] = client.wait_for(1)
     assert (again.lost, again.num_tokens, again.ended) == ("", 2, (False,))
@@ -222,7 +230,7 @@ def test_a_model_without_a_usable_tokenizer_refuses_every_grammar(tmp_path: Path
         client.pool.close()
 
 
-def test_an_output_that_its_grammar_does_not_allow_is_refused(client: PoolClient) -> None:
+def test_an_output_that_breaks_its_grammar_is_refused(client: PoolClient) -> None:
     client.pool.follow(1, PLAIN, (A, A))
     [found] = client.wait_for(1)
     assert f"token {A} was drawn" in refusal(found)
@@ -237,7 +245,7 @@ def test_a_verdict_covers_each_valid_draft(client: PoolClient) -> None:
     assert len(found.masks) == 3 * client.pool.words * 4
 
 
-def test_grammar_processes_may_use_all_cores_even_if_started_by_a_bound_thread() -> None:
+def test_grammar_processes_use_all_cores_even_if_a_bound_thread_starts_them() -> None:
     """The thread of an engine may be bound to the core on which a rank computes."""
     cores = os.sched_getaffinity(0)
     pool = grammar_pool(BUNDLED, EOS, SIZE, sorted(cores))

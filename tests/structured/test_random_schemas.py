@@ -1,6 +1,6 @@
-"""Random schemas, checked with another implementation of JSON Schema.
+"""Random schemas, checked with a second implementation of JSON Schema.
 
-Every text that a grammar allows must satisfy the schema of the grammar, apart from the keywords that were dropped.
+Every text that a grammar allows must satisfy its schema, apart from the dropped keywords.
 """
 
 import copy
@@ -91,7 +91,7 @@ schemas = st.recursive(LEAVES, larger, max_leaves=8)
 
 
 def without(schema: dict[str, Any], dropped: tuple[str, ...]) -> dict[str, Any]:
-    """Return the schema without the dropped keywords. A dropped `oneOf` is still obeyed as an `anyOf`."""
+    """Return the schema without the dropped keywords. A dropped `oneOf` still works as an `anyOf`."""
     schema = copy.deepcopy(schema)
     for each in sorted(dropped, key=lambda each: -each.count("/")):
         keyword, _, place = each.rpartition(" at ")

@@ -1,3 +1,5 @@
+"""JSON schemas are rewritten so that llguidance obeys them, or refused with the place of the problem."""
+
 import json
 import subprocess
 import sys
@@ -95,7 +97,7 @@ def test_numbers_of_any_length_are_matched_exactly(schema: Any, right: list[str]
         ),
     ],
 )  # fmt: skip
-def test_long_numbers_may_stand_anywhere_in_a_schema(schema: Any, right: list[str], wrong: list[str]) -> None:
+def test_long_numbers_may_be_anywhere_in_a_schema(schema: Any, right: list[str], wrong: list[str]) -> None:
     check(schema, right, wrong)
 
 
@@ -141,7 +143,7 @@ def test_unsupported_numbers_are_refused(schema: Any, message: str) -> None:
                                         "c": {"type": "null"}}},
     ],
 )  # fmt: skip
-def test_a_reference_leads_where_json_schema_says(schema: Any) -> None:
+def test_references_are_resolved_by_the_rules_of_json_schema(schema: Any) -> None:
     check(schema, ["null"], ["1", '"a"'])
 
 
@@ -164,7 +166,7 @@ def test_a_schema_may_refer_to_itself_as_a_whole() -> None:
          "2 parts with an $id have its anchor"),
     ],
 )  # fmt: skip
-def test_a_reference_that_leads_nowhere_is_refused(schema: Any, message: str) -> None:
+def test_an_unresolvable_reference_is_refused(schema: Any, message: str) -> None:
     with pytest.raises(RequestError, match=r"^structured_outputs\.json") as caught:
         prepare(schema, strict=False)
     assert message in str(caught.value)
@@ -212,7 +214,7 @@ IF_X = {"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": 
         ({"type": "object", "not": {"required": ["a"]}}, ['{"b":1}'], ['{"a":1}']),
         ({"oneOf": [{"type": "object", "properties": {"t": {"const": t}}, "required": ["t"]} for t in "ab"]},
          ['{"t":"a"}', '{"t":"b"}'], ['{"t":"c"}']),
-        ({"discriminator": {"propertyName": "t"},  # pydantic does not require a property that has a default
+        ({"discriminator": {"propertyName": "t"},  # pydantic does not require properties with defaults
           "oneOf": [{"type": "object", "properties": {"t": {"const": t, "default": t}}} for t in "ab"]},
          ['{"t":"a"}', '{"t":"b","x":1}'], ["{}", '{"t":"c"}']),
         ({"oneOf": [{"required": ["a"]}, {"required": ["b"]}], "type": "object"}, ['{"a":1}', '{"b":1}'],
@@ -235,13 +237,13 @@ IF_X = {"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": 
           r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,8}|(?=[\d.]{1,11}0*$)\d{0,8}\.\d{0,2}0*$)"}, ['"1.20"'], ['"1.234"', '"."']),
         ({"type": "string", "pattern": "^[[&&a]$"}, ['"["', '"&"'], ['"b"']),
         ({"type": "string", "pattern": "^.$"}, ['"a"'], ['"\u2028"']),
-        # An optional property whose schema no value satisfies may be left out.
+        # An optional property may be left out if no value satisfies its schema.
         ({"type": "object", "properties": {"a": {"$ref": "#/$defs/no"}, "b": {"$ref": "#/$defs/endless"}}, "$defs": {
             "no": {"type": "integer", "minimum": 2, "maximum": 1},
             "endless": {"type": "object", "properties": {"c": {"$ref": "#/$defs/endless"}}, "required": ["c"]}}},
          ["{}", '{"c":1}'], ['{"a":1}', '{"b":{}}']),
         ({"anyOf": [{"$ref": "#/$defs/no"}, {"type": "null"}], "$defs": {"no": False}}, ["null"], ["1"]),
-        # Properties come in the order of the schema; after them those that `required` names but `properties` does not.
+        # Properties come in the order of the schema, and then the names that only `required` has.
         ({"type": "object", "properties": {"b": {}, "a": {}}, "required": ["c", "a"]}, ['{"b":1,"a":1,"c":1}'],
          ['{"a":1,"b":1,"c":1}', '{"b":1,"a":1}']),
         ({"type": "object", "properties": {"a": {"type": "null"}}}, ['{"a":null,"b":1}'], ['{"\\u0061":1}']),
@@ -271,7 +273,7 @@ def test_supported_keywords_are_obeyed_exactly(schema: Any, right: list[str], wr
         ({"anyOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}, "unevaluatedProperties at #"),
     ],
 )
-def test_unsupported_keywords_are_dropped_and_named_or_refused_where_strict(schema: Any, dropped: str) -> None:
+def test_unsupported_keywords_are_dropped_and_named_or_refused_if_strict(schema: Any, dropped: str) -> None:
     assert prepare(schema, strict=False).dropped == (dropped,)
     of_schema(schema)
     keyword, _, place = dropped.rpartition(" at ")
@@ -281,7 +283,7 @@ def test_unsupported_keywords_are_dropped_and_named_or_refused_where_strict(sche
 
 
 def test_many_conditions_on_one_property_become_one_list_of_alternatives() -> None:
-    """With alternatives for each condition the library would have to try 3^30 combinations."""
+    """If each condition had its own alternatives, the library would try 3^30 combinations."""
     kinds = [f"k{i}" for i in range(30)]
     schema = {
         "type": "object",
@@ -333,7 +335,7 @@ def test_thousands_of_references_in_a_chain_are_followed(link: str) -> None:
     of_schema(chain(5000, link))
 
 
-def test_schemas_nested_too_deeply_are_refused_with_their_depth_and_the_limit() -> None:
+def test_too_deeply_nested_schemas_are_refused_with_depth_and_limit() -> None:
     schema: dict[str, Any] = {}
     for _ in range(10_000):
         schema = {"type": "array", "items": schema}
@@ -348,8 +350,8 @@ def test_schemas_nested_too_deeply_are_refused_with_their_depth_and_the_limit() 
             prepare(given, strict=False)
 
 
-def test_schemas_that_crash_the_library_do_not_crash_it_once_they_are_prepared() -> None:
-    """If these schemas are not prepared, each crashes the process or takes minutes and gigabytes of memory."""
+def test_prepared_schemas_do_not_crash_the_library() -> None:
+    """Unprepared, each of these schemas crashes the process, or takes minutes and gigabytes of memory."""
     script = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))

@@ -1,4 +1,4 @@
-"""Chat templates: conversations are rendered as transformers does, or refused with one line."""
+"""Chat templates render conversations like transformers, or refuse them with an error of one line."""
 
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,7 @@ def test_templates_are_found_in_the_files_of_a_model(
     assert (found and found.render([ASK])) == expected
 
 
-def test_the_bundled_model_has_one() -> None:
+def test_the_bundled_model_has_a_template() -> None:
     found = ChatTemplate.open(BUNDLED)
     assert found is not None
     assert found.render([{"role": "user", "content": "Hi"}]) == "<|bos|><|user|>Hi<|end|><|assistant|>"
@@ -328,7 +328,7 @@ def test_malformed_messages_are_named(messages: Any, expected: str) -> None:
         ("{{ 1 / 0 }}", "the chat template fails: ZeroDivisionError: "),
     ],
 )
-def test_a_template_that_fails_says_so_in_one_line(template: str, expected: str) -> None:
+def test_a_template_that_fails_gives_an_error_of_one_line(template: str, expected: str) -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate({"default": template}).render([ASK])
     assert str(caught.value).startswith(expected)
@@ -338,7 +338,7 @@ def test_a_template_that_fails_says_so_in_one_line(template: str, expected: str)
 @pytest.mark.parametrize(
     ("messages", "options", "expected"),
     [
-        ([ASK], {"continue_final_message": True}, "goes with add_generation_prompt=False"),
+        ([ASK], {"continue_final_message": True}, "requires add_generation_prompt=False"),
         ([ASK], {"tools": "add"}, "tools must be a list of objects, got str"),
         ([ASK], {"chat_template": 5}, "chat_template must be a string, got int"),
         ([ASK], {"chat_template": ["a"]}, "chat_template must be a string, got list"),
@@ -367,12 +367,12 @@ def test_invalid_options_are_refused(messages: Any, options: dict[str, Any], exp
         ChatTemplate({"default": TEMPLATES["qwen"]}).render(messages, **options)
 
 
-def test_no_template_at_all() -> None:
+def test_without_a_template_conversations_are_refused() -> None:
     with pytest.raises(RequestError, match="give chat_template; it has none"):
         ChatTemplate({}).render([ASK])
 
 
-def test_templates_know_the_date() -> None:
+def test_a_template_can_read_the_date() -> None:
     year = ChatTemplate({"default": "{{ strftime_now('%Y') }}"}).render([ASK])
     assert year.isdigit()
     assert len(year) == 4

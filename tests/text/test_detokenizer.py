@@ -1,4 +1,4 @@
-"""The text of growing outputs: it does not depend on how tokens arrive, and ends at the first completed stop text."""
+"""The text of a growing output: it is the same for all sizes of updates, and ends at the first completed stop text."""
 
 import tracemalloc
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from support.fakes import steady
 
 
 class Bytes:
-    """A fake tokenizer of transformers for `SlowTokenizer`: a token is a byte, and 256 is special."""
+    """A fake transformers tokenizer for `SlowTokenizer`: each token is a byte, and 256 is a special token."""
 
     all_special_ids = (256,)
 
@@ -37,7 +37,7 @@ class Bytes:
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces
-        assert all(token < len(self) for token in tokens), "libraries fail for unknown ids"
+        assert all(token < len(self) for token in tokens), "an unknown id, for which a real library fails"
         parts = [b"<e>" if token == 256 else bytes([token]) if token < 256 else b"" for token in tokens]
         return b"".join(p for p in parts if p != b"<e>" or not skip_special_tokens).decode("utf-8", "replace")
 
@@ -54,7 +54,7 @@ def tokenizer(name: str) -> Tokenizer:
     return FastTokenizer(library)
 
 
-KINDS: dict[str, tuple[int, type]] = {  # number of ids to draw from, a few of them unknown; class of the stream
+KINDS: dict[str, tuple[int, type]] = {  # (number of ids to draw from, a few of them unknown; class of the stream)
     "bundled": (645, ByteStream),
     "byte_fallback": (280, FallbackStream),
     "byte_fallback_2": (280, FallbackStream),
@@ -68,7 +68,7 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def tokens_of(kind: str, *, min_size: int = 0, max_size: int) -> st.SearchStrategy[list[int]]:
-    """Draw any tokens, but more often the difficult ones: parts of characters, special tokens, spaces."""
+    """Draw any tokens, with many difficult ones: parts of characters, special tokens, spaces."""
     hard = {
         "bundled": tokenizer("bundled").encode("日é🦊") + [0, 1],
         "byte_fallback": [*(3 + byte for byte in "日é".encode()), 0, 1, 2, 259, 265],
@@ -93,7 +93,7 @@ SPACED = ["word_pieces", "undecoded"]  # kinds whose decoders put spaces between
 
 
 def library_of(kind: str) -> Library:
-    """Return a library with a special token, as FastTokenizer and transformers both take it."""
+    """Return a library object with a special token, for both FastTokenizer and transformers."""
     if kind == "bundled":
         return Library.from_file(str(BUNDLED / "tokenizer.json"))
     found: Library = made.byte_fallback(strip=False) if kind == "byte_fallback_2" else getattr(made, kind)()
@@ -104,7 +104,7 @@ def library_of(kind: str) -> Library:
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"slow"}))
 def test_spaces_between_special_tokens_are_those_of_transformers(kind: str) -> None:
-    """Without them, only the spaces between tokens that were added to the vocabulary go, as in vLLM."""
+    """Without them, only spaces between tokens that were added to the vocabulary are left out, as in vLLM."""
     library = library_of(kind)
     added = library.get_added_tokens_decoder()
     special = min(added)
@@ -123,12 +123,12 @@ def test_spaces_between_special_tokens_are_those_of_transformers(kind: str) -> N
     assert read(found.stream([], spaces_between_special_tokens=False), tokens) == without
 
 
-def test_a_tokenizer_written_in_python_has_no_spaces_either() -> None:
+def test_spaces_are_left_out_with_a_tokenizer_written_in_python() -> None:
     stream = tokenizer("slow").stream([97], skip_special_tokens=False, spaces_between_special_tokens=False)
     assert read(stream, [256, 256, 98, 256]) == "<e><e>b<e>"
 
 
-def test_a_special_token_behind_one_of_the_prompt_has_no_space_either() -> None:
+def test_spaces_are_left_out_after_a_special_token_of_the_prompt() -> None:
     found = tokenizer("word_pieces")
     (special,) = found.special_ids
     for spaces, text in ((True, " [SEP] [SEP]"), (False, "[SEP][SEP]")):
@@ -144,10 +144,10 @@ def test_a_stream_gives_the_same_text_as_decoding_all_at_once(kind: str, data: s
     stream = tokenizer(kind).stream([], skip_special_tokens=skip)
     assert isinstance(stream, KINDS[kind][1])
     text, whole = read(stream, tokens), tokenizer(kind).decode(tokens, skip_special_tokens=skip)
-    if isinstance(stream, FallbackStream):  # it keeps characters before an invalid byte, which the library replaces
+    if isinstance(stream, FallbackStream):  # it keeps characters before an invalid byte; the library does not
         assert len(text) <= len(whole)
         assert text.replace("\ufffd", "") == whole or "\ufffd" in whole
-        assert text.lstrip("\ufffd") or text == whole, "no run had a character"
+        assert text.lstrip("\ufffd") or text == whole, "without a character in a run of bytes, both texts are equal"
     else:
         assert text == whole
 
@@ -195,7 +195,7 @@ def test_a_character_that_is_split_between_prompt_and_output_belongs_to_the_outp
 def test_a_first_space_is_kept_only_after_a_prompt_with_text() -> None:
     fox = fallback_id("▁fox")
     assert read(tokenizer("byte_fallback").stream([]), [fox]) == "fox"
-    assert read(tokenizer("byte_fallback").stream([1]), [1, fox, fox]) == "fox fox", "<s> is no text"
+    assert read(tokenizer("byte_fallback").stream([1]), [1, fox, fox]) == "fox fox", "<s> has no text"
     assert read(tokenizer("byte_fallback").stream([260]), [fox]) == " fox"
 
 
@@ -208,7 +208,7 @@ def test_text_is_shown_as_soon_as_it_is_certain() -> None:
     assert shown == ["", "", "日", "日", "日é"]
 
 
-def test_an_incomplete_end_is_replaced() -> None:
+def test_an_incomplete_character_at_the_end_is_replaced() -> None:
     tokens = tokenizer("bundled").encode("é日")[:-1]
     output = OutputText(tokenizer("bundled"), [])
     output.append(tokens)
@@ -255,7 +255,7 @@ class Letters:
 
 
 def first_stop(text: str, stops: Sequence[str], floor: int) -> tuple[int, str] | None:
-    """Return (start, stop text) of the first one completed after `floor` characters, found by trying every position."""
+    """Try every position, and return (start, text) of the first stop text that ends after `floor` characters."""
     for end in range(floor + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -286,15 +286,15 @@ def test_the_first_stop_text_to_be_completed_ends_the_output(
         assert (stopped, output.text) == (stop, text[:end] if include else text[:start])
         completed = next(n for n in range(len(letters.pieces) + 1) if len("".join(letters.pieces[:n])) >= end)
         assert output.num_tokens == completed
-    assert all(output.text.startswith(early) for early in shown), "text that was shown was changed"
+    assert all(output.text.startswith(early) for early in shown), "text that had been shown was changed later"
     if found is None and not include:
         held = [len("".join(letters.pieces[:n])) - len(early) for n, early in enumerate(shown)]
-        assert max(held) < max(map(len, stops)), "more was held back than a stop text is long"
+        assert max(held) < max(map(len, stops)), "more text was held back than the longest stop text has"
 
 
 @steady
 @given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=3), st.data())
-def test_a_single_stop_text_is_found_where_str_find_finds_it(text: str, stop: str, data: st.DataObject) -> None:
+def test_a_single_stop_text_is_found_at_the_position_of_str_find(text: str, stop: str, data: st.DataObject) -> None:
     letters = Letters(text, data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     output = OutputText(letters, [], stop=StopTexts([stop]))
     tokens = list(range(len(letters.pieces)))
@@ -308,7 +308,7 @@ def test_a_single_stop_text_is_found_where_str_find_finds_it(text: str, stop: st
 
 
 def test_memory_for_a_long_stop_text_is_proportional_to_its_length() -> None:
-    """A table of all its beginnings would take 48 MiB. All outputs of a request share the automaton."""
+    """A table of all its prefixes would take 48 MiB. All outputs of a request share the automaton."""
     long = "".join(chr(97 + i * i % 23) for i in range(10_000))
     letters = Letters(f"{long[:9000]}!{long}", list(range(9000, 19_001, 100)))
     tracemalloc.start()
@@ -322,10 +322,10 @@ def test_memory_for_a_long_stop_text_is_proportional_to_its_length() -> None:
     assert outputs[0].append(range(len(letters.pieces))) == long
     assert outputs[0].text == f"{long[:9000]}!"
     assert outputs[1].append([0]) is None
-    assert outputs[1].text == "", "all of it may be the beginning of the stop text"
+    assert outputs[1].text == "", "the whole text may be the beginning of the stop text"
 
 
-def test_a_possible_beginning_of_a_stop_text_is_held_back_until_it_turns_out_to_be_none() -> None:
+def test_a_possible_beginning_of_a_stop_text_is_held_back_until_more_text_comes() -> None:
     letters = Letters("one\n\nUsual", [3, 4, 5, 6])
     output = OutputText(letters, [], stop=StopTexts(["\n\nUser:"]))
     shown = []
@@ -350,7 +350,7 @@ def test_tokens_after_a_stop_text_are_ignored() -> None:
     assert (output.text, output.num_tokens, output.stopped, output.finish()) == ("a", 2, ".", ".")
 
 
-def test_the_mark_for_an_incomplete_character_at_the_end_may_complete_a_stop_text() -> None:
+def test_a_replacement_character_at_the_end_may_complete_a_stop_text() -> None:
     output = OutputText(tokenizer("byte_fallback"), [], stop=StopTexts(["\ufffd"]))
     assert output.append([3 + byte for byte in "aé".encode()[:-1]]) is None
     assert output.finish() == "\ufffd"
@@ -363,11 +363,11 @@ def test_the_mark_for_an_incomplete_character_at_the_end_may_complete_a_stop_tex
         ("日é".encode(), "日é"),
         (b"\xff\xfe", "\ufffd" * 2),
         ("日".encode()[:2], "\ufffd" * 2),
-        ("日".encode() + b"\xff", "日\ufffd"),  # decoded at once it would be four marks
-        (b"\xe6\x97\x0a", "\ufffd\ufffd\n"),  # decoded at once it would be three marks
+        ("日".encode() + b"\xff", "日\ufffd"),  # decoded at once, it would become four replacement characters
+        (b"\xe6\x97\x0a", "\ufffd\ufffd\n"),  # decoded at once, it would become three replacement characters
     ],
 )
-def test_runs_of_byte_tokens(run: bytes, text: str) -> None:
+def test_runs_of_byte_tokens_become_characters(run: bytes, text: str) -> None:
     tokens = [3 + byte for byte in run]
     fox = fallback_id("fox")
     assert read(tokenizer("byte_fallback").stream([]), [*tokens, fox]) == f"{text}fox"
@@ -381,7 +381,7 @@ def test_a_line_break_as_a_byte_token_ends_an_output_at_once() -> None:
 
 
 def test_time_for_long_outputs_is_proportional_to_their_length() -> None:
-    """Each token is decoded together with the one before it, not with all of them, as the counted calls show."""
+    """Each call decodes a new token and the token before it, but not the whole output."""
     calls = []
 
     def decode(tokens: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Reading a model folder's settings for generation."""
+"""The defaults for generation that a model's folder contains."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from support.tokenizers import write
         ({"generation_config.json": {"eos_token_id": 3}, "config.json": {"eos_token_id": [2, 3]}}, (3, 2)),
     ],
 )
-def test_eos_tokens(files: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
+def test_end_tokens_come_from_both_files(files: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
     assert GenerationDefaults.open(write(tmp_path, files)).eos == expected
 
 
@@ -39,7 +39,9 @@ def test_eos_tokens(files: dict[str, Any], expected: tuple[int, ...], tmp_path: 
         ({"max_new_tokens": 100, "max_length": 20, "temperature": None, "bos_token_id": 1}, {"max_tokens": 100}),
     ],
 )
-def test_defaults_of_sampling(generation: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_sampling_defaults_come_from_generation_config(
+    generation: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
     found = GenerationDefaults.open(write(tmp_path, {"generation_config.json": generation}))
     assert found.sampling == expected
     assert found.defaults() == SamplingParams(**expected)
@@ -47,7 +49,7 @@ def test_defaults_of_sampling(generation: dict[str, Any], expected: dict[str, An
     assert found.defaults(base) == SamplingParams(**{"seed": 7, "temperature": 0.1, **expected})
 
 
-def test_defaults_may_be_left_out(tmp_path: Path) -> None:
+def test_sampling_defaults_are_not_read_unless_asked_for(tmp_path: Path) -> None:
     write(tmp_path, {"generation_config.json": {"eos_token_id": 3, "temperature": "hot"}})
     found = GenerationDefaults.open(tmp_path, sampling=False)
     assert (found.eos, found.sampling) == ((3,), {})

@@ -1,3 +1,5 @@
+"""Checking grammars before a request is sent."""
+
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -70,7 +72,7 @@ def test_several_threads_may_check_grammars(checker: GrammarChecker) -> None:
     assert sorted(wrong) == list(range(20))
 
 
-def test_the_first_prompt_with_an_invalid_grammar_is_named(checker: GrammarChecker) -> None:
+def test_an_error_names_the_first_prompt_with_an_invalid_grammar(checker: GrammarChecker) -> None:
     jobs = [Job(i, "x", (1,), SamplingParams(), grammar=text) for i, text in enumerate(["", PLAIN, WRONG, WRONG])]
     with pytest.raises(RequestError, match="prompt 2: structured_outputs"):
         checker.check_jobs(jobs)

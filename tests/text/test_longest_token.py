@@ -1,4 +1,4 @@
-"""The limit on the text that one token can stand for, by which a text that is far too long is refused at once."""
+"""The longest text of a single token. With it, a prompt that is far too long is refused without encoding it."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ texts = st.text(max_size=80) | st.text(alphabet=" \nthe<|eos>é日🦊", max_siz
 @example("<|assistant|>" * 50)
 @example("\n" * 200)
 @example(" " * 200)
-def test_no_text_needs_fewer_tokens_than_the_limit_says(text: str) -> None:
+def test_no_text_has_fewer_tokens_than_the_longest_token_allows(text: str) -> None:
     for tokenizer in KNOWN:
         assert tokenizer is not None
         longest = tokenizer.longest_token()
@@ -36,37 +36,37 @@ def test_no_text_needs_fewer_tokens_than_the_limit_says(text: str) -> None:
         assert len(text.encode()) <= longest * len(tokenizer.encode(text, add_special_tokens=False))
 
 
-def with_(**parts: object) -> Library:
+def byte_level_with(**parts: object) -> Library:
     library = made.byte_level()
     for name, part in parts.items():
         setattr(library, name, part)
     return library
 
 
-def eats_spaces() -> Library:
+def with_a_token_that_takes_spaces() -> Library:
     library = made.byte_level()
     library.add_tokens([AddedToken("<mask>", lstrip=True)])
     return library
 
 
-def cut(*steps: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+def split_by(*steps: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel()])
 
 
 @pytest.mark.parametrize(
     "library",
     [
-        eats_spaces(),
+        with_a_token_that_takes_spaces(),
         made.word_pieces(),
         made.metaspace(),
-        with_(normalizer=normalizers.NFC()),
-        with_(normalizer=normalizers.Sequence([normalizers.Prepend("a"), normalizers.Strip()])),
-        with_(normalizer=normalizers.Replace("  ", " ")),
-        with_(normalizer=normalizers.Replace(Regex(" +"), " ")),
-        with_(pre_tokenizer=cut(pre_tokenizers.Split(" ", "removed"))),
-        with_(pre_tokenizer=cut(pre_tokenizers.Whitespace())),
-        with_(pre_tokenizer=cut(pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()]))),
-        with_(pre_tokenizer=pre_tokenizers.Digits()),
+        byte_level_with(normalizer=normalizers.NFC()),
+        byte_level_with(normalizer=normalizers.Sequence([normalizers.Prepend("a"), normalizers.Strip()])),
+        byte_level_with(normalizer=normalizers.Replace("  ", " ")),
+        byte_level_with(normalizer=normalizers.Replace(Regex(" +"), " ")),
+        byte_level_with(pre_tokenizer=split_by(pre_tokenizers.Split(" ", "removed"))),
+        byte_level_with(pre_tokenizer=split_by(pre_tokenizers.Whitespace())),
+        byte_level_with(pre_tokenizer=split_by(pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()]))),
+        byte_level_with(pre_tokenizer=pre_tokenizers.Digits()),
     ],
 )
 def test_there_is_no_limit_if_text_may_be_lost_or_merged(library: Library) -> None:
@@ -74,8 +74,10 @@ def test_there_is_no_limit_if_text_may_be_lost_or_merged(library: Library) -> No
 
 
 def test_there_is_a_limit_after_steps_that_only_split_or_lengthen_a_text() -> None:
-    steps = cut(pre_tokenizers.Split(Regex("a+"), "isolated"), pre_tokenizers.Digits(individual_digits=True))
-    library = with_(normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
+    steps = split_by(pre_tokenizers.Split(Regex("a+"), "isolated"), pre_tokenizers.Digits(individual_digits=True))
+    library = byte_level_with(
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    )
     library.pre_tokenizer = steps
     assert FastTokenizer(library).longest_token() == FastTokenizer(made.byte_level()).longest_token()
 
@@ -85,13 +87,13 @@ def test_a_prompt_that_can_not_fit_is_refused_without_being_encoded(monkeypatch:
     reader = PromptReader(BUNDLED_TOKENIZER, vocab_size=640, max_model_len=1024)
     monkeypatch.setattr(type(BUNDLED_TOKENIZER), "encode", None)
     with pytest.raises(
-        RequestError, match=r"length is 1024 tokens; the prompt has 1000000 characters, more than they can"
+        RequestError, match=r"length is 1024 tokens; the prompt has 1000000 characters, more than that many"
     ):
         reader.prepare(0, "a" * 1_000_000, SamplingParams())
 
 
 def test_encoding_a_long_text_does_not_block_other_threads() -> None:
-    """One of these runs the event loop."""
+    """One of the other threads runs the event loop."""
     assert BUNDLED_TOKENIZER is not None
     lasted = 0.0
     done = threading.Event()
@@ -110,4 +112,4 @@ def test_encoding_a_long_text_does_not_block_other_threads() -> None:
         turns += 1
         done.wait(0.001)
     thread.join()
-    assert turns > 10, f"{turns} turns in {lasted:.3f} s"
+    assert turns > 10, f"the other thread had only {turns} turns in {lasted:.3f} s"

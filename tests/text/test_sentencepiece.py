@@ -1,4 +1,4 @@
-"""A SentencePiece tokenizer.model, which older models on the hub have, gives the ids of SentencePiece itself."""
+"""A tokenizer.model of SentencePiece, as older models on the hub have it, gives the ids of the library itself."""
 
 import io
 import json
@@ -16,7 +16,7 @@ TEXTS = ["the quick dog", "two spaces ", "né 🐟 !", "shoal\nserves", "12 + 30
 
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    """Return a model that is trained on a few lines; characters that these lack become bytes."""
+    """Return a model that is trained on a few lines. Characters that these lines lack become byte tokens."""
     lines = [f"the quick brown fox jumps over the lazy dog {i}" for i in range(400)]
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -30,7 +30,7 @@ def model() -> bytes:
         unk_id=0,
         pad_id=-1,
         hard_vocab_limit=False,
-        normalization_rule_name="identity",  # as in Llama's: texts are not changed
+        normalization_rule_name="identity",  # as in Llama's tokenizer: texts are not normalized
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
@@ -58,7 +58,7 @@ def test_ids_are_those_of_sentencepiece(model: bytes, tokenizer: Tokenizer, text
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_an_output_is_decoded_to_the_end_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_the_output_of_a_cut_text_is_the_end_of_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode("the fox " + text)
     for cut in range(2, len(ids)):
         output = OutputText(tokenizer, ids[:cut])

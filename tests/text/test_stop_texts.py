@@ -1,4 +1,4 @@
-"""The automaton of stop texts finds the same as a search at every position."""
+"""The automaton of stop texts finds the same stop text as a search at every position."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ def first_end(text: str, texts: list[str]) -> tuple[int, str] | None:
 
 @steady
 @given(TEXTS, st.text("abc", max_size=20), st.data())
-def test_the_first_end_of_a_text_is_found_in_any_portions(texts: list[str], text: str, data: st.DataObject) -> None:
+def test_the_first_stop_text_is_found_in_portions_of_any_size(texts: list[str], text: str, data: st.DataObject) -> None:
     automaton = StopTexts(texts)
     state, at, found = 0, 0, None
     while at < len(text) and found is None:
@@ -35,8 +35,8 @@ def test_the_first_end_of_a_text_is_found_in_any_portions(texts: list[str], text
 
 @steady
 @given(TEXTS, st.text("abc", max_size=20))
-def test_the_number_of_characters_that_may_begin_a_text_is_known(texts: list[str], text: str) -> None:
-    """This is so even after the end of a text at which the search may not stop."""
+def test_the_number_of_characters_to_hold_back_is_known(texts: list[str], text: str) -> None:
+    """It is known even after a stop text at which the search may not stop yet."""
     automaton = StopTexts(texts)
     state, found = automaton.read(0, text, may_stop=False)
     assert found is None
@@ -45,8 +45,8 @@ def test_the_number_of_characters_that_may_begin_a_text_is_known(texts: list[str
     assert automaton.held(state) == expected
 
 
-def test_the_time_per_character_does_not_depend_on_the_number_of_texts() -> None:
-    """The number of steps that a search makes is that of the characters."""
+def test_the_time_per_character_does_not_depend_on_the_number_of_stop_texts() -> None:
+    """A search makes one step for each character."""
     texts = [f"{i:04d}" * 4 for i in range(1000)]
     automaton = StopTexts(texts)
     steps = 0

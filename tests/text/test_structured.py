@@ -1,3 +1,5 @@
+"""Structured outputs: which texts their grammars allow, and which parameters are refused."""
+
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -71,7 +73,7 @@ def test_equal_parameters_give_equal_texts() -> None:
 
 @pytest.mark.parametrize("indent", [None, 0, 2, 4, "\t"])
 @pytest.mark.parametrize("value", [{"a": [1, 2, {"b": []}], "c": {}}, {}])
-def test_json_may_have_whitespace_of_any_usual_kind(indent: int | str | None, value: Mapping[str, Any]) -> None:
+def test_json_may_be_indented_in_the_usual_ways(indent: int | str | None, value: Mapping[str, Any]) -> None:
     grammar = compiled(json_object=True)
     assert allows(grammar, json.dumps(value, indent=indent))
     assert allows(grammar, json.dumps(value, indent=indent, separators=(",", ":")))
@@ -101,7 +103,7 @@ def test_a_regex_is_matched_as_a_whole() -> None:
         assert not begins(grammar, "^")
 
 
-def test_a_grammar_may_nest() -> None:
+def test_a_rule_of_a_grammar_may_contain_itself() -> None:
     grammar = compiled(grammar='start: "(" start ")" | "x"')
     assert allows(grammar, "((x))")
     assert not allows(grammar, "((x)")
@@ -141,7 +143,7 @@ def test_a_choice_allows_exactly_its_texts(choice: list[str], other: str) -> Non
     assert allows(grammar, other) == (other in choice)
 
 
-def test_many_choices_are_possible() -> None:
+def test_a_choice_may_have_thousands_of_texts() -> None:
     grammar = compiled(choice=[f"choice {i}" for i in range(5000)])
     assert allows(grammar, "choice 4999")
     assert not begins(grammar, "choice 5000")
@@ -158,9 +160,9 @@ def rooted(node: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "node",
     [
-        NODE,  # next may be left out
+        NODE,  # the field `next` may be left out
         NODE | {"required": ["next"], "properties": {"next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}}},
-        LIST,  # may be empty
+        LIST,  # a list may be empty
     ],
 )
 def test_a_schema_may_refer_to_itself(node: dict[str, Any]) -> None:
@@ -227,7 +229,7 @@ def deep(levels: int) -> dict[str, Any]:
         ({"grammar": "\ud800"}, "structured_outputs.grammar has no UTF-8 form"),
     ],
 )
-def test_structured_outputs_that_can_not_be_obeyed_are_refused_in_one_line(kind: dict[str, Any], reason: str) -> None:
+def test_impossible_structured_outputs_are_refused_in_one_line(kind: dict[str, Any], reason: str) -> None:
     with pytest.raises(RequestError) as caught:
         compiled(**kind)
     message = str(caught.value)
@@ -240,5 +242,5 @@ def test_structured_outputs_that_can_not_be_obeyed_are_refused_in_one_line(kind:
 @pytest.mark.parametrize(
     "kind", [{"json": PERSON}, {"json": "true"}, {"json": {}}, {"json_object": True}, {"regex": ""}]
 )
-def test_valid_structured_outputs_pass(kind: dict[str, Any]) -> None:
+def test_valid_structured_outputs_are_accepted(kind: dict[str, Any]) -> None:
     compiled(**kind)

@@ -1,4 +1,4 @@
-"""The offsets and bytes of tokens: the bytes of all tokens are the text, even if characters are split over tokens."""
+"""Offsets and bytes of tokens: together the bytes are the text, even if a character is split over tokens."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -28,7 +28,7 @@ STOP = Finish.STOP
 
 
 class Bytes:
-    """A fake tokenizer of transformers for `SlowTokenizer`: a token is a byte, and 256 is special."""
+    """A fake transformers tokenizer for `SlowTokenizer`: each token is a byte, and 256 is a special token."""
 
     all_special_ids = (256,)
 
@@ -63,7 +63,7 @@ def tokenizer(kind: str) -> Tokenizer:
 
 
 OF_BYTES = ("bundled", "byte_level", "byte_fallback", "byte_fallback_2", "odd_fallback", "slow")
-OF_WORDS = {"word_pieces": 8, "metaspace": 9, "suffixed": 6, "undecoded": 4}  # number of ids
+OF_WORDS = {"word_pieces": 8, "metaspace": 9, "suffixed": 6, "undecoded": 4}  # kind -> number of ids
 TEXTS = st.text(st.characters(codec="utf-8") | st.sampled_from("a é日🦊\u0301\ufeff"), max_size=24)
 
 
@@ -95,7 +95,9 @@ def check_offsets(output: CompletionOutput) -> None:
     assert all(a <= b for a, b in pairwise(offsets))
     before = b""
     for offset, own in zip(offsets, bytes_of(output), strict=True):
-        assert offset == len(before.decode("utf-8", "ignore")), "not the number of complete characters before"
+        assert offset == len(before.decode("utf-8", "ignore")), (
+            "the offset is not the number of complete characters before the token"
+        )
         before += own
     assert all(0 <= offset <= len(output.text) for offset in offsets)
 
@@ -108,7 +110,7 @@ def test_the_bytes_of_all_tokens_are_the_text(kind: str, text: str, data: st.Dat
     prompt = tokenizer(kind).encode(data.draw(st.sampled_from(["", "a", "é"])))
     output = completed(kind, prompt, tokens)
     assert b"".join(bytes_of(output)) == output.text.encode()
-    if kind not in ("byte_fallback", "odd_fallback", "byte_fallback_2"):  # these put a space before a text
+    if kind not in ("byte_fallback", "odd_fallback", "byte_fallback_2"):  # these kinds put a space before a text
         assert output.text == text
     check_offsets(output)
 
@@ -124,7 +126,7 @@ def test_the_bytes_of_words_are_the_text(kind: str, data: st.DataObject, skip: b
 
 
 @pytest.mark.parametrize("kind", ["bundled", "byte_level", "byte_fallback", "odd_fallback", "slow"])
-def test_a_part_of_a_character_is_shown_with_its_bytes_and_openais_name_for_it(kind: str) -> None:
+def test_a_part_of_a_character_is_shown_with_its_bytes_in_openais_form(kind: str) -> None:
     tokens = [*tokenizer(kind).encode("日", add_special_tokens=False)][-3:]
     if kind == "bundled":
         tokens = [tokenizer(kind).encode("日", add_special_tokens=False)[0]]
@@ -140,7 +142,7 @@ def test_a_part_of_a_character_is_shown_with_its_bytes_and_openais_name_for_it(k
 
 
 def test_an_incomplete_character_at_the_end_has_its_own_byte() -> None:
-    """The text has a replacement mark for it."""
+    """The text has a replacement character in its place."""
     tokens = tokenizer("slow").encode("a日")[:2]
     output = completed("slow", [], tokens)
     assert output.text == "a\ufffd"
@@ -154,7 +156,7 @@ def test_a_character_that_the_prompt_begins_belongs_to_the_output() -> None:
     assert bytes_of(output) == [b"\x97", b"\xa5", b"b"]
 
 
-def test_a_token_that_is_left_out_of_the_text_adds_no_bytes() -> None:
+def test_a_token_without_text_in_the_output_adds_no_bytes() -> None:
     tokens = [*"é".encode(), 256]
     left_out = completed("slow", [97], tokens, end=(256,))
     assert (left_out.text, left_out.text_offsets, bytes_of(left_out)) == ("é", (0, 0, 1), [b"\xc3", b"\xa9", b""])
@@ -164,32 +166,30 @@ def test_a_token_that_is_left_out_of_the_text_adds_no_bytes() -> None:
 
 
 @pytest.mark.parametrize(("include", "text", "offsets"), [(False, "é", (0, 0, 1, 1)), (True, "éab", (0, 0, 1, 2))])
-def test_offsets_of_tokens_of_a_stop_text_are_not_beyond_the_text(
-    include: bool, text: str, offsets: tuple[int, ...]
-) -> None:
+def test_offsets_of_stop_text_tokens_are_within_the_text(include: bool, text: str, offsets: tuple[int, ...]) -> None:
     output = completed("slow", [97], [*"éabc".encode()], stop=["ab"], include_stop_str_in_output=include)
     assert (output.text, output.text_offsets) == (text, offsets)
 
 
 @steady
 @given(st.text("aé日x", max_size=12), st.lists(st.integers(1, 4), min_size=1), st.booleans())
-def test_offsets_in_a_stream_are_those_in_the_whole_answer(text: str, sizes: list[int], include: bool) -> None:
+def test_offsets_in_a_stream_are_those_of_the_whole_answer(text: str, sizes: list[int], include: bool) -> None:
     params: dict[str, Any] = {"stop": ["xx", "日x"], "include_stop_str_in_output": include}
     tokens = [*text.encode()]
     expected = completed("slow", [97], tokens, **params)
     job = Job(0, None, (97,), SamplingParams(logprobs=0, **params))
     of = Completion(job, 0, tokenizer("slow"), frozenset(), text_context(tokenizer("slow"), job))
-    waiting, told, sent = TokenPositions(), [], ""
+    waiting, positions, sent = TokenPositions(), [], ""
     for part, last in in_parts(tokens, sizes):
         stopped = of.take(SeqUpdate(0, tuple(part), logprobs=tuple(map(known, part))))
         delta = of.delta(last=last or stopped)
         sent += delta.text
-        told += [(token, offset) for token, _, offset in waiting.take(delta)]
-        assert all(offset <= len(sent) for _, offset in told)
+        positions += [(token, offset) for token, _, offset in waiting.take(delta)]
+        assert all(offset <= len(sent) for _, offset in positions)
         if stopped:
             break
     assert sent == expected.text
-    assert told == list(zip(expected.token_ids, expected.text_offsets or (), strict=True))
+    assert positions == list(zip(expected.token_ids, expected.text_offsets or (), strict=True))
 
 
 def in_parts(tokens: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[Sequence[int], bool]]:
@@ -208,8 +208,8 @@ def in_parts(tokens: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[Sequ
 @pytest.mark.parametrize("kind", OF_BYTES)
 @steady
 @given(TEXTS)
-def test_the_offsets_of_a_prompts_tokens(kind: str, text: str) -> None:
-    """Tokens that the tokenizer adds around a text, and a space that it adds in front, have no characters of it."""
+def test_the_tokens_of_a_prompt_have_the_offsets_of_their_text(kind: str, text: str) -> None:
+    """Special tokens and a leading space that the tokenizer adds are not counted as characters of the text."""
     assume(not text.startswith(" "))
     tokens = tokenizer(kind).encode(text)
     starts = prompt_offsets(tokenizer(kind), tokens, text)

@@ -1,4 +1,4 @@
-"""Encoding and decoding with all kinds of tokenizers that checkpoints have."""
+"""Encoding and decoding with the tokenizers of all kinds of checkpoints."""
 
 import importlib.util
 import json
@@ -29,20 +29,20 @@ def opened(folder: Path) -> Tokenizer:
     return found
 
 
-def theirs(folder: Path) -> Any:
+def transformers_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("make", [made.opt, made.gpt2, made.gpt2_listed])
-def test_vocab_and_merges_are_read_as_transformers_reads_them(
+def test_vocab_and_merges_give_the_tokens_of_transformers(
     make: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make(tmp_path)
-    expected = theirs(folder)
+    expected = transformers_tokenizer(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("shoal.text.tokenizer.load", None)  # without transformers
+        patch.setattr("shoal.text.tokenizer.load", None)  # this tokenizer must not need transformers
         tokenizer = opened(folder)
     for text in TEXTS:
         for special in (True, False):
@@ -61,17 +61,17 @@ def test_opt_begins_texts_with_its_end_of_text_token(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("add_bos_token", [True, False, None])
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
-def test_a_tokenizer_json_decides_what_goes_around_a_text(
+def test_a_tokenizer_json_decides_which_tokens_surround_a_text(
     kind: str, add_bos_token: bool | None, tmp_path: Path
 ) -> None:
-    """Transformers then ignores add_bos_token. Tokens that only tokenizer_config.json lists are added."""
+    """As in transformers, add_bos_token has no effect then, and tokens in tokenizer_config.json alone are added."""
     config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
     if add_bos_token is not None:
         config["add_bos_token"] = add_bos_token  # type: ignore[assignment]
     listed = {"360": {"content": "<tool>", "special": False}, "361": {"content": "<s>", "special": True}}
     made.write(tmp_path, {"tokenizer_config.json": config | {"added_tokens_decoder": listed}})
     made.byte_level(("<unk>",)).save(str(tmp_path / "tokenizer.json"))
-    tokenizer, expected = opened(tmp_path), theirs(tmp_path)
+    tokenizer, expected = opened(tmp_path), transformers_tokenizer(tmp_path)
     for text in ["<s>Hello <tool> world<|im_end|>", "plain"]:
         assert tokenizer.encode(text) == expected(text).input_ids
     assert tokenizer.special_ids == set(expected.all_special_ids)
@@ -94,7 +94,7 @@ def slow(folder: Path) -> Tokenizer:
     )
 
 
-def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
+def test_a_tokenizer_written_in_python_encodes_and_decodes(tmp_path: Path) -> None:
     tokenizer = slow(tmp_path)
     assert isinstance(tokenizer, SlowTokenizer)
     assert tokenizer.encode("a .", add_special_tokens=False) == [100, 35, 49]
@@ -113,7 +113,7 @@ def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
         ("vocab.txt", ("transformers",), "transformers"),
     ],
 )
-def test_a_package_that_is_missing_is_named(
+def test_a_missing_package_is_named(
     file: str, missing: tuple[str, ...], needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
@@ -151,13 +151,13 @@ def test_broken_files_are_named(files: dict[str, Any], expected: str, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_files_gives_none(tmp_path: Path) -> None:
     assert open_tokenizer(made.write(tmp_path, {"config.json": {}, "generation_config.json": {}})) is None
 
 
 def test_the_tokenizer_of_another_folder_must_fit_the_model(tmp_path: Path) -> None:
     size = opened(BUNDLED).size
-    for vocab_size in (size, size + 100):  # models pad their vocabularies
+    for vocab_size in (size, size + 100):  # models may pad their vocabularies
         assert open_other_tokenizer(BUNDLED, vocab_size).size == size
     with pytest.raises(ConfigError, match=f"has token ids up to {size - 1}, the model only up to {size - 2}: choose"):
         open_other_tokenizer(BUNDLED, size - 1)
@@ -166,9 +166,9 @@ def test_the_tokenizer_of_another_folder_must_fit_the_model(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("make", [made.opt, made.gpt2, made.gpt2_listed])
-def test_the_size_counts_added_tokens(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_the_size_includes_added_tokens(make: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = make(tmp_path)
-    assert opened(folder).size == max(theirs(folder).get_vocab().values()) + 1
+    assert opened(folder).size == max(transformers_tokenizer(folder).get_vocab().values()) + 1
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
     assert opened(tmp_path).encode("San is a city") == [2, 3, 4, 5]
 
 
-def test_a_serialized_tokenizer_encodes_the_same() -> None:
+def test_a_serialized_tokenizer_gives_the_same_tokens() -> None:
     tokenizer = opened(BUNDLED)
     again = Library.from_str(tokenizer.serialized())
     assert again.encode("Hello <|end|>").ids == tokenizer.encode("Hello <|end|>")
@@ -195,20 +195,20 @@ def test_a_serialized_tokenizer_encodes_the_same() -> None:
     ],
     ids=["bytes", "fallback", "pieces", "metaspace"],
 )
-def test_the_text_of_a_single_token(library: Library, texts: dict[str, str]) -> None:
+def test_a_single_token_has_its_text(library: Library, texts: dict[str, str]) -> None:
     tokenizer = FastTokenizer(library)
     for token, text in texts.items():
         number = library.token_to_id(token)
-        if number is not None:  # this tiny vocabulary may not have the merge
+        if number is not None:  # the tiny vocabulary may lack this token
             assert tokenizer.token_text(number) == text
     assert tokenizer.token_text(100_000) == ""
 
 
-def test_many_tokens_are_decoded_like_few() -> None:
+def test_many_tokens_are_decoded_correctly() -> None:
     found = open_tokenizer(BUNDLED)
     assert found is not None
     tokens = found.encode("Count from 3 to 9: \u65e5\u672c " * 300)
     assert len(tokens) > 3000
-    few = "".join(found.decode(tokens[:300]) for _ in range(1))
+    few = found.decode(tokens[:300])
     assert found.decode(tokens).startswith(few.rstrip("\ufffd"))
     assert found.decode(tokens) == "Count from 3 to 9: \u65e5\u672c " * 300

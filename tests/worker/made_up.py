@@ -1,4 +1,4 @@
-"""A made-up model that is a table: the logits after a token depend only on this token."""
+"""A made-up model, which is a table: logits depend only on the last token."""
 
 from typing import cast
 
@@ -20,7 +20,7 @@ ONE_STAGE = Pipeline(ALONE, ALONE, width=1, dtype=torch.float32, device=CPU, dep
 
 
 class TableModel:
-    """A model whose hidden states are tokens, and whose logits are rows of a table. It records its calls."""
+    """A model with tokens as hidden states and rows of a table as logits. It records its calls."""
 
     def __init__(self, seed: int = 0) -> None:
         self.table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2

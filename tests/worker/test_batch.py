@@ -78,8 +78,8 @@ class Known:
     tokens: list[int]
     prompt_len: int
     blocks: list[int]
-    shared: int  # how many positions are in shared blocks
-    done: int  # how many positions are computed
+    shared: int  # number of positions in shared blocks
+    done: int  # number of computed positions
     sampling: Sampling
     masked: bool
     drafts: list[int] = field(default_factory=list)  # the drafts of the current step
@@ -136,9 +136,9 @@ def check_batch(step: StepInput, planned: Sequence[Work], known: dict[int, Known
 
 
 def check_rows(step: StepInput, planned: Sequence[Work], known: dict[int, Known]) -> None:
-    """Check for which tokens a step needs logits: those after which one is drawn, and those of prompts."""
+    """Check the rows of logits: one before each drawn token, and those of prompts with log-probabilities."""
     works = in_step_order(planned)
-    sampled, told, prompts = list[int](), list[int](), list[PromptRows]()
+    sampled, prompt_rows, prompts = list[int](), list[int](), list[PromptRows]()
     mask_rows: dict[int, list[int]] = {}
     first = 0
     for work in works:
@@ -148,19 +148,19 @@ def check_rows(step: StepInput, planned: Sequence[Work], known: dict[int, Known]
             mask_rows[work.seq] = list(range(len(sampled), len(sampled) + len(rows)))
             sampled += rows
         if sequence.sampling.prompt_logprobs >= 0:
-            of = [p for p in range(work.start, work.start + work.count) if p + 1 < sequence.prompt_len]
-            told += [first + position - work.start for position in of]
-            if of:
-                targets = tuple(sequence.tokens[position + 1] for position in of)
-                prompts.append(PromptRows(work.seq, of[0] + 1, targets, sequence.sampling.prompt_logprobs))
+            positions = [p for p in range(work.start, work.start + work.count) if p + 1 < sequence.prompt_len]
+            prompt_rows += [first + position - work.start for position in positions]
+            if positions:
+                targets = tuple(sequence.tokens[position + 1] for position in positions)
+                prompts.append(PromptRows(work.seq, positions[0] + 1, targets, sequence.sampling.prompt_logprobs))
         first += work.count
     assert step.sampled == tuple(work for work in works if work.sample)
     assert step.prompts == tuple(prompts)
     if step.logit_rows is None:
-        assert sampled + told == list(range(first))
+        assert sampled + prompt_rows == list(range(first))
     else:
         assert step.logit_rows.dtype == torch.int64
-        assert step.logit_rows.tolist() == sampled + told
+        assert step.logit_rows.tolist() == sampled + prompt_rows
     assert list(step.masked_rows) == [row for work in planned if work.masked for row in mask_rows[work.seq]]
 
 
@@ -204,7 +204,7 @@ def flat(edits: Edits | None) -> list[list[float]] | None:
 class Steps:
     """A random series of steps.
 
-    Sequences are added, computed in chunks, decode with drafts, and are released. Others use their rows again.
+    Sequences are added, computed in chunks, decoded with drafts, and released. Later sequences reuse their rows.
     """
 
     def __init__(self, data: st.DataObject) -> None:
@@ -275,13 +275,13 @@ class Steps:
 
 @settings(steady, max_examples=80)
 @given(data=st.data())
-def test_steps_of_random_sequences(data: st.DataObject) -> None:
+def test_a_random_series_of_steps_has_the_right_tensors(data: st.DataObject) -> None:
     steps = Steps(data)
     for _ in range(data.draw(st.integers(1, 6))):
         steps.run()
 
 
-def test_decoding_uses_the_drawn_token_that_the_engine_may_not_know() -> None:
+def test_a_step_uses_the_drawn_token_even_before_the_engine_has_it() -> None:
     under_test = table()
     first = Work(7, 0, 2, True, (4,))
     step_of(under_test, first, new=[admit(7, [10, 11])])
@@ -300,15 +300,15 @@ def test_drafts_follow_the_last_known_token() -> None:
     second = Work(7, 2, 3, True, (5,), drafts=(50, 51))
     step = step_of(under_test, second)
     assert step.tokens.tolist() == [99, 50, 51]
-    assert step.batch.num_single == 3, "attention computes them as it would without drafts"
+    assert step.batch.num_single == 3, "attention computes drafts like single tokens"
     assert step.batch.context_lens.tolist() == [3, 4, 5]
     assert step.logit_rows is not None
     assert step.logit_rows.tolist() == [0, 1, 2]
-    under_test.record(second, [50, 77])  # the first draft was accepted, the second was not
+    under_test.record(second, [50, 77])  # the first draft was accepted, and the second rejected
     assert step_of(under_test, Work(7, 4, 1, True)).tokens.tolist() == [77]
 
 
-def test_rules_see_all_tokens_that_were_kept() -> None:
+def test_rules_count_all_accepted_tokens() -> None:
     under_test = table()
     sampling = Sampling(seed=0, penalties=SamplingPenalties(1.0))
     first = Work(7, 0, 2, True, (4,), drafts=(5,))
@@ -341,7 +341,7 @@ def test_only_tokens_in_shared_blocks_are_not_written() -> None:
 
 
 def test_mask_rows_are_in_the_order_of_the_plan() -> None:
-    """The order of a step is another one: sequences with a single token come first."""
+    """The order of a step differs: sequences with a single token come first."""
     under_test = table()
     works = [
         Work(1, 0, 3, True, (1,), drafts=(5,), masked=True),  # rows 2 and 3
@@ -391,7 +391,7 @@ def test_too_many_sequences_are_an_error() -> None:
         under_test.apply(plan(new=(admit(1, [1]), admit(2, [2]))))
 
 
-def test_the_table_remembers_how_many_logprobs_are_wanted() -> None:
+def test_the_table_remembers_the_requested_number_of_logprobs() -> None:
     under_test = table()
     under_test.apply(plan(new=(admit(1, [1], Sampling(0, logprobs=3)), admit(2, [1]))))
     assert (under_test.logprobs(1), under_test.logprobs(2)) == (3, -1)
@@ -400,19 +400,19 @@ def test_the_table_remembers_how_many_logprobs_are_wanted() -> None:
 @pytest.mark.parametrize(
     ("sampling", "temperature", "top_p"),
     [
-        (Sampling(0, temperature=1e-9), 0.0, 1.0),  # logits divided by it would be outside float32
+        (Sampling(0, temperature=1e-9), 0.0, 1.0),  # logits divided by this temperature would exceed float32
         (Sampling(0, temperature=1e300), float(np.float32(1e30)), 1.0),
         (Sampling(0, temperature=1.0, top_p=1e-300), 1.0, float(np.float32(1e-30))),
     ],
 )
-def test_parameters_outside_float32_are_cut(sampling: Sampling, temperature: float, top_p: float) -> None:
+def test_parameters_outside_float32_are_limited(sampling: Sampling, temperature: float, top_p: float) -> None:
     step = step_of(table(), Work(1, 0, 1, True, (1,)), new=[admit(1, [1], sampling)])
     assert step.sampling is not None
     assert (step.sampling.temperature.item(), step.sampling.top_p.item()) == (temperature, top_p)
 
 
 def test_a_draft_step_draws_plainly_with_the_keys_of_the_next_tokens() -> None:
-    """A step of the draft model has one token for each of some sequences, at any position."""
+    """A step of the draft model has one token for each of its sequences, at any position."""
     under_test = table()
     samplings = [
         Sampling(seed=i, temperature=1.0, top_k=3, logprobs=2, penalties=SamplingPenalties(1.0)) for i in range(3)

@@ -1,4 +1,4 @@
-"""The drafts of a draft model, and where it writes their keys and values."""
+"""The drafts of a draft model, and the places to which it writes their keys and values."""
 
 from collections.abc import Sequence
 
@@ -47,14 +47,14 @@ def new(seq: int, tokens: Sequence[int], sampling: Sampling = GREEDY) -> NewSeq:
     return NewSeq(seq, 0, encode_tokens(list(tokens)), len(tokens), (), sampling)
 
 
-def test_drafts_are_the_draft_models_continuation_of_the_drawn_token() -> None:
+def test_drafts_continue_the_drawn_token_as_the_draft_model_would() -> None:
     rank = Rank(same=False)
     out = rank.run(Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
     assert out.tokens == (rank.model.next(9),)
     assert out.drafts == tuple(rank.draft.chain(out.tokens[0], COUNT))
 
 
-def test_it_computes_the_same_tokens_as_the_model_and_then_its_drafts() -> None:
+def test_the_draft_model_computes_the_tokens_of_the_model_and_then_its_drafts() -> None:
     rank = Rank(same=False)
     out = rank.run(Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
     drafts = list(out.drafts)
@@ -73,7 +73,7 @@ def test_a_chunk_without_a_drawn_token_gets_no_drafts() -> None:
     assert rank.places() == [([7, 8], [0, 1], [20, 21])]
 
 
-def test_after_rejected_drafts_it_continues_from_the_last_known_token() -> None:
+def test_after_rejected_drafts_the_draft_model_continues_from_the_last_kept_token() -> None:
     """The cache slots of rejected drafts are written again."""
     rank = Rank()
     (first,) = rank.run(Work(1, 0, 1, True, (5, 6, 7)), new=[new(1, [7])])[1].tokens
@@ -135,7 +135,7 @@ def test_drafts_beyond_the_last_block_are_not_written_to_the_cache() -> None:
 
 
 def test_drafts_beyond_the_context_length_are_not_written_to_the_cache() -> None:
-    """A sequence at its end does not prevent the drafts of others. The last of its 8 positions is 7."""
+    """Other sequences still get drafts. The last of the 8 positions is 7."""
     rank = Rank(max_model_len=8)
     works = [Work(1, 0, 6, True, (5, 6)), Work(2, 0, 2, True, (7, 8))]
     news = [new(1, [1, 2, 3, 4, 5, 6]), new(2, [7, 8])]

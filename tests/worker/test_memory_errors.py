@@ -1,4 +1,4 @@
-"""The message of a rank that runs out of memory: its number, the sizes, and the flags that help."""
+"""The message of a rank that runs out of memory has its number, the sizes, and the flags that help."""
 
 import errno
 import subprocess
@@ -30,12 +30,12 @@ def setup(device: str = "cpu") -> RankSetup:
 
 
 @pytest.fixture
-def _free(monkeypatch: pytest.MonkeyPatch) -> None:
+def _little_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "memory", lambda: (24 * GIB, GIB))
 
 
-@pytest.mark.usefixtures("_free")
-def test_an_error_of_pytorch_on_a_cpu() -> None:
+@pytest.mark.usefixtures("_little_free_memory")
+def test_an_error_of_pytorch_on_a_cpu_is_explained() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert explain_out_of_memory(caught.value, setup()) == (
@@ -43,14 +43,14 @@ def test_an_error_of_pytorch_on_a_cpu() -> None:
     )
 
 
-@pytest.mark.usefixtures("_free")
+@pytest.mark.usefixtures("_little_free_memory")
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("some\nlines"), OSError(errno.ENOMEM, "no memory")])
-def test_errors_of_python_and_the_kernel(error: Exception) -> None:
-    told = explain_out_of_memory(error, setup())
-    assert told == f"rank 3 ran out of memory on the CPU: 1.00 GiB of 24.00 GiB were free. {FLAGS}"
+def test_errors_of_python_and_the_kernel_are_explained(error: Exception) -> None:
+    message = explain_out_of_memory(error, setup())
+    assert message == f"rank 3 ran out of memory on the CPU: 1.00 GiB of 24.00 GiB were free. {FLAGS}"
 
 
-def test_the_message_without_known_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_has_no_sizes_if_the_free_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> tuple[int, int]:
         raise OSError(errno.EMFILE, "too many open files")
 
@@ -70,7 +70,7 @@ def test_the_message_without_known_free_memory(monkeypatch: pytest.MonkeyPatch) 
         ("out of memory", ""),
     ],
 )
-def test_an_error_of_pytorch_on_a_gpu(text: str, facts: str) -> None:
+def test_an_error_of_pytorch_on_a_gpu_is_explained(text: str, facts: str) -> None:
     line = explain_out_of_memory(torch.OutOfMemoryError(text), setup("cuda"))
     assert line is not None
     assert line.startswith(f"rank 3 ran out of memory on cuda:1{facts}. Lower")
@@ -84,8 +84,8 @@ def test_other_errors_are_not_explained(error: Exception) -> None:
     assert explain_out_of_memory(error, setup()) is None
 
 
-def test_the_real_error_of_a_process_at_its_memory_limit() -> None:
-    """The message of PyTorch's allocator really has the form that is expected."""
+def test_the_real_error_at_a_memory_limit_is_explained() -> None:
+    """The message of PyTorch's allocator has the form that `explain_out_of_memory` reads."""
     script = (
         "import resource, torch\n"
         "from worker.test_memory_errors import setup\n"

@@ -1,4 +1,4 @@
-"""Groups over a rendezvous whose store still has the addresses of an earlier start."""
+"""Process groups over a rendezvous with a store that has addresses of an earlier start."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""The noise for draws. Seeds are fixed; thresholds are five standard deviations or more."""
+"""The random noise with which tokens are drawn. Seeds are fixed; thresholds are at least five standard deviations."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_moments_are_those_of_the_gumbel_distribution() -> None:
 
 @pytest.mark.parametrize("step", ["seed", "sample", "position"])
 def test_the_distribution_is_gumbel(step: str) -> None:
-    """Kolmogorov-Smirnov test with 90,000 draws: the largest distance exceeds 2.2 / sqrt(n) once in 10,000 times."""
+    """Kolmogorov-Smirnov test: with right noise, the distance exceeds 2.2 / sqrt(n) once in 10,000 runs."""
     noise = gumbel(keys_of(300, step=step), ids_to(300)).double().flatten().sort().values
     expected = torch.exp(-torch.exp(-noise))
     found = torch.arange(1, len(noise) + 1, dtype=torch.float64) / len(noise)
@@ -53,7 +53,7 @@ def test_the_distribution_is_gumbel(step: str) -> None:
 @pytest.mark.parametrize("step", ["seed", "sample", "position"])
 @pytest.mark.parametrize("lag", [1, 2, 64])
 def test_neighbours_are_independent(step: str, lag: int) -> None:
-    """For 250,000 pairs, the deviation of a correlation is 0.002, along ids and along the parts of a row's key."""
+    """The neighbours differ in the id or in a part of the key. With 250,000 pairs, a correlation deviates by 0.002."""
     noise = standardized(gumbel(keys_of(500, step=step), ids_to(500)))
     rows = (noise[lag:] * noise[:-lag]).mean().item()
     ids = (noise[:, lag:] * noise[:, :-lag]).mean().item()
@@ -62,7 +62,7 @@ def test_neighbours_are_independent(step: str, lag: int) -> None:
 
 
 def test_every_id_wins_equally_often() -> None:
-    """Chi-square of 16 cells has mean 15 and deviation 5.5, and exceeds 45 once in 10,000 times."""
+    """Chi-square of 16 cells has mean 15 and deviation 5.5; with right noise, it exceeds 45 once in 10,000 runs."""
     winners = gumbel(keys_of(20_000), ids_to(16)).argmax(1)
     counts = torch.bincount(winners, minlength=16).double()
     assert ((counts - 1250) ** 2 / 1250).sum().item() < 45
@@ -84,7 +84,7 @@ def test_noise_depends_only_on_key_and_id() -> None:
     assert torch.equal(gumbel(keys, per_row), whole.gather(1, per_row.long()))
 
 
-def test_keys_differ_if_any_part_differs() -> None:
+def test_keys_differ_if_any_of_their_parts_differs() -> None:
     some = [0, 1, 2, 2**31, 2**32, 2**63, 2**64 - 1]
     grid = np.array([(a, b, c) for a in some for b in some for c in some], np.uint64)
     keys = row_keys(grid[:, 0], grid[:, 1], grid[:, 2])

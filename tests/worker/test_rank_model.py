@@ -1,4 +1,4 @@
-"""Ranks of stages with and without mixtures of experts."""
+"""The models of ranks, in stages with and without mixtures of experts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from support.plans import engine_plan, setup_of
 def test_a_stage_without_mixtures_has_no_experts_and_exchanges_nothing(
     checkpoint: Callable[[str], Path], stage: int
 ) -> None:
-    """The first layer of this model, which is stage 0, has no experts."""
+    """Stage 0 is the first layer of this model, which has no experts."""
     folder = checkpoint("deepseek_v3")
     alone, shared = Axis("tp", 0, 1, LocalComm()), Axis("ep", 0, 2, LocalComm())
     mesh = Mesh(

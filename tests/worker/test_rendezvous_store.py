@@ -1,4 +1,4 @@
-"""The store of a rendezvous: the operations that torch.distributed needs, and a real group that uses it."""
+"""The store of a rendezvous has the operations that torch.distributed needs, and connects a real group."""
 
 import datetime
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def store(meeting: Rendezvous) -> Iterator[RendezvousStore]:
         yield found
 
 
-def test_keys_and_values(store: RendezvousStore) -> None:
+def test_values_are_set_added_compared_and_deleted(store: RendezvousStore) -> None:
     assert not store.check(["a"])
     store.set("a", "1")
     assert store.get("a") == b"1"
@@ -40,7 +40,7 @@ def test_keys_and_values(store: RendezvousStore) -> None:
     assert not store.delete_key("a")
 
 
-def test_get_and_wait_wait_for_a_key(meeting: Rendezvous, store: RendezvousStore) -> None:
+def test_get_and_wait_return_when_the_key_is_set(meeting: Rendezvous, store: RendezvousStore) -> None:
     with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as other, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(other.get, "late")
         store.set("late", b"\0\xff")

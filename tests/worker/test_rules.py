@@ -1,4 +1,4 @@
-"""Sampling rules and histories, compared with a count over the whole text."""
+"""Sampling rules and histories, compared with counts over the whole text."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -89,7 +89,7 @@ RULES = st.builds(
 def test_forbidden_tokens_are_those_of_a_plain_search(
     sampling: Sampling, prompt: list[int], before: list[int], after: list[int], drafts: list[int]
 ) -> None:
-    """Banned runs are searched in the output only, so no run begins in the prompt."""
+    """Banned runs of tokens count only in the output, so no run begins in the prompt."""
     rules = SamplingRules(sampling, prompt, before)
     for i, token in enumerate([*after, 0]):
         output = before + after[:i]
@@ -98,7 +98,7 @@ def test_forbidden_tokens_are_those_of_a_plain_search(
         rules.append(token)
 
 
-def test_ends_are_forbidden_before_min_tokens_where_drafts_count() -> None:
+def test_end_tokens_are_forbidden_before_min_tokens_and_drafts_count() -> None:
     rules = SamplingRules(Sampling(seed=0, min_tokens=3, ends=encode_tokens([8, 9])), [1, 1, 1, 1], [5])
     assert [rules.forbidden([5] * count).tolist() for count in range(4)] == [[8, 9], [8, 9], [], []]
 
@@ -130,8 +130,8 @@ class CountingTuple(tuple[Ids, ...]):
         return super().__iter__()
 
 
-def test_a_step_does_not_go_through_all_banned_runs() -> None:
-    """The array of tokens that are always forbidden is not made again either."""
+def test_a_step_does_not_iterate_over_all_banned_runs() -> None:
+    """It does not make the array of always forbidden tokens again either."""
     banned = CountingTuple([*((token,) for token in range(100)), *((token, 0, 7) for token in range(100, 600))])
     rules = SamplingRules(Sampling(seed=0, banned=banned), [1], [5])
     walks = banned.walks
@@ -142,7 +142,7 @@ def test_a_step_does_not_go_through_all_banned_runs() -> None:
     assert rules.forbidden([100, 0]).tolist() == [*range(100), 7]
 
 
-def test_runs_with_the_same_end_are_distinguished() -> None:
+def test_banned_runs_with_the_same_last_tokens_are_distinguished() -> None:
     rules = SamplingRules(Sampling(seed=0, banned=((2, 3), (1, 2, 4), (0, 1, 2, 5), (1, 6), (2, 2, 7))), [1, 2], [])
     texts = [[], [2], [1, 2], [0, 1, 2], [1, 1, 2], [2, 2]]
     assert [rules.forbidden(text).tolist() for text in texts] == [[], [3], [3, 4], [3, 4, 5], [3, 4], [3, 7]]
@@ -165,7 +165,7 @@ def test_only_parameters_that_change_logits_make_rules(sampling: Sampling, some:
     assert (SamplingRules.of(sampling, [1], []) is not None) == some
 
 
-def test_edits_of_several_rows_are_flat_pairs() -> None:
+def test_edits_of_several_rows_are_pairs_of_row_and_id() -> None:
     everything = Sampling(
         seed=0,
         min_tokens=9,
@@ -202,11 +202,11 @@ def test_edits_of_several_rows_are_flat_pairs() -> None:
     assert edits.penalties.counts.tolist() == [0, 1, 0, 2, 0]
     assert edits.penalties.presence.tolist() == [0.0, 0.5, 0.5, 0.0, 1.0]
     assert edits.penalties.frequency.tolist() == [0.0, 0.25, 0.25, 0.0, 0.0]
-    assert edits.penalties.repetition.tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]  # a factor of 1 changes nothing, 0 would
+    assert edits.penalties.repetition.tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]  # rows without penalty have the factor 1
 
 
 def pairs(part: object) -> list[tuple[int, int]]:
-    rows, ids = getattr(part, "rows"), getattr(part, "ids")  # noqa: B009 (whatever has them)
+    rows, ids = getattr(part, "rows"), getattr(part, "ids")  # noqa: B009 (several classes have these fields)
     assert rows.dtype == ids.dtype == torch.int64
     return list(zip(rows.tolist(), ids.tolist(), strict=True))
 
@@ -230,7 +230,7 @@ def test_rows_without_changes_make_no_edits() -> None:
 
 
 @pytest.mark.parametrize("repetition", [1e-300, 1e300])
-def test_repetition_penalties_are_cut_to_float32(repetition: float) -> None:
+def test_repetition_penalties_are_limited_to_float32(repetition: float) -> None:
     builder = EditsBuilder()
     builder.add(0, SamplingRules(Sampling(seed=0, penalties=SamplingPenalties(repetition=repetition)), [1], []), [])
     edits = builder.build(1, CPU)

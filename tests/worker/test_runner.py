@@ -1,4 +1,4 @@
-"""Steps on one rank, with a model that is a table."""
+"""Steps of one rank with a made-up model."""
 
 from collections.abc import Sequence
 
@@ -72,7 +72,7 @@ def test_a_plan_without_work_has_an_empty_result() -> None:
 
 
 @pytest.mark.parametrize("right", range(4))
-def test_drafts_are_accepted_up_to_the_first_wrong_one(right: int) -> None:
+def test_drafts_are_accepted_up_to_the_first_wrong_draft(right: int) -> None:
     rank = Rank()
     (first,) = rank.start(1, [3]).tokens
     true = rank.model.chain(first, 4)
@@ -101,7 +101,7 @@ PARAMETERS = st.builds(
 @settings(steady, max_examples=25)
 @given(sampling=PARAMETERS, prompt=st.integers(0, VOCABULARY - 1), data=st.data())
 def test_drafts_do_not_change_the_drawn_tokens(sampling: Sampling, prompt: int, data: st.DataObject) -> None:
-    """This holds for greedy and drawn tokens, and with rules that depend on the text so far."""
+    """This is true of greedy and random tokens, and of rules that depend on the text so far."""
     plain, count = Rank(), 12
     expected = list(plain.start(1, [prompt], sampling).tokens)
     for position in range(1, count):
@@ -128,7 +128,7 @@ def bits(*rows: Sequence[int]) -> bytes:
     return b"".join(sum(1 << token for token in row).to_bytes(8, "little") for row in rows)
 
 
-def test_the_result_of_a_masked_step_comes_with_its_mask() -> None:
+def test_a_masked_step_has_its_result_only_after_its_mask() -> None:
     rank = Rank()
     rank.start(1, [5])
     assert rank.runner.execute(rank.plan(Work(1, 1, 1, True, masked=True))) is None
@@ -138,7 +138,7 @@ def test_the_result_of_a_masked_step_comes_with_its_mask() -> None:
     assert result is not None
     assert result.step == rank.step
     assert result.out == (SeqOut(1, 0, (11,)),)
-    assert rank.runner.apply_mask(StepMask(9, rank.step, bits([11]), 2)) is None, "the step is answered already"
+    assert rank.runner.apply_mask(StepMask(9, rank.step, bits([11]), 2)) is None, "this step already has its result"
     (after,) = rank.run(Work(1, 2, 1, True))
     assert after.tokens == (rank.model.next(11),)
 
@@ -162,7 +162,7 @@ def test_a_mask_limits_only_its_own_sequence() -> None:
 
 
 def test_each_draft_has_a_row_of_the_mask() -> None:
-    """The first draft is allowed by its row; the second is not."""
+    """The first draft is allowed by its row of the mask, and the second is not."""
     rank = Rank()
     rank.start(1, [5])
     assert rank.runner.execute(rank.plan(Work(1, 1, 3, True, drafts=(7, 8), masked=True))) is None
@@ -188,13 +188,13 @@ def check_entry(entry: TokenLogprobs, model: TableModel, before: int, token: int
     row = model.table[before].double().log_softmax(0)
     best = row.topk(count)
     assert entry.ids == tuple(best.indices.tolist())
-    # The tolerance is that of a sum of 40 terms in float32.
+    # The tolerance allows for a sum of 40 terms in float32.
     assert entry.chosen == pytest.approx(float(row[token]), abs=1e-5)
     assert entry.values == pytest.approx(best.values.tolist(), abs=1e-5)
     assert entry.rank == 1 + int((row > row[token]).sum())
 
 
-def test_each_sequence_gets_as_many_logprobs_as_it_asked_for() -> None:
+def test_each_sequence_gets_its_requested_number_of_logprobs() -> None:
     rank = Rank()
     counts = {1: 3, 2: -1, 3: 0, 4: 2**31 - 1}
     news = [new(seq, [seq], Sampling(seed=seq, temperature=2.0, logprobs=count)) for seq, count in counts.items()]
@@ -207,17 +207,17 @@ def test_each_sequence_gets_as_many_logprobs_as_it_asked_for() -> None:
         check_entry(entry, rank.model, out.seq, out.tokens[0], min(counts[out.seq], VOCABULARY))
 
 
-def test_every_kept_token_has_logprobs() -> None:
+def test_every_accepted_token_has_logprobs() -> None:
     rank = Rank()
     sampling = Sampling(seed=0, logprobs=2)
     (first,) = rank.start(1, [3], sampling).tokens
     rank.start(2, [4])
     true = rank.model.chain(first, 3)
     with_drafts = Work(1, 1, 4, True, drafts=(true[0], true[1], (true[2] + 1) % VOCABULARY))
-    told, plain = sorted(rank.run(with_drafts, Work(2, 1, 1, True)), key=lambda out: out.seq)
-    assert told.tokens == tuple(true)
-    assert len(told.logprobs) == 3
-    for before, token, entry in zip([first, *true], true, told.logprobs, strict=False):
+    part, plain = sorted(rank.run(with_drafts, Work(2, 1, 1, True)), key=lambda out: out.seq)
+    assert part.tokens == tuple(true)
+    assert len(part.logprobs) == 3
+    for before, token, entry in zip([first, *true], true, part.logprobs, strict=False):
         check_entry(entry, rank.model, before, token, 2)
     assert plain.logprobs == ()
 
@@ -242,7 +242,7 @@ def check_prompt(found: Sequence[TokenLogprobs], model: TableModel, prompt: Sequ
         check_entry(entry, model, before, token, count)
 
 
-def test_logits_of_a_prompt_are_computed_some_rows_at_a_time() -> None:
+def test_logits_of_a_prompt_are_computed_in_several_parts() -> None:
     rank, prompt = Rank(), prompt_of(150)
     out = rank.start(1, prompt, Sampling(seed=0, prompt_logprobs=2))
     assert rank.model.rows == [1, 64, 64, 21]
@@ -278,16 +278,16 @@ def test_prompt_logprobs_of_chunks_do_not_overlap(chunks: list[int]) -> None:
         if last:
             assert out[1].tokens == (rank.model.next(prompt[-1]),)
         if 1 in out and out[1].prompt_logprobs is not None:
-            told = out[1].prompt_logprobs
-            assert not set(range(told.start, told.start + len(told.entries))) & set(found)
-            found |= dict(enumerate(told.entries, told.start))
+            part = out[1].prompt_logprobs
+            assert not set(range(part.start, part.start + len(part.entries))) & set(found)
+            found |= dict(enumerate(part.entries, part.start))
             assert out[1].tokens == () or last
         start += count
     assert list(found) == list(range(1, len(prompt)))
     check_prompt(list(found.values()), rank.model, prompt, 1)
 
 
-def test_prompt_logprobs_of_a_masked_step() -> None:
+def test_a_masked_step_returns_prompt_logprobs() -> None:
     rank, prompt = Rank(), prompt_of(5)
     work = Work(1, 0, 5, True, BLOCKS, masked=True)
     assert rank.runner.execute(rank.plan(work, new=[new(1, prompt, Sampling(seed=0, prompt_logprobs=1))])) is None
@@ -299,13 +299,13 @@ def test_prompt_logprobs_of_a_masked_step() -> None:
     check_prompt(out.prompt_logprobs.entries, rank.model, prompt, 1)
 
 
-def test_prompt_logprobs_of_several_prompts_in_a_step() -> None:
+def test_several_prompts_of_a_step_get_their_logprobs() -> None:
     rank, prompts = Rank(), {1: prompt_of(9), 2: prompt_of(90)[80:], 3: [5]}
     news = [new(seq, prompt, Sampling(seed=0, prompt_logprobs=seq)) for seq, prompt in prompts.items()]
     works = [Work(seq, 0, len(prompt), True, BLOCKS[4 * seq :]) for seq, prompt in prompts.items()]
     out = {each.seq: each.prompt_logprobs for each in rank.run(*works, new=news)}
-    assert out[3] is None, "its only token has no token before it"
+    assert out[3] is None, "a prompt of one token has no log-probabilities"
     for seq in (1, 2):
-        told = out[seq]
-        assert told is not None
-        check_prompt(told.entries, rank.model, prompts[seq], seq)
+        part = out[seq]
+        assert part is not None
+        check_prompt(part.entries, rank.model, prompts[seq], seq)

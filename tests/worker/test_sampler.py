@@ -20,7 +20,7 @@ from worker.shares import CUTS, Float64, check_distribution, draw, even, keys_of
 def reference(
     logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float64:
-    """Return the distribution from which tokens are drawn. Of equal logits, those with lower ids come first."""
+    """Return the distribution from which tokens are drawn. Of tokens with equal logits, the lowest ids come first."""
     scaled: Float64 = logits.double().numpy() / temperature
     order = np.argsort(-scaled, kind="stable")
     weights = np.exp(scaled - scaled.max())[order]
@@ -52,9 +52,9 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     check_distribution(tokens, reference(LOGITS, temperature, top_k, top_p, min_p))
 
 
-def test_top_p_counts_only_tokens_that_min_p_leaves() -> None:
-    """Of the weights 1, 0.6, 0.3 and 0.1, min-p leaves three, whose sum is 1.9. The first is 53 % of that, so it alone
-    reaches a top-p of 0.52. It would not if all four weights counted, of which it is 50 %."""
+def test_top_p_counts_only_the_tokens_that_min_p_keeps() -> None:
+    """Of the weights 1, 0.6, 0.3 and 0.1, min-p keeps three. The first is 53 % of their sum, so it alone reaches a
+    top-p of 0.52. It is only 50 % of all four, so it would not reach 0.52 if all of them counted."""
     logits = torch.tensor([[1.0, 0.6, 0.3, 0.1]]).log().expand(300, -1)
     assert set(draw(logits, rows_of(1.0, 0, 0.52, 0.2, count=300), (2, 2)).tolist()) == {0}
     assert set(draw(logits, rows_of(1.0, 0, 0.52, count=300), (2, 2)).tolist()) == {0, 1}
@@ -81,7 +81,7 @@ def test_every_cut_draws_the_same_tokens_from_equal_logits(ranks: int) -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randint(
         0, 3, (200, 1501), generator=generator
-    ).float()  # 500 of each, more than are fetched at first
+    ).float()  # 500 tokens with each logit, more than the first candidates
     rows = rows_of(1.0, [1, 2, 40, 500] * 50, [1.0, 0.77, 0.9, 0.63] * 50, count=200)
     one = draw(logits, rows, (1501,))
     assert torch.equal(draw(logits, rows, even(1501, ranks)), one)
@@ -117,10 +117,10 @@ def test_a_tiny_top_p_is_greedy() -> None:
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"), [(0, 0.9, 0.0), (1900, 0.9, 0.0), (0, 0.95, 0.82), (0, 1.0, 0.84)]
 )
-def test_a_nucleus_larger_than_the_first_candidates_is_exact(
+def test_a_nucleus_larger_than_the_first_candidates_has_the_right_tokens(
     sizes: Sequence[int], top_k: int, top_p: float, min_p: float
 ) -> None:
-    """The distribution is nearly flat over 2000 ids in random order. About 1700 of them are left."""
+    """The distribution is nearly flat over 2000 ids in random order, and keeps about 1700 of them."""
     generator = torch.Generator().manual_seed(6)
     logits = torch.linspace(0, 0.2, 2000)[torch.randperm(2000, generator=generator)]
     expected = reference(logits, 1.0, top_k, top_p, min_p)
@@ -130,7 +130,7 @@ def test_a_nucleus_larger_than_the_first_candidates_is_exact(
     check_distribution(tokens, expected, cells=40)
     inside = np.flatnonzero(expected)
     least = inside[expected[inside].argsort()[:400]]
-    assert np.isin(tokens.numpy(), least).sum() > 200, "tokens at the end of the nucleus are drawn too"
+    assert np.isin(tokens.numpy(), least).sum() > 200, "tokens at the end of the nucleus are drawn too rarely"
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
@@ -138,7 +138,7 @@ def test_a_nucleus_larger_than_the_first_candidates_is_exact(
 def test_pytorch_and_native_kernels_draw_the_same_tokens(
     sizes: Sequence[int], scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nuclei have a few tokens or thousands. Without compiled kernels, PyTorch is compared with itself."""
+    """A nucleus has a few tokens or thousands. Where no kernels are compiled, PyTorch is compared with itself."""
     logits = torch.randn(24, 30_011, generator=torch.Generator().manual_seed(3)) * scale
     rows = rows_of(
         [0.0, 1.0, 0.8, 1.3, 1.0, 1.0] * 4,
@@ -153,7 +153,7 @@ def test_pytorch_and_native_kernels_draw_the_same_tokens(
 
 
 def test_a_wide_nucleus_over_many_equal_logits_is_the_same_in_every_cut() -> None:
-    """The border of the nucleus is inside a group of 500 equal logits, which is more than the first candidates."""
+    """The border of the nucleus is inside a group of 500 equal logits, more than there are first candidates."""
     logits = torch.randint(0, 3, (100, 1501), generator=torch.Generator().manual_seed(2)).float()
     rows = rows_of(1.0, 0, [0.5, 0.7, 0.9, 0.95] * 25, [0.0, 0.3] * 50, count=100)
     one = draw(logits, rows, (1501,))
@@ -164,8 +164,8 @@ def test_a_wide_nucleus_over_many_equal_logits_is_the_same_in_every_cut() -> Non
         assert expected[one[row]] > 0
 
 
-def test_truncation_does_not_change_a_draw_that_it_allows() -> None:
-    """The noise is the same, so a row draws the same token as without truncation if truncation allows it."""
+def test_truncation_changes_no_draw_that_it_allows() -> None:
+    """The noise is the same, so a row draws the same token with truncation, if the truncation keeps that token."""
     logits = LOGITS.expand(500, -1).contiguous()
     free = draw(logits, rows_of(1.0, count=500), (11,))
     kept = torch.from_numpy(reference(LOGITS, 1.0, 5) > 0)[free]
@@ -176,7 +176,7 @@ def test_truncation_does_not_change_a_draw_that_it_allows() -> None:
 
 @settings(steady, max_examples=30)
 @given(data=st.data(), ranks=st.sampled_from([1, 2, 3, 5]))
-def test_a_row_does_not_depend_on_other_rows(data: st.DataObject, ranks: int) -> None:
+def test_a_draw_does_not_depend_on_other_rows(data: st.DataObject, ranks: int) -> None:
     """A row draws the same token alone and among others, in any order."""
     count = data.draw(st.integers(2, 8))
     seed = data.draw(st.integers(0, 1000))
@@ -206,7 +206,7 @@ def test_a_row_does_not_depend_on_other_rows(data: st.DataObject, ranks: int) ->
     assert torch.equal(apart, together[some])
 
 
-def test_a_free_draw_is_the_argmax_of_logits_and_noise() -> None:
+def test_an_untruncated_draw_is_the_argmax_of_logits_plus_noise() -> None:
     generator = torch.Generator().manual_seed(8)
     logits, keys = torch.randn(50, 11, generator=generator), keys_of(50)
     noise = gumbel(keys, torch.arange(11, dtype=torch.int32))
@@ -236,7 +236,7 @@ def test_logprobs_are_those_of_the_whole_vocabulary(sizes: Sequence[int], count:
 
 
 @pytest.mark.parametrize("sizes", [(701,), (300, 1, 400)], ids=str)
-def test_of_equally_likely_tokens_those_with_the_lowest_ids_are_reported(sizes: Sequence[int]) -> None:
+def test_logprobs_list_the_lowest_ids_of_equally_likely_tokens(sizes: Sequence[int]) -> None:
     logits = torch.zeros(2, 701)
     logits[1, 650:] = 1.0
 

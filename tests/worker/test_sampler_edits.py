@@ -110,7 +110,7 @@ REQUESTED = [
 @pytest.mark.parametrize("words", [1, 2])
 @pytest.mark.parametrize("sizes", CUTS, ids=str)
 def test_logits_are_edited_as_documented(sizes: Sequence[int], words: int) -> None:
-    """The tolerance is that of a few float32 operations on numbers up to 110. Forbidden tokens must match exactly."""
+    """The tolerance allows for a few float32 operations on numbers up to 110. Forbidden tokens must match exactly."""
     logits = some_logits(len(REQUESTED), 11)
     found = edited(logits, edits_of(REQUESTED, words), sizes)
     for row, requested in enumerate(REQUESTED):
@@ -119,7 +119,7 @@ def test_logits_are_edited_as_documented(sizes: Sequence[int], words: int) -> No
         assert torch.equal(found[row] == NEVER, expected == NEVER)
 
 
-def test_logits_without_edits_keep_their_bits() -> None:
+def test_logits_without_edits_are_unchanged() -> None:
     logits = some_logits(8, 100)
     found = edited(logits, edits_of(REQUESTED, 4), (60, 40))
     assert torch.equal(found[0], logits[0])
@@ -127,7 +127,7 @@ def test_logits_without_edits_keep_their_bits() -> None:
     assert torch.equal(found[5][4:], logits[5][4:])
 
 
-def test_a_bias_that_is_given_twice_counts_twice() -> None:
+def test_a_bias_given_twice_counts_twice() -> None:
     logits = torch.zeros(1, 4)
     twice = Bias(torch.tensor([0, 0]), torch.tensor([2, 2]), torch.tensor([1.0, 0.5]))
     assert edited(logits, Edits(bias=twice), (4,)).tolist() == [[0, 0, 1.5, 0]]
@@ -135,7 +135,7 @@ def test_a_bias_that_is_given_twice_counts_twice() -> None:
 
 @pytest.mark.parametrize("words", [0, 1, 2, 4])
 @pytest.mark.parametrize("sizes", [(130,), (33, 97), (64, 0, 66), (1, 31, 98)], ids=str)
-def test_masks_at_every_alignment(sizes: Sequence[int], words: int) -> None:
+def test_masks_are_applied_at_every_alignment(sizes: Sequence[int], words: int) -> None:
     """Masks have full, empty and mixed words, and tokens beyond the last word."""
     allowed = {*range(32, 64), *range(100, 128, 3), 3, 129}
     logits = some_logits(3, 130)
@@ -198,9 +198,9 @@ TRUNCATION = st.tuples(
 def test_any_combination_draws_an_allowed_token(
     requested: list[tuple[RequestedEdits, tuple[float, int, float, float]]], ranks: int, seed: int
 ) -> None:
-    """Drawn tokens have a probability by plain arithmetic; greedy tokens have the largest; cuts change nothing.
+    """By plain arithmetic, drawn tokens are possible and greedy tokens the likeliest, in every cut of the vocabulary.
 
-    A token within 1e-4 of a border of top_p or min_p may be on either side, because float32 rounds.
+    A token within 1e-4 of a limit of top_p or min_p may be on either side of it, because float32 rounds.
     """
     logits = some_logits(len(requested), 70, seed)
     asked = [one for one, _ in requested]
@@ -232,11 +232,11 @@ def test_any_combination_draws_an_allowed_token(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("top_k", "min_p"), [(0, 0.0), (3, 0.0), (0, 0.5)])
 @pytest.mark.parametrize("sizes", CUTS, ids=str)
-def test_rows_in_which_no_token_can_be_drawn(
+def test_a_row_without_possible_tokens_still_gets_a_token(
     sizes: Sequence[int], temperature: float, top_k: int, min_p: float
 ) -> None:
-    """Such a row gets the lowest id that is not forbidden. If all are forbidden, it gets the token with the largest
-    logit before the edits."""
+    """The row gets the lowest id that is not forbidden. If all are forbidden, it gets the token with the largest logit
+    before the edits."""
     logits = some_logits(7, 11)
     logits[3:6, [4, 6]] = NEVER
     logits[6] = NEVER
@@ -255,7 +255,7 @@ def test_rows_in_which_no_token_can_be_drawn(
     assert torch.equal(draw(logits, rows, sizes), expected)
 
 
-def test_rows_of_minus_infinity_without_edits_give_an_id() -> None:
+def test_rows_of_minus_infinity_get_an_id() -> None:
     logits = torch.full((4, 11), NEVER)
     for rows in (rows_of(0.0, count=4), rows_of(1.0, count=4), rows_of(1.0, 3, 0.5, 0.1, count=4)):
         for sizes in CUTS:
@@ -263,7 +263,7 @@ def test_rows_of_minus_infinity_without_edits_give_an_id() -> None:
 
 
 @pytest.mark.parametrize("logprobs", [-1, 0, 3])
-def test_logits_are_edited_in_a_copy_only_if_logprobs_are_wanted(logprobs: int) -> None:
+def test_logits_are_copied_before_edits_only_if_logprobs_need_them(logprobs: int) -> None:
     logits = some_logits(1, 11)
     before = logits.clone()
     rows = rows_of(1.0, count=1, edits=edits_of([RequestedEdits(forbidden=[3])], 1), logprobs=logprobs)

@@ -1,4 +1,4 @@
-"""The return of drawn tokens to the first stage, which reads them when it needs them, and not earlier."""
+"""Drawn tokens return to the first stage, which reads them only when it needs them."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ MAX_SEQS = 4
 
 @dataclass
 class FakePipeline:
-    """A fake pipeline with the tokens that the last stage has sent, by step."""
+    """A fake pipeline that holds the tokens of each step that the last stage has sent."""
 
     depth: int
     sent: deque[list[int]] = field(default_factory=deque)
@@ -42,7 +42,7 @@ class Known:
 
 
 class FirstStage:
-    """The first stage, with the parts of the engine and of the last stage that it needs."""
+    """The first stage, with the parts of the engine and of the last stage that this test needs."""
 
     def __init__(self, max_in_flight: int) -> None:
         self.table = SequenceTable(MAX_SEQS, 1000, 4, torch.device("cpu"), samples=False)
@@ -112,7 +112,7 @@ def test_each_plan_has_the_tokens_that_it_needs(max_in_flight: int, data: st.Dat
         needed = max((first.known[seq].step for seq in seqs if first.known[seq].computed), default=-1)
         before = len(first.pipeline.sent)
         assert first.run(seqs, new, released).tolist() == wanted
-        # It has read the tokens up to the last step that it needs or that must have been answered, and no more.
+        # It has read the tokens up to the last step that it needs or that is no longer in flight, and no later ones.
         unread = first.token_return.unread
         assert all(number > max(needed, first.step - max_in_flight) for number in unread[:-1])
         assert len(first.pipeline.sent) == len(unread) - 1 <= before
@@ -133,7 +133,7 @@ def test_a_token_of_an_older_epoch_is_dropped() -> None:
     assert not first.pipeline.sent
 
 
-def test_tokens_that_no_plan_needs_are_read_when_their_step_was_answered() -> None:
+def test_unneeded_tokens_are_read_when_their_step_leaves_the_pipeline() -> None:
     first = FirstStage(2)
     for seq in range(4):
         first.known[seq] = Known(0, 3)

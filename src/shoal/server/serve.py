@@ -189,7 +189,7 @@ async def serve_until_end(
         return await _drain(llm, front, server, signals, shutdown_timeout)
     cause = _exception_of(watch) or _exception_of(server)
     watch.cancel()
-    await _apart(llm.close)  # clients that still wait are told
+    await _apart(llm.close)  # gives clients that still wait an error
     await _end(front, server, signals, LAST_BYTES_S)
     raise cause if isinstance(cause, ShoalError) else EngineError(f"the HTTP server ended unexpectedly: {cause!r}")
 
@@ -224,26 +224,26 @@ async def _drain(
         "draining for up to %g s (--shutdown-timeout): no new requests; signal again to exit at once", shutdown_timeout
     )
     deadline = time.monotonic() + shutdown_timeout
-    await _say_what_holds(llm)
+    await _warn_if_paused(llm)
     complete = await _requests_end(llm, signals, shutdown_timeout)
     if not complete:
         log.warning("unfinished requests are cut off")
-        await _apart(llm.close)  # clients that still wait are told
+        await _apart(llm.close)  # gives clients that still wait an error
     read = await _end(front, server, signals, max(LAST_BYTES_S, deadline - time.monotonic()))
     return 0 if complete and read else 1
 
 
-async def _say_what_holds(llm: Backend) -> None:
-    """Warn if the server is paused: its requests can't end before it continues. It may be resumed while it drains."""
+async def _warn_if_paused(llm: Backend) -> None:
+    """Warn if the server is paused or asleep: its requests can end only if it is resumed during the drain."""
     try:
         status = await llm.status()
-    except EngineError:  # it may be busy or have failed: the drain tells
+    except EngineError:  # it may be busy or have failed: the drain will show it
         return
     unfinished = status.queued + sum(replica.held for replica in status.replicas)
     if unfinished and status.activity != ActivityState.AWAKE:
         way_out = "/resume" if status.activity == ActivityState.PAUSED else "/wake_up"
         log.warning(
-            "the server is %s: %d requests can't finish, and are cut off unless POST %s continues it",
+            "the server is %s: its %d unfinished requests will be cut off, unless POST %s lets them finish",
             status.activity,
             unfinished,
             way_out,

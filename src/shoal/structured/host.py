@@ -141,4 +141,4 @@ def describe_exit(code: int, limits: GrammarLimits) -> str:
             return f"it takes more than {limits.memory_mib} MiB of memory"
         case signal.SIGSEGV | signal.SIGBUS:
             return "it is nested too deeply, or has numbers that are too large"
-    return f"its process ended with code {code}" if code >= 0 else f"its process was ended by signal {-code}"
+    return f"its process ended with code {code}" if code >= 0 else f"its process was killed by signal {-code}"

@@ -94,7 +94,7 @@ def _tensors(answer: bytes) -> dict[str, StoredTensor]:
 
 def _ending(code: int, cpu_seconds: int) -> str:
     if code == -signal.SIGXCPU:
-        return f"took more than {cpu_seconds} s of a core"
+        return f"took more than {cpu_seconds} s of processor time"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"exited with code {code}"

@@ -118,7 +118,7 @@ def _explained(file: Path, error: Exception) -> str:
     # PyTorch's message is long, and advises to load the file without `weights_only`: only the reason is kept.
     reason = text.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
     reason = re.split(r"(?<=\S)\. (?=[A-Z])", reason)[0]
-    return f"{file} is truncated or no file of weights: {_shown(f'{type(error).__name__}: {reason}')}"
+    return f"{file} is truncated or not a file of weights: {_shown(f'{type(error).__name__}: {reason}')}"
 
 
 def _shown(text: str) -> str:
@@ -149,14 +149,13 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise _Unreadable(f"it holds a {type(content).__name__}, and no tensors by name")
+        raise _Unreadable(f"it holds a {type(content).__name__} instead of tensors by name")
     found = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not found:
         # The repr of other keys could take forever: tuples that contain the next tuple twice, and so on.
         first = [str(key)[:40] if isinstance(key, str | int) else type(key).__name__ for key in list(content)[:5]]
-        raise _Unreadable(
-            f"it holds no tensors by name, but {', '.join(first) or 'nothing'}; save the model's state_dict by itself"
-        )
+        held = f", only the keys {', '.join(first)}" if first else " and nothing else"
+        raise _Unreadable(f"it holds no tensors by name{held}; save the model's state_dict by itself")
     for name, tensor in found.items():
         _check_plain(name, tensor)
     return {name: tensor.detach() for name, tensor in found.items()}

@@ -205,9 +205,9 @@ class StageProbe:
         if made is None or len(calls) != len(self._layers):
             raise NotSplittable("its layers do not run one after the other")
         if any(after.stream is not before.out for before, after in pairwise(calls)):
-            raise NotSplittable("something is done to the residual stream between its layers")
+            raise NotSplittable("it changes the residual stream between its layers")
         if any(tensor in made for call in calls for tensor in call.others):
-            raise NotSplittable("its layers take more than the residual stream from what runs before them")
+            raise NotSplittable("its layers use other results of earlier stages than the residual stream")
         dtype = next(self._model.parameters()).dtype
         if any(call.out.shape[-1] != spec.hidden_size or call.out.dtype != dtype for call in calls):
             raise NotSplittable("its residual stream does not have the width or the type of its output")

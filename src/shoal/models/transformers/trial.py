@@ -263,7 +263,7 @@ def window_of_mask(function: Callable[..., Any]) -> int | None:
             ends = torch.tensor([q - 1, q, q + 1, q - window, q - window + 1])
             keys = torch.cat((coarse, ends[(ends >= 0) & (ends <= last)]))
             if not torch.equal(seen(q, keys), (keys <= q) & (keys > q - window)):
-                raise NotRunnable("a token sees neither all tokens before it nor a window of the last ones")
+                raise NotRunnable("its attention mask is neither causal nor a sliding window")
     return None if window > last else window
 
 
