@@ -655,6 +655,7 @@ def test_replicas_that_share_experts_restart_together() -> None:
     run(work())
 
 
+@pytest.mark.slow
 def test_a_single_replica_is_restarted_and_continues_its_requests() -> None:
     async def work() -> None:
         async with real() as llm:
@@ -691,6 +692,7 @@ def test_replicas_on_threads_can_be_added_and_removed() -> None:
     run(work())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["threads", "mp"])
 def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
     async def work() -> None:
@@ -708,6 +710,7 @@ def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
     run(work())
 
 
+@pytest.mark.slow
 def test_blocks_of_a_dropped_stream_are_freed() -> None:
     async def work() -> None:
         async with real() as llm:

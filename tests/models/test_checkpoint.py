@@ -98,6 +98,7 @@ def test_the_headers_of_all_shards_are_read(tmp_path: Path) -> None:
     assert {name: (t.file, t.shape) for name, t in found.tensors.items()} == {"a": (first, (2, 3)), "b": (second, (5,))}
 
 
+@pytest.mark.slow
 def test_a_single_file_is_preferred_to_an_index(tmp_path: Path) -> None:
     """Transformers does the same, because the index may be out of date and name shards that no longer exist."""
     torch.save({"c": torch.ones(2)}, tmp_path / PICKLED_SINGLE)

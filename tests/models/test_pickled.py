@@ -27,6 +27,8 @@ from shoal.models.checkpoint.stored_file import FileState, StoredTensor
 from shoal.models.checkpoint.torch_files import list_here, list_tensors, load_tensors
 from support.fakes import steady
 
+pytestmark = pytest.mark.slow
+
 _TYPES = {
     "F32": torch.float32,
     "F16": torch.float16,

@@ -39,6 +39,8 @@ from support.fake_backend import FakeBackend
 from support.fleet_status import fleet
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 90.0
 TOKENS = 300
 STREAMS = 4  # streams of each API server when one of them is killed or stopped

@@ -33,7 +33,7 @@ FLAGS = (
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM.exists() and DRIVER.exists()), reason="needs Debian's packages chromium and chromium-driver"
 )
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 DIED = "rank 1 (process 101, last step 9, computing step 10) was killed by SIGKILL"
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow  # starts processes
+
 _LONG_S = 110.0
 ENDLESS = 'start: %json {"type": "integer", "multipleOf": 9999991}'
 

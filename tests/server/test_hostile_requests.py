@@ -14,6 +14,8 @@ import pytest
 
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 100.0
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

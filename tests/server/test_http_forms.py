@@ -11,6 +11,8 @@ import pytest
 
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow  # starts processes
+
 WAIT_S = 60.0
 PROMPT = "Count from 3 to 6:"
 GREEDY = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0}

@@ -10,6 +10,8 @@ import requests
 
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 100.0
 KEY = "key-of-the-environment"
 

@@ -11,6 +11,8 @@ import pytest
 from openai import AsyncOpenAI
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow
+
 STREAMS = 32
 TOKENS = 80
 WAIT_S = 60.0

@@ -32,7 +32,7 @@ ANSWERS = {  # parameters of the requests with PROMPTS
         "max_tokens": 24, "temperature": 1.5, "stop": ["\n", " 7", "<|eos|>"], "seed": 1234, "top_p": 0.95,
     },
 }  # fmt: skip
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", params=[("-tp", "2"), ("-dp", "2")], ids=" ".join)

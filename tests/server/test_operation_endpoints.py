@@ -27,6 +27,8 @@ from support.fake_backend import FakeBackend
 from support.fleet_status import fleet
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow
+
 KEY = {"Authorization": "Bearer secret"}
 WAIT_S = 120.0
 
@@ -230,8 +232,6 @@ def test_a_drain_during_a_pause_ends_in_time_with_a_warning() -> None:
 
 
 # --- AsyncLLM ----------------------------------------------------------------------------------------------------
-
-
 def test_an_async_llm_pauses_and_sleeps_with_vllm_s_names() -> None:
     async def go() -> None:
         params = SamplingParams(temperature=0.9, seed=3, max_tokens=60, ignore_eos=True)

@@ -23,6 +23,8 @@ from schemathesis.checks import (
 
 from support.servers import ShoalServer
 
+pytestmark = pytest.mark.slow
+
 GOOD: Any = {"prompt": "Count:", "max_tokens": 4, "temperature": 0}
 CHECKS: list[Any] = [
     not_a_server_error,

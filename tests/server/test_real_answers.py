@@ -14,7 +14,7 @@ from shoal.server.settings import ServerSettings
 
 PROMPTS = ["Once upon a time", "The capital of Belgium is"]
 OPTIONS: dict[str, Any] = {"kv_cache_memory_bytes": "32M", "distributed_executor_backend": "uni"}
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def _no_collector() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_collector")
 def test_a_failure_keeps_no_reference_to_the_work() -> None:
     """Its memory is freed at once, not only when the garbage collector runs, which may take long in an idle process."""
@@ -99,6 +100,7 @@ def test_a_failure_keeps_no_reference_to_the_work() -> None:
     asyncio.run(go())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_collector")
 def test_a_failure_of_an_answer_keeps_no_reference_to_it() -> None:
     async def forever() -> dict[str, Any]:

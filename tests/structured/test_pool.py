@@ -20,6 +20,8 @@ from shoal.text.grammar_host import grammar_pool
 from shoal.wire.grammars import GrammarAsk, Verdict
 from support.processes import children
 
+pytestmark = pytest.mark.slow
+
 EOS = (1,)
 SIZE = 640
 A, B = 70, 71

@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import jsonschema_rs
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,6 +119,7 @@ words = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=500)
 @given(schemas, st.lists(st.tuples(words, junk, st.integers(0, 50)), min_size=1, max_size=4), st.booleans())
 def test_invalid_schemas_are_refused_in_one_line(schema: Any, changes: list[tuple[str, Any, int]], text: bool) -> None:
@@ -139,6 +141,7 @@ def inside(value: Any) -> list[Any]:
     return [value, *(each for part in below for each in inside(part))]
 
 
+@pytest.mark.slow
 @settings(steady, max_examples=300)
 @given(schemas, schemas, schemas, st.integers(0, 1000))
 def test_texts_that_a_grammar_allows_satisfy_its_schema(root: Any, one: Any, other: Any, seed: int) -> None:

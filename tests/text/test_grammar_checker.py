@@ -32,6 +32,7 @@ def checker() -> Iterator[GrammarChecker]:
     checker.close()
 
 
+@pytest.mark.slow
 def test_a_valid_grammar_passes_and_an_invalid_one_is_refused(checker: GrammarChecker) -> None:
     checker.check(PLAIN)
     with pytest.raises(RequestError, match="unclosed character class"):
@@ -45,6 +46,7 @@ def test_no_process_is_started_before_the_first_grammar() -> None:
     GrammarChecker(never).close()
 
 
+@pytest.mark.slow
 def test_a_slow_grammar_does_not_delay_others(checker: GrammarChecker) -> None:
     endless = checker.submit(ENDLESS)
     for count in range(20):
@@ -54,6 +56,7 @@ def test_a_slow_grammar_does_not_delay_others(checker: GrammarChecker) -> None:
     checker.check(PLAIN)
 
 
+@pytest.mark.slow
 def test_several_threads_may_check_grammars(checker: GrammarChecker) -> None:
     wrong: list[int] = []
 
@@ -79,6 +82,7 @@ def test_an_error_names_the_first_prompt_with_an_invalid_grammar(checker: Gramma
     checker.check_jobs(jobs[:2])
 
 
+@pytest.mark.slow
 def test_waiting_calls_end_with_an_error_when_the_checker_is_closed(checker: GrammarChecker) -> None:
     waiting, cancelled = checker.submit(ENDLESS), checker.submit(ENDLESS)
     cancelled.cancel()
