@@ -8,9 +8,12 @@ from shoal.wire.engine import EngineStats
 
 _EQUAL = {"block_size"}  # fields that are the same for all replicas
 _SMALLEST = {"max_model_len"}  # fields of which the set has the minimum: a request must fit into every replica
-_COUNTERS = (
-    *("steps", "prompt_tokens", "generated_tokens", "prefix_queries", "prefix_hits", "preemptions", "draft_tokens"),
-    *("accepted_tokens", "schedule_us", "step_total_us", "step_forward_us", "step_tokens", "drafts"),
+_PRESENT = {"waiting", "running", "num_blocks", "free_blocks"}  # fields that describe only the present run
+# All other numbers are counters, which continue over the runs of a replica.
+_COUNTERS = tuple(
+    name
+    for name, kind in EngineStats.__annotations__.items()
+    if kind is int and name not in _EQUAL | _SMALLEST | _PRESENT
 )
 
 
