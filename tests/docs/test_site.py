@@ -15,4 +15,4 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "guides" / "one-device" / "index.html").exists()
-    assert "sampling_params" in (tmp_path / "site" / "api" / "index.html").read_text("utf-8")
+    assert "sampling_params" in (tmp_path / "site" / "python-api" / "index.html").read_text("utf-8")

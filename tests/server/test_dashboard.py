@@ -172,7 +172,7 @@ def test_a_replica_that_dies_and_comes_back_is_shown(browser: Browser) -> None:
         check_bars_and_totals(browser)
         check_plots(browser)
 
-        clock.enter("restarting", f"replica 1 (process 51): {DIED}", restarts=1)
+        clock.enter("restarting", DIED, restarts=1)
         browser.until(lambda: browser.state("[data-replica='1']") == "restarting")
         assert browser.state("[data-replica='0']") == "ready"
         assert browser.state("[data-replica='1'] [data-rank='1']") == "failed"
