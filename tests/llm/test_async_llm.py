@@ -615,6 +615,7 @@ def shown(outputs: Sequence[RequestOutput]) -> list[tuple[str, tuple[int, ...], 
     return [(each.text, each.token_ids, each.finish_reason, len(each.logprobs or ())) for each, _ in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP])
 def test_streams_are_the_same_when_an_engine_dies(signal_: signal.Signals) -> None:
     async def work() -> None:
@@ -644,6 +645,7 @@ def test_streams_are_the_same_when_an_engine_dies(signal_: signal.Signals) -> No
     run(work())
 
 
+@pytest.mark.slow
 def test_replicas_that_share_experts_restart_together() -> None:
     async def work() -> None:
         options = {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "mp"}
@@ -675,6 +677,7 @@ def test_a_single_replica_is_restarted_and_continues_its_requests() -> None:
     run(work())
 
 
+@pytest.mark.slow
 def test_replicas_on_threads_can_be_added_and_removed() -> None:
     async def work() -> None:
         async with real(data_parallel_size=2, distributed_executor_backend="threads") as llm:

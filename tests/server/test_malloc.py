@@ -30,6 +30,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 @pytest.mark.parametrize(("how", "least", "most"), [("returned", -1, 2), ("kept by default", 10, 100)])
 def test_large_blocks_of_a_thread_are_returned(how: str, least: int, most: int) -> None:

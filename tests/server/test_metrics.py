@@ -759,6 +759,7 @@ def test_clients_that_prefer_openmetrics_get_the_usual_names() -> None:
     running(scenario)
 
 
+@pytest.mark.slow
 def test_process_metrics_describe_the_process_with_the_fleet() -> None:
     """Here it is a child process, which we recognize by its limit of open files, and this process makes the page."""
     script = (
@@ -841,6 +842,7 @@ def counters(found: Scraped) -> Samples:
     return samples(found.text, kinds=("counter", "histogram"))
 
 
+@pytest.mark.slow
 def test_the_metrics_of_real_replicas_are_right_even_when_one_is_killed() -> None:
     metrics = RequestMetrics(LENGTH)
 

@@ -70,6 +70,7 @@ def post(client: TestClient, path: str, field: str, value: str, stream: bool = F
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted({path for path, _ in fields()}))
 def test_odd_numbers_are_refused_in_every_field(client: TestClient, path: str) -> None:
     for field in [field for at, field in fields() if at == path]:

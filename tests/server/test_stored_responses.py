@@ -324,6 +324,7 @@ def client_of() -> Iterator[Callable[[], openai.OpenAI]]:
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_openais_client_reads_continues_and_deletes_responses(client_of: Callable[[], openai.OpenAI]) -> None:
     options: Any = {"model": "bundled", "max_output_tokens": 8, "temperature": 0}
@@ -356,6 +357,7 @@ def test_openais_client_reads_continues_and_deletes_responses(client_of: Callabl
         client_of().responses.cancel(first.id)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stream", [False, True])
 def test_openais_client_continues_after_a_call(client_of: Callable[[], openai.OpenAI], stream: bool) -> None:

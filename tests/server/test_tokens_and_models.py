@@ -19,6 +19,7 @@ def client(**settings: Any) -> TestClient:
     return TestClient(openai_app(FakeBackend(), ServerSettings(**settings)))
 
 
+@pytest.mark.slow
 def test_a_text_becomes_tokens_and_text_again() -> None:
     tokenizer = FakeBackend().tokenizer
     said = client().post("/tokenize", json={"prompt": "wörld 🐟", "return_token_strs": True}).json()

@@ -350,6 +350,7 @@ def test_too_deeply_nested_schemas_are_refused_with_depth_and_limit() -> None:
             prepare(given, strict=False)
 
 
+@pytest.mark.slow
 def test_prepared_schemas_do_not_crash_the_library() -> None:
     """Unprepared, each of these schemas crashes the process, or takes minutes and gigabytes of memory."""
     script = """

@@ -75,6 +75,7 @@ def test_several_threads_may_check_grammars(checker: GrammarChecker) -> None:
     assert sorted(wrong) == list(range(20))
 
 
+@pytest.mark.slow
 def test_an_error_names_the_first_prompt_with_an_invalid_grammar(checker: GrammarChecker) -> None:
     jobs = [Job(i, "x", (1,), SamplingParams(), grammar=text) for i, text in enumerate(["", PLAIN, WRONG, WRONG])]
     with pytest.raises(RequestError, match="prompt 2: structured_outputs"):

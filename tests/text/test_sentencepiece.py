@@ -50,6 +50,7 @@ def tokenizer(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Tokeniz
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_sentencepiece(model: bytes, tokenizer: Tokenizer, text: str) -> None:
     theirs: Any = sentencepiece.SentencePieceProcessor()

@@ -84,6 +84,7 @@ def test_other_errors_are_not_explained(error: Exception) -> None:
     assert explain_out_of_memory(error, setup()) is None
 
 
+@pytest.mark.slow
 def test_the_real_error_at_a_memory_limit_is_explained() -> None:
     """The message of PyTorch's allocator has the form that `explain_out_of_memory` reads."""
     script = (
