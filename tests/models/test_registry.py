@@ -564,6 +564,7 @@ _KEYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=3), st.sampled_from(list(FAMILIES)))
 def test_random_values_are_read_or_refused(tmp_path: Path, changes: dict[str, Any], family: str) -> None:
