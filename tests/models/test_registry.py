@@ -544,6 +544,16 @@ def test_unsupported_quantized_weights_are_refused(tmp_path: Path) -> None:
     assert "weights quantized by 'gptq' can't be loaded" in message
 
 
+@pytest.mark.parametrize("layers", [10_001, 2**62, 10**400], ids=["10_001", "2**62", "10**400"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_layers_than_any_model_has_are_refused(tmp_path: Path, family: str, layers: int) -> None:
+    """Readers make a list with an entry for each layer, which would take forever."""
+    config = {**LLAMA, "architectures": list(FAMILIES[family].architectures), "num_hidden_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"(num_hidden_layers|n_layer) must be at most 10000, got"):
+        read_spec(tmp_path)
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         read_config(tmp_path)
@@ -564,7 +574,6 @@ _KEYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=3), st.sampled_from(list(FAMILIES)))
 def test_random_values_are_read_or_refused(tmp_path: Path, changes: dict[str, Any], family: str) -> None:

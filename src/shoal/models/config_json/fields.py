@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from shoal.errors import CheckpointError
 from shoal.models.spec import Activation, Config, Unsupported
+from shoal.values import shown
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -21,6 +22,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_MAX_LAYERS = 10_000
+
+
 def positive_int(config: Config, key: str, default: int | None = None) -> int:
     """Return a field that must be a positive integer, such as a size.
 
@@ -32,6 +36,18 @@ def positive_int(config: Config, key: str, default: int | None = None) -> int:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
+    return value
+
+
+def layer_count(config: Config, default: int | None = None, *, key: str = "num_hidden_layers") -> int:
+    """Return the number of layers, which is bounded because readers make a list with an entry for each layer.
+
+    Raises:
+        CheckpointError: the field is missing without a default, not a positive integer, or too large.
+    """
+    value = positive_int(config, key, default)
+    if value > _MAX_LAYERS:
+        raise CheckpointError(f"config.json: {key} must be at most {_MAX_LAYERS}, got {shown(value)}")
     return value
 
 

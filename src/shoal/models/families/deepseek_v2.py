@@ -3,7 +3,15 @@
 import dataclasses
 import math
 
-from shoal.models.config_json.fields import activation, dtype_name, flag, non_negative_int, positive_float, positive_int
+from shoal.models.config_json.fields import (
+    activation,
+    dtype_name,
+    flag,
+    layer_count,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
 from shoal.models.config_json.rope_fields import max_positions, read_rope, rope_kind, rope_parameters
 from shoal.models.spec import (
     AttentionSpec,
@@ -51,7 +59,7 @@ def read_decoder(config: Config, latent: LatentSpec, *, mlp_bias: bool) -> Model
     return ModelSpec(
         family="",
         hidden_size=positive_int(config, "hidden_size"),
-        num_layers=positive_int(config, "num_hidden_layers"),
+        num_layers=layer_count(config),
         num_heads=positive_int(config, "num_attention_heads"),
         num_kv_heads=1,
         head_dim=latent.cached_dim,

@@ -1,6 +1,14 @@
 """GPT-2: learned positions, LayerNorm, an MLP without a gate, and matrices that are stored as [in, out]."""
 
-from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, positive_float, positive_int
+from shoal.models.config_json.fields import (
+    activation,
+    divided_head_dim,
+    dtype_name,
+    flag,
+    layer_count,
+    positive_float,
+    positive_int,
+)
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames, Unsupported
 
 _OTHER_NAMES = {
@@ -16,7 +24,7 @@ def read(config: Config) -> ModelSpec:
         raise Unsupported("config.json: add_cross_attention is not supported")
     config = {**config, **{key: config[other] for key, other in _OTHER_NAMES.items() if config.get(other) is not None}}
     hidden, heads = positive_int(config, "n_embd", 768), positive_int(config, "n_head", 12)
-    layers, head_dim = positive_int(config, "n_layer", 12), divided_head_dim(hidden, heads)
+    layers, head_dim = layer_count(config, 12, key="n_layer"), divided_head_dim(hidden, heads)
     return ModelSpec(
         family="gpt2",
         hidden_size=hidden,

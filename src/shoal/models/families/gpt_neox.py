@@ -1,7 +1,15 @@
 """GPT-NeoX and Pythia: a quarter of each head is rotated; queries, keys and values are interleaved by head."""
 
 from shoal.errors import CheckpointError
-from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, positive_float, positive_int
+from shoal.models.config_json.fields import (
+    activation,
+    divided_head_dim,
+    dtype_name,
+    flag,
+    layer_count,
+    positive_float,
+    positive_int,
+)
 from shoal.models.config_json.rope_fields import max_positions, read_rope
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
@@ -19,7 +27,7 @@ def read(config: Config) -> ModelSpec:
     return ModelSpec(
         family="gpt_neox",
         hidden_size=hidden,
-        num_layers=positive_int(config, "num_hidden_layers", 44),
+        num_layers=layer_count(config, 44),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,

@@ -1,6 +1,6 @@
 """Llama 2 and 3, and all models with the same structure."""
 
-from shoal.models.config_json.fields import activation, dtype_name, flag, positive_float, positive_int
+from shoal.models.config_json.fields import activation, dtype_name, flag, layer_count, positive_float, positive_int
 from shoal.models.config_json.rope_fields import max_positions, read_rope
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec
 
@@ -14,7 +14,7 @@ def read(config: Config) -> ModelSpec:
     return ModelSpec(
         family="llama",
         hidden_size=hidden,
-        num_layers=positive_int(config, "num_hidden_layers"),
+        num_layers=layer_count(config),
         num_heads=heads,
         num_kv_heads=positive_int(config, "num_key_value_heads", heads),
         head_dim=head_dim,

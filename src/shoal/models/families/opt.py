@@ -3,7 +3,7 @@
 The 350m model applies norms after the addition to the stream, and has projections after embedding and before the head.
 """
 
-from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, positive_int
+from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, layer_count, positive_int
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
 
@@ -15,7 +15,7 @@ def read(config: Config) -> ModelSpec:
     return ModelSpec(
         family="opt",
         hidden_size=hidden,
-        num_layers=positive_int(config, "num_hidden_layers", 12),
+        num_layers=layer_count(config, 12),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,

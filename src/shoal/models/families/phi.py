@@ -1,6 +1,14 @@
 """Phi 1, 1.5 and 2: attention and MLP in parallel after one norm, partly rotated heads, biases in all layers."""
 
-from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, positive_float, positive_int
+from shoal.models.config_json.fields import (
+    activation,
+    divided_head_dim,
+    dtype_name,
+    flag,
+    layer_count,
+    positive_float,
+    positive_int,
+)
 from shoal.models.config_json.rope_fields import max_positions, read_rope
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
@@ -14,7 +22,7 @@ def read(config: Config) -> ModelSpec:
     return ModelSpec(
         family="phi",
         hidden_size=hidden,
-        num_layers=positive_int(config, "num_hidden_layers", 24),
+        num_layers=layer_count(config, 24),
         num_heads=heads,
         num_kv_heads=positive_int(config, "num_key_value_heads", heads),
         head_dim=head_dim,
