@@ -136,6 +136,7 @@ def test_pickled_files_are_read_only_if_there_are_no_safetensors_files(tmp_path:
     assert open_checkpoint(tmp_path, read_pickled=list_here).tensors["a"].file.suffix == ".safetensors"
 
 
+@pytest.mark.slow
 def test_pickled_shards_are_read_or_refused_by_name(tmp_path: Path) -> None:
     files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     torch.save({"a": torch.ones(2)}, tmp_path / files[0])
