@@ -6,12 +6,13 @@ from contextlib import suppress
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.cluster.open_requests import OpenRequests
 from shoal.cluster.operations import Done, Operations
+from shoal.cluster.replicas.failure_state import FailureState
 from shoal.cluster.replicas.replica import close_all
 from shoal.cluster.replicas.replica_client import ReplicaClient, wait_for_any
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.routing.router import RequestRouter
 from shoal.cluster.stats import merge_stats
-from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError, ShoalError
+from shoal.errors import EngineError, ReplicasFailed, RequestError, ShoalError
 from shoal.log import get_logger
 from shoal.protocols import Recorder
 from shoal.wire.base import replace_fields
@@ -35,7 +36,7 @@ _MOST_DEATHS = 2  # a request ends after so many deaths without progress in betw
 _MOST_DEATHS_WITH_RESTARTS = 3  # ... if replicas are started again, so that another death costs little
 
 
-class ReplicaSet:
+class ReplicaSet(FailureState):
     """Several replicas as one `EngineClient`.
 
     Replicas have numbers. A number is used again only for a replica that has been started again.
@@ -76,9 +77,6 @@ class ReplicaSet:
         self._most_deaths = _MOST_DEATHS if on_loss is None else _MOST_DEATHS_WITH_RESTARTS
         self.replays = 0  # how many times a request was continued because its replica had ended
         self._causes: dict[int, str] = {}  # dead replica -> why it died
-        self._failure: ReplicasFailed | None = None
-        self._failure_raised = False
-        self._closed = False
 
     @property
     def num_live(self) -> int:
@@ -459,12 +457,3 @@ class ReplicaSet:
                 if replica.died:
                     return str(error)
         return causes[0]
-
-    def _check_open(self) -> None:
-        if self._failure is not None and not self._failure_raised:
-            self._failure_raised = True
-            raise self._failure
-        if self._failure is not None:
-            raise ClosedError(f"the engine has failed: {self._failure}")
-        if self._closed:
-            raise ClosedError("the engine was closed")

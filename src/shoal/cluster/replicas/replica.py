@@ -8,7 +8,8 @@ from typing import NoReturn, Protocol
 
 from shoal.activity import Activity
 from shoal.cluster.replicas.engine_thread import ThreadHost
-from shoal.errors import ClosedError, EngineError, UserError
+from shoal.cluster.replicas.failure_state import FailureState
+from shoal.errors import EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, WireError, encode
@@ -58,7 +59,7 @@ class EngineHost(Protocol):
     def kill(self) -> None: ...
 
 
-class Replica:
+class Replica(FailureState):
     """A replica whose engine runs in a process or thread of its own, as an EngineClient.
 
     The engine starts when this is made. It answers between two steps, within `answer_timeout` seconds.
@@ -90,10 +91,8 @@ class Replica:
         self._answers: list[ControlReply] = []
         self._order_ids = itertools.count()
         self.snapshot: EngineStats | None = None  # the latest stats that the engine sent without being asked
-        self._failure: EngineError | None = None
-        self._failure_raised = True  # False: the next call raises the failure
+        self._failure_raised = True  # `_fail` raises it; False: the next call does
         self._started = False
-        self._closed = False
         self._killer: threading.Thread | None = None
         self._last_message = time.monotonic()
         self.num_messages = 0  # how many times the engine has sent something
@@ -300,20 +299,9 @@ class Replica:
         self._failure = EngineError(message, reason)
         self.died = not reported
         self._kill()
-        if (
-            user_error and not self._started
-        ):  # after the start it is a failure of the replica, not a mistake of a caller
-            raise UserError(message)
+        if user_error and not self._started:
+            raise UserError(message)  # after the start it is a failure of the replica, not a mistake of a caller
         raise self._failure
-
-    def _check_open(self) -> None:
-        if self._failure is not None and not self._failure_raised:
-            self._failure_raised = True
-            raise self._failure
-        if self._failure is not None:
-            raise ClosedError(f"the engine has failed: {self._failure}")
-        if self._closed:
-            raise ClosedError("the engine was closed")
 
 
 class EngineProcess(Replica):
