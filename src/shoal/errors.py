@@ -1,16 +1,16 @@
 """One tree of errors. A message is one line: what happened, the numbers, the way out.
 
 ShoalError
-|-- UserError               what the caller can mend; the command line exits with 2
+|-- UserError               what the user can correct; the command line exits with 2
 |   |-- ConfigError         an option, or options that do not go together
 |   |   `-- AddressInUse    a port at which another process listens
 |   |-- CheckpointError     a model folder, its configuration or its tensors
 |   `-- RequestError        a prompt or a parameter of a request; also a ValueError
-`-- EngineError             the engine could not go on; the command line exits with 1
-    |-- RankFailed          a rank died, stood still or raised; names rank, process and step
-    |-- ReplicasFailed      no replica is left; keeps what had finished
-    |-- Unavailable           a request is not taken, or not ended, for now; `retry_after` says when to come again
-    |   |-- QueueFull         ... because too many wait already
+`-- EngineError             the engine could not continue; the command line exits with 1
+    |-- RankFailed          a rank died, hung or reported an error; names rank, process and step
+    |-- ReplicasFailed      no replica is left; has the outputs that had finished
+    |-- Unavailable           a request is not accepted, or not finished, at present; `retry_after` says when to try again
+    |   |-- QueueFull         ... because too many requests wait
     |   `-- Overdue           ... because it waited too long, or its deadline has passed
     |-- CommError           an operation between ranks failed
     |   |-- CommTimeout     ... because a rank did not arrive in time
@@ -83,7 +83,7 @@ class RequestError(UserError, ValueError):
 
 
 class EngineError(ShoalError):
-    """The engine could not go on.
+    """The engine could not continue.
 
     Args:
         reason: the message without the name of the replica that it begins with; None: it begins with no name.
