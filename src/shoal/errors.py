@@ -9,7 +9,7 @@ ShoalError
 `-- EngineError             the engine could not continue; the command line exits with 1
     |-- RankFailed          a rank died, hung or reported an error; names rank, process and step
     |-- ReplicasFailed      no replica is left; has the outputs that had finished
-    |-- Unavailable           a request is not accepted, or not finished, at present; `retry_after` says when to try again
+    |-- Unavailable           a request is not accepted or finished now; `retry_after` says when to try again
     |   |-- QueueFull         ... because too many requests wait
     |   `-- Overdue           ... because it waited too long, or its deadline has passed
     |-- CommError           an operation between ranks failed
