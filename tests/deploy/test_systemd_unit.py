@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from shoal.errors import UserError
 from support.serve_flags import unknown_flags
@@ -38,6 +39,11 @@ def test_the_command_has_flags_of_serve(service: configparser.SectionProxy) -> N
     words = service["ExecStart"].split()
     assert words[:2] == ["/opt/shoal/bin/shoal", "serve"]
     assert unknown_flags(words[2:]) == set()
+
+
+def test_the_example_of_flags_has_flags_of_serve() -> None:
+    flags = yaml.safe_load((UNIT.parent / "serve.yaml").read_text())
+    assert unknown_flags(f"--{name}" for name in flags if name != "model") == set()
 
 
 def test_systemd_waits_longer_than_a_drain(service: configparser.SectionProxy) -> None:
