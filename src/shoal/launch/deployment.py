@@ -29,19 +29,21 @@ class Mode(Enum):
 class NodeGroup:
     """The nodes of a deployment whose replicas have several hosts each (`--nnodes`), seen from this host."""
 
-    size: int  # nodes of all replicas
+    size: int  # nodes of all replicas, and the leader
     rank: int  # the number of this host; number 0 leads
     replicas: int
     address: Address  # where node 0 awaits the others
     key: str  # the shared key
+    leader_has_ranks: bool = True  # False: the host of the leader is no node, only its number is used
 
     @property
     def per_replica(self) -> int:
-        return self.size // self.replicas
+        return (self.size - (not self.leader_has_ranks)) // self.replicas
 
     def of_replica(self, number: int) -> range:
-        """Return the numbers of the nodes of a replica."""
-        return range(number * self.per_replica, (number + 1) * self.per_replica)
+        """Return the numbers of the nodes of a replica, which may have been added later."""
+        first = number * self.per_replica + (not self.leader_has_ranks)
+        return range(first, first + self.per_replica)
 
     @classmethod
     def of(cls, options: EngineOptions) -> "NodeGroup | None":

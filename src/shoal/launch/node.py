@@ -11,7 +11,7 @@ from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.headless import introduce_host
 from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
-from shoal.process.signal_event import SignalEvent
+from shoal.process.stop_event import SignalEvent, StopEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.room_member import connect
 from shoal.wire.base import encode
@@ -47,16 +47,7 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
     assert group is not None
     report, agreement = introduce_host(options, given)
     with SignalEvent() as signals:
-        node = Node(group, options, report, agreement, signals)
-        try:
-            node.join()
-            while node.serve():
-                if not online:
-                    raise EngineError(f"the leader at {group.address} has gone before the work was done")
-                log.warning("the leader at %s has gone: waiting for the next one", group.address)
-                node.join(returning=True)
-        finally:
-            node.close()
+        Node(group, options, report, agreement, signals).run(online=online)
     return 0
 
 
@@ -69,18 +60,30 @@ class Node:
         options: EngineOptions,
         report: HostReport,
         agreement: Mapping[str, str],
-        signals: SignalEvent,
+        stop: StopEvent,
     ) -> None:
         self._group = group
         self._options = options
         self._report = report
         self._agreement = agreement
-        self._signals = signals
+        self._stop = stop
         self._leader: Channel | None = None
         self._agent: NodeAgent | None = None
 
+    def run(self, *, online: bool) -> None:
+        """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
+        try:
+            self.join()
+            while self.serve():
+                if not online:
+                    raise EngineError(f"the leader at {self._group.address} has gone before the work was done")
+                log.warning("the leader at %s has gone: waiting for the next one", self._group.address)
+                self.join(returning=True)
+        finally:
+            self.close()
+
     def join(self, *, returning: bool = False) -> None:
-        """Connect to the leader. Return without a connection if a signal has arrived.
+        """Connect to the leader. Return without a connection if this node must stop.
 
         Args:
             returning: there was a leader before, so its address is right: wait without a deadline.
@@ -89,7 +92,7 @@ class Node:
             ConfigError: the leader cannot be reached in time, or refuses this node.
         """
         deadline = time.monotonic() + self._options.parallel.start_timeout
-        while not self._signals.arrived:
+        while not self._stop.arrived:
             patience = _RECONNECT_S if returning else deadline - time.monotonic()
             try:
                 self._leader = connect(
@@ -102,7 +105,7 @@ class Node:
                     report=encode(self._report),
                     timeout=patience,
                     returning=returning,
-                    cancelled=lambda: self._signals.arrived,
+                    cancelled=lambda: self._stop.arrived,
                 )
             except EngineError:
                 if not returning:
@@ -119,8 +122,8 @@ class Node:
         Raises:
             UserError, EngineError: the leader has failed, with its reason.
         """
-        while self._leader is not None and not self._signals.arrived:
-            sources: list[Any] = [self._signals, self._leader, *(self._agent.channels if self._agent else ())]
+        while self._leader is not None and not self._stop.arrived:
+            sources: list[Any] = [self._stop, self._leader, *(self._agent.channels if self._agent else ())]
             readable = wait(sources, _CHECK_S)
             if self._agent is not None and not self._agent.tick(readable):
                 self._end_ranks()

@@ -75,7 +75,7 @@ class NodePool:
                 f"it expects {hello.size} nodes, but {self._name} expects {self._group.size}: give all hosts the same "
                 "--nnodes"
             )
-        if not 0 < hello.rank < self._group.size:
+        if not 0 < hello.rank < self._group.size and (hello.rank < 1 or self._group.leader_has_ranks):
             return JoinRefused(f"{self._name} awaits nodes 1 to {self._group.size - 1}: see --node-rank")
         present = self._nodes.get(hello.rank)
         if present is not None and not present.is_gone():
