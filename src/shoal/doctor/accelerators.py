@@ -12,7 +12,7 @@ from shoal.doctor.kinds import failure, ok, warning
 from shoal.doctor.tools import RunTool, run_tool
 from shoal.values import format_bytes
 from shoal.wire.doctor import Finding
-from shoal.wire.topology import Device
+from shoal.wire.topology import Device, with_fields
 
 _FIELDS = "index,uuid,name,pci.bus_id,memory.total,memory.used,driver_version"
 QUERY = ("nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits")
@@ -118,7 +118,7 @@ def mark_visible(devices: Sequence[Device], variable: str | None) -> tuple[Devic
         return tuple(devices)  # the tool does not say which GPU has that instance
     listing = "\n".join(f"{each.index}, {each.uuid}, {(each.memory or 0) // _MIB}" for each in devices)
     named = [gpu.name for gpu in cuda.visible_gpus(listing, variable)]
-    return tuple(_with(each, visible=any(_means(name, each) for name in named)) for each in devices)
+    return tuple(with_fields(each, visible=any(_means(name, each) for name in named)) for each in devices)
 
 
 def _means(name: str, device: Device) -> bool:
@@ -131,12 +131,7 @@ def replace_numa(device: Device, root: Path) -> Device:
         node = int((root / "sys/bus/pci/devices" / device.bus / "numa_node").read_text())
     except (OSError, ValueError):
         return device
-    return _with(device, numa=node if node >= 0 else None)
-
-
-def _with(device: Device, **changes: Any) -> Device:
-    fields = {name: getattr(device, name) for name in device.__struct_fields__}
-    return Device(**{**fields, **changes})
+    return with_fields(device, numa=node if node >= 0 else None)
 
 
 def check(facts: GpuFacts) -> list[Finding]:

@@ -28,10 +28,11 @@ class HostFindings:
     layouts: tuple[LayoutFit, ...] = ()
 
 
-def examine_host(settings: Settings, run: RunTool = run_tool) -> HostFindings:
+def examine_host(settings: Settings, run: RunTool = run_tool, own_port: ports.PortFacts | None = None) -> HostFindings:
     """Examine this host, in some seconds: what takes long runs at the same time.
 
-    A check that cannot be made is a finding, and disturbs no other.
+    A check that cannot be made is a finding, and disturbs no other. `own_port`: whether this host can listen where the
+    hosts meet, which must be known before they do.
     """
     gpus = _Facts(run_all({"devices": lambda: accelerators.gather(run, settings.root)}, settings.local_timeout_s))
     found = gpus.get("devices", accelerators.GpuFacts)
@@ -50,7 +51,7 @@ def examine_host(settings: Settings, run: RunTool = run_tool) -> HostFindings:
         "all-reduce": lambda: all_reduce.measure_host(ranks, len(visible), settings.local_timeout_s - 5),
         **_optional_parts(settings),
     }
-    facts = _Facts(run_all(parts, settings.local_timeout_s) | gpus.outcomes)
+    facts = _Facts(run_all(parts, settings.local_timeout_s) | gpus.outcomes | {"port": Outcome(own_port)})
     return HostFindings(
         HostExamination(
             topology=_topology(settings, facts),
@@ -69,14 +70,12 @@ def _optional_parts(settings: Settings) -> dict[str, Callable[[], Any]]:
     if settings.model is not None:
         model = settings.model
         parts["model"] = lambda: model_fit.gather(model, settings.options)
-    if settings.several_hosts and settings.node_rank == 0:
-        parts["port"] = lambda: ports.gather(settings.master, settings.master_port)
     return parts
 
 
 def _target(settings: Settings) -> str:
-    """Return the address for which the interface is asked: that of the first host, or any for the first host itself."""
-    return settings.master if settings.node_rank > 0 and not addresses.is_local(settings.master) else ""
+    """Return the address for which the interface is asked: that of the first host; "" for any."""
+    return "" if addresses.is_local(settings.master) else settings.master
 
 
 class _Facts:

@@ -165,7 +165,8 @@ def check(facts: NetworkFacts, variables: Mapping[str, str], *, several_hosts: b
 
 def check_chosen(facts: NetworkFacts, *, several_hosts: bool) -> list[Finding]:
     """Check the interface that connections to other hosts would use."""
-    chosen, towards = facts.chosen, f"to {facts.target} " if facts.target else ""
+    own = any(facts.target in each.addresses for each in facts.interfaces)
+    chosen, towards = facts.chosen, f"to {facts.target} " if facts.target and not own else ""
     if chosen is None:
         level = failure if several_hosts else warning
         return [level("chosen-interface", f"no interface leads {towards or 'to other hosts '}".rstrip())]

@@ -25,9 +25,12 @@ def print_report(report: DoctorReport, console: Console) -> None:
         _print_findings(host, [each for each in report.findings if each.host == host], console)
     console.print(topology_tree(report.topology))
     if len(report.topology.hosts) > 1:
+        console.print("latency in us, from row to column")
         console.print(pair_table(report.topology, "latency_us"))
+        console.print("bandwidth, from row to column")
         console.print(pair_table(report.topology, "bandwidth"))
     if report.layouts:
+        console.print("layouts of the model on this host")
         console.print(layout_table(report.layouts))
     console.print(_summary(report.findings), soft_wrap=True)
 
@@ -46,8 +49,12 @@ def _print_findings(host: str, findings: Sequence[Finding], console: Console) ->
 def _summary(findings: Sequence[Finding]) -> Text:
     counts = {level: sum(each.level == level for each in findings) for level in ("ok", "warning", "failure")}
     style = _MARKS["failure" if counts["failure"] else "warning" if counts["warning"] else "ok"][1]
-    words = f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failure']} failures"
-    return Text(words, style=style)
+    words = [f"{counts['ok']} ok", _counted(counts["warning"], "warning"), _counted(counts["failure"], "failure")]
+    return Text(", ".join(words), style=style)
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def topology_tree(topology: ClusterTopology) -> Tree:
@@ -101,8 +108,7 @@ def _add_devices(branch: Tree, devices: Sequence[Device]) -> None:
 
 def pair_table(topology: ClusterTopology, what: str) -> Table:
     """Return a matrix of all pairs: a row for each host that sends. `what`: latency_us or bandwidth."""
-    title = {"latency_us": "latency in us, from row to column", "bandwidth": "bandwidth, from row to column"}[what]
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("host")
     for host in topology.hosts:
         table.add_column(f"{host.rank}", justify="right")
@@ -125,7 +131,7 @@ def _cell(pair: HostPair | None, what: str) -> str:
 
 def layout_table(layouts: Sequence[LayoutFit]) -> Table:
     """Return a table of the layouts of a model."""
-    table = Table(title="layouts of the model on this host", title_justify="left")
+    table = Table()
     for heading in ("tensor parallel", "pipeline parallel", "fits", "weights per rank", "KV cache"):
         table.add_column(heading, justify="right")
     for each in layouts:

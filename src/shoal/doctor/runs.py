@@ -1,10 +1,108 @@
 """A run of the doctor, on this host alone or together with the doctors of other hosts."""
 
-from shoal.doctor.examine import examine_host, report_of_host
+from collections.abc import Sequence
+
+import shoal
+from shoal import env
+from shoal.doctor import all_reduce, compare, pairs, ports
+from shoal.doctor.concurrent import run_all
+from shoal.doctor.examine import HostFindings, examine_host, report_of_host
+from shoal.doctor.kinds import failure, warning
+from shoal.doctor.meeting import Peers, RoomPeers
 from shoal.doctor.settings import Settings
-from shoal.wire.doctor import DoctorReport
+from shoal.transport.rendezvous import require_key
+from shoal.wire.doctor import DoctorReport, Finding, HostExamination, Measurements
+from shoal.wire.topology import AllReduceSpeed, ClusterTopology, decode_document, encode_document, with_fields
+
+_ALL_HOSTS = "all hosts"
+_REDUCE_S = 40.0  # the longest time for an all-reduce over hosts
+_GRACE_S = 15.0
 
 
 def run(settings: Settings) -> DoctorReport:
-    """Examine this host, and with `nnodes` above 1 the connections to the others, and return the report."""
-    return report_of_host(examine_host(settings))
+    """Examine this host, and with `nnodes` above 1 the connections to the others, and return the report.
+
+    Raises:
+        ConfigError: the key that the hosts share is missing.
+    """
+    if not settings.several_hosts:
+        return report_of_host(examine_host(settings))
+    key = env.cluster_key()
+    require_key(key, settings.master)
+    own_port = ports.gather(settings.master, settings.master_port) if settings.node_rank == 0 else None
+    outcomes = run_all(
+        {"host": lambda: examine_host(settings, own_port=own_port), "meeting": lambda: RoomPeers(settings, key)},
+        max(settings.timeout_s, settings.local_timeout_s) + _GRACE_S,
+    )
+    found, peers = outcomes["host"].value, outcomes["meeting"].value
+    if peers is None:
+        return _alone(found, outcomes["meeting"].error)
+    try:
+        return examine_together(found, peers, settings.timeout_s)
+    finally:
+        peers.close()
+
+
+def _alone(found: HostFindings, why: str) -> DoctorReport:
+    report = report_of_host(found)
+    return with_fields(report, findings=(*report.findings, failure("hosts", why.partition(": ")[2] or why)))
+
+
+def examine_together(found: HostFindings, peers: Peers, timeout_s: float) -> DoctorReport:
+    """Exchange what was found on each host, measure between the hosts, and return the report about all of them.
+
+    All hosts call this at the same time, and each gets the whole report.
+    """
+    own = with_fields(found.examination, topology=with_fields(found.examination.topology, address=peers.address))
+    posted = peers.exchange("examination", encode_document(own), timeout_s)
+    examinations = [decode_document(HostExamination, posted[rank]) for rank in sorted(posted)]
+    findings = compare.check_arrived(posted, peers.size, "examination")
+    measured = pairs.measure(peers, timeout_s)
+    speeds, reduced = _reduce(peers, examinations)
+    everything = _exchange_measurements(peers, Measurements(pairs=measured, findings=tuple(reduced)), timeout_s)
+    findings += compare.check_arrived(everything, peers.size, "measurements")
+    all_pairs = tuple(pair for rank in sorted(everything) for pair in everything[rank].pairs)
+    findings += _worst(everything)
+    findings += compare.check(examinations, all_pairs, speeds)
+    return DoctorReport(
+        findings=(*_named(examinations), *(with_fields(each, host=_ALL_HOSTS) for each in findings)),
+        topology=ClusterTopology(
+            shoal=shoal.__version__,
+            hosts=tuple(each.topology for each in examinations),
+            pairs=all_pairs,
+            all_reduce=speeds,
+            path=next((speed.path for speed in speeds if speed.backend == "nccl"), ""),
+        ),
+        layouts=found.layouts,
+    )
+
+
+def _reduce(peers: Peers, examinations: Sequence[HostExamination]) -> tuple[tuple[AllReduceSpeed, ...], list[Finding]]:
+    """Run an all-reduce over all hosts, with one rank on each, and NCCL if every host has a GPU."""
+    if not peers.rendezvous or len(examinations) < peers.size:
+        text = "no all-reduce over the hosts: not all of them have sent their examination"
+        return (), [warning("check-failed", text)]
+    gpus = all(each.has_gpus for each in examinations)
+    backends = ["gloo", *(["nccl"] if gpus else [])]
+    facts = all_reduce.measure_between_hosts(peers.rank, peers.size, peers.rendezvous, peers.key, backends, _REDUCE_S)
+    return all_reduce.speeds(facts), all_reduce.check(facts, between_hosts=True)
+
+
+def _exchange_measurements(peers: Peers, own: Measurements, timeout_s: float) -> dict[int, Measurements]:
+    posted = peers.exchange("measurements", encode_document(own), timeout_s)
+    return {rank: decode_document(Measurements, payload) for rank, payload in posted.items()}
+
+
+def _worst(everything: dict[int, Measurements]) -> list[Finding]:
+    """Return the findings of the host that had the worst ones: every host has its own of the same all-reduce."""
+    order = {"ok": 0, "warning": 1, "failure": 2}
+    ranks = sorted(
+        everything, key=lambda rank: max((order[each.level] for each in everything[rank].findings), default=0)
+    )
+    return list(everything[ranks[-1]].findings) if ranks else []
+
+
+def _named(examinations: Sequence[HostExamination]) -> list[Finding]:
+    return [
+        with_fields(finding, host=compare.label(each.topology)) for each in examinations for finding in each.findings
+    ]

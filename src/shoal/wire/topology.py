@@ -138,6 +138,11 @@ def pretty_document(document: Document) -> str:
     return msgspec.json.format(_encoder.encode(document), indent=2).decode()
 
 
+def with_fields(document: D, **changes: Any) -> D:
+    """Return a copy of a document with some fields changed."""
+    return msgspec.structs.replace(document, **changes)
+
+
 def as_objects(document: Document) -> dict[str, Any]:
     """Return a document as dictionaries and lists."""
     found: dict[str, Any] = msgspec.to_builtins(document)
