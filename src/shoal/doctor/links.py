@@ -1,6 +1,7 @@
 """Links between the GPUs of this host, as the vendors' tools print them: NVLink, NVSwitch, PCIe, Infinity Fabric."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,14 +104,14 @@ def read_nvlinks(text: str) -> tuple[dict[int, tuple[float, ...]], dict[int, int
 def mark_switched(links: Sequence[DeviceLink], active: Mapping[int, Sequence[float]]) -> tuple[DeviceLink, ...]:
     """Return the links with their speeds, and NVSwitch where there is one.
 
-    Without a switch, a GPU shares its links out over the others. So if there are more than two GPUs, and a pair has all
-    links of its GPUs, there is a switch between them.
+    Without a switch, a GPU shares its links out over the others. So if it has several neighbours, and all of its links
+    lead to each of them, there is a switch between.
     """
-    gpus = {number for link in links for number in (link.first, link.second)}
+    neighbours = Counter(gpu for link in links if link.links for gpu in (link.first, link.second))
     found = []
     for link in links:
         speeds = active.get(link.first, ())
-        switched = len(gpus) > 2 and link.links > 0 and link.links == len(speeds)
+        switched = neighbours[link.first] > 1 and link.links > 0 and link.links == len(speeds)
         each = speeds[0] if speeds else None
         found.append(
             DeviceLink(

@@ -2,8 +2,8 @@
 
 Each host listens at its address. In each round every host has one partner at most, so that no pair disturbs another.
 The host with the higher rank connects and measures; the other one answers. The protocol: the token and the rank of the
-host that connects; then `p` (ping, answered with the time), `u` and a number of bytes (which follow, and are acknowledged),
-`d` and a number of bytes (which the other side sends), until the connection is closed.
+host that connects; then `p` (ping, answered with the time), `u` and a number of bytes (which follow, and are
+acknowledged), `d` and a number of bytes (which the other side sends), until the connection is closed.
 """
 
 import contextlib
