@@ -79,7 +79,8 @@ class RoomPeers:
         return found
 
     def close(self) -> None:
-        self.exchange("goodbye", b"", _GOODBYE_S)
+        """Leave. The host with rank 0 waits for the others first, since their messages go through it."""
+        self.exchange("goodbye", b"", _GOODBYE_S if self._server is not None else 0.0)
         self._member.close()
         if self._server is not None:
             self._server.close()

@@ -1,14 +1,15 @@
-"""At which layouts a model fits on this host. It is planned as `shoal plan` does, and nothing is started."""
+"""At which layouts a model fits on this host. It is planned as `shoal plan` does, and nothing is started.
+
+The weights need not be on this host: sizes follow from config.json, which is all that is fetched of a model on the hub.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal import env
 from shoal.doctor.kinds import failure, ok, warning
 from shoal.errors import ShoalError, UserError
-from shoal.launch import hub
 from shoal.launch.agreement import host_agreement
 from shoal.launch.open_model import locate_files, locate_tokenizer, read_options
 from shoal.planner.host_devices import describe_host
@@ -36,7 +37,6 @@ def gather(model: str, given: Mapping[str, Any]) -> ModelFacts:
     """Read a model, and plan it in every layout that this host has devices for."""
     try:
         options, _ = read_options(model, {"load_format": "dummy", **given}, online=True)
-        _refuse_download(model, options.model_options.revision)
         files = locate_files(options)
         reader = ModelReader(options.model_options, files)
         host = describe_host(options)
@@ -45,16 +45,13 @@ def gather(model: str, given: Mapping[str, Any]) -> ModelFacts:
         weights = any(Path(files.folder).glob("*.safetensors")) or any(Path(files.folder).glob("pytorch_model*.bin"))
         if weights:
             options, _ = read_options(model, given, online=True)
-        return ModelFacts(model, tuple(layouts), host_agreement(options, files, tokenizer))
+        agreement = host_agreement(options, files, tokenizer)
+        digests = {
+            name: value for name, value in agreement.items() if "version" not in name
+        }  # these are compared anyway
+        return ModelFacts(model, tuple(layouts), digests)
     except UserError as error:
         return ModelFacts(model, error=str(error))
-
-
-def _refuse_download(model: str, revision: str | None) -> None:
-    """Use only what is on this host, since a doctor should not download a model: its config.json, if it is an id."""
-    if hub.is_bundled(model) or hub.is_shape(model) or Path(model).expanduser().is_dir() or env.hub_offline():
-        return
-    hub.locate(model, revision, weights=False)
 
 
 def candidates(host: HostFacts, num_layers: int) -> Iterator[tuple[int, int]]:
