@@ -27,7 +27,11 @@ _OPTIONS = ("dtype", "max_model_len", "revision")  # of an engine, for the quest
     metavar="FILE",
     help="write the measured topology as JSON: hosts, devices, links, speeds between hosts",
 )
-@click.option("--ranks", type=click.IntRange(1, 64), help="ranks of the all-reduce [default: one for each GPU, or 2]")
+@click.option(
+    "--ranks",
+    type=click.IntRange(0, 64),
+    help="processes that try an all-reduce; 0: none, which takes a second [default: one for each GPU, or 2]",
+)
 @click.option("--nnodes", type=click.IntRange(1), default=1, show_default=True, help="hosts that are checked together")
 @click.option("--node-rank", type=click.IntRange(0), default=0, show_default=True, help="number of this host, from 0")
 @click.option("--master-addr", metavar="ADDRESS", help="address of the host with --node-rank 0")

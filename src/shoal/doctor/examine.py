@@ -38,7 +38,9 @@ def examine_host(settings: Settings, run: RunTool = run_tool, own_port: ports.Po
     found = gpus.get("devices", accelerators.GpuFacts)
     devices = found.devices if found is not None else ()
     visible = found.visible if found is not None else ()
-    ranks = settings.ranks or min(max(len(visible), _LEAST_RANKS), _MOST_RANKS)
+    ranks = settings.ranks
+    if ranks is None:
+        ranks = min(max(len(visible), _LEAST_RANKS), _MOST_RANKS)
     parts: dict[str, Callable[[], Any]] = {
         "cores": lambda: cores.gather(settings.root),
         "limits": lambda: limits.gather(settings.root),
@@ -48,9 +50,12 @@ def examine_host(settings: Settings, run: RunTool = run_tool, own_port: ports.Po
         "links": lambda: links.gather(devices, run, settings.root),
         "own connections": lambda: ports.gather("127.0.0.1"),
         "name": lambda: ports.gather_name(socket.gethostname()),
-        "all-reduce": lambda: all_reduce.measure_host(ranks, len(visible), settings.local_timeout_s - 5),
-        **_optional_parts(settings),
     }
+    if ranks:
+        parts["all-reduce"] = lambda: all_reduce.measure_host(ranks, len(visible), settings.local_timeout_s - 5)
+    if settings.model is not None:
+        model = settings.model
+        parts["model"] = lambda: model_fit.gather(model, settings.options)
     facts = _Facts(run_all(parts, settings.local_timeout_s) | gpus.outcomes | {"port": Outcome(own_port)})
     return HostFindings(
         HostExamination(
@@ -63,14 +68,6 @@ def examine_host(settings: Settings, run: RunTool = run_tool, own_port: ports.Po
         ),
         layouts=_layouts(facts),
     )
-
-
-def _optional_parts(settings: Settings) -> dict[str, Callable[[], Any]]:
-    parts: dict[str, Callable[[], Any]] = {}
-    if settings.model is not None:
-        model = settings.model
-        parts["model"] = lambda: model_fit.gather(model, settings.options)
-    return parts
 
 
 def _target(settings: Settings) -> str:
@@ -119,7 +116,7 @@ def _checks(settings: Settings, facts: _Facts, ranks: int) -> Iterator[Callable[
         yield lambda: cores.check(place)
     if limited := facts.get("limits", limits.Limits):
         rdma = any(port.active for port in net.rdma) if net else False
-        yield lambda: limits.check(limited, ranks, visible, rdma=rdma)
+        yield lambda: limits.check(limited, max(ranks, _LEAST_RANKS), visible, rdma=rdma)
     if own := facts.get("own connections", ports.PortFacts):
         yield lambda: [ports.check_loopback(own)]
     if port := facts.get("port", ports.PortFacts):

@@ -103,9 +103,10 @@ def check_master(facts: PortFacts, *, nnodes: int) -> list[Finding]:
         return [failure("port", f"no process can listen at {address}: {_described(facts.listen_error)}")]
     if facts.connect_error:
         return [failure("loopback", f"a connection to {address} on this host fails: {facts.connect_error}")]
+    found = [ok("port", f"{address} is free, and connections to it arrive")]
     if nnodes > 1 and addresses.is_loopback(facts.host):
-        return [warning("master-address", f"{facts.host} is a loopback address, which other hosts cannot reach")]
-    return [ok("port", f"{address} is free, and connections to it arrive")]
+        found.append(warning("master-address", f"{facts.host} is a loopback address, which other hosts cannot reach"))
+    return found
 
 
 def check_name(facts: AddressFacts, *, several_hosts: bool) -> Finding:

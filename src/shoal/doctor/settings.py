@@ -16,7 +16,7 @@ class Settings:
 
     model: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # engine options for the question whether it fits
-    ranks: int | None = None  # of the all-reduce on this host; None: one for each GPU, two without GPUs
+    ranks: int | None = None  # of the all-reduce on this host; None: one for each GPU, two without GPUs; 0: none
     nnodes: int = 1
     node_rank: int = 0
     master: str = ""

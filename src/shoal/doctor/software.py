@@ -88,7 +88,7 @@ def _check_torch(software: Software, torch: Mapping[str, Any] | None, num_gpus: 
     if num_gpus and not software.torch_for_gpus:
         gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
         return [failure("torch-build", f"PyTorch {software.torch} was built for CPUs, and this host has {gpus}")]
-    if torch is None:  # the findings of the all-reduce say why
+    if torch is None:  # if ranks were tried, the findings of the all-reduce say why
         return []
     made_for = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['rocm']}" if torch["rocm"] else "CPUs"
     backends = ", ".join(torch["backends"]) or "none"
