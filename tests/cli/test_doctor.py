@@ -16,6 +16,8 @@ from support import gpu_outputs
 from support.gpus import pose_as_host_with
 from support.hosts import free_port
 
+pytestmark = pytest.mark.slow  # the tools of vendors are started, where there are any
+
 Shoal = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
 
@@ -30,7 +32,6 @@ def findings(text: str) -> dict[str, dict[str, Any]]:
     return worst
 
 
-@pytest.mark.slow
 def test_a_healthy_host(shoal: Shoal, capsys: Captured, tmp_path: Path) -> None:
     file = tmp_path / "topology.json"
     assert shoal("doctor", "bundled", "--json", "--output", file) == 0
@@ -54,7 +55,6 @@ def test_the_report_for_people(shoal: Shoal, capsys: Captured) -> None:
     assert out.splitlines()[-1].endswith(", 0 failures")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "words"),
     [("", "hides all 8 GPUs"), ("7,8,0", "there is no GPU '8'"), ("9", "hides all 8 GPUs: there is no GPU '9'")],
@@ -106,7 +106,6 @@ def test_a_model_that_fits_nowhere(shoal: Shoal, capsys: Captured, tmp_path: Pat
     assert (found["level"], "fits on this host in no layout" in found["text"]) == ("failure", True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "kind", "words"),
     [

@@ -64,11 +64,14 @@ def test_a_host_without_gpus(tmp_path: Path) -> None:
     assert (finding.kind, finding.level) == ("devices", "ok")
 
 
-def test_a_driver_whose_tool_fails(tree: Tree) -> None:
+@pytest.mark.parametrize(("kind", "level"), [("0x030200", "failure"), ("0x068000", "warning")])
+def test_a_tool_that_fails(tree: Tree, kind: str, level: str) -> None:
+    """It is a failure if there is a GPU on the bus. NVIDIA also makes bridges and network cards."""
     words = "nvidia-smi: Failed to initialize NVML: Driver/library version mismatch"
-    root = tree({"proc/driver/nvidia/version": "NVRM version: 550.54.15\n"})
+    folder = "sys/bus/pci/devices/0000:1b:00.0"
+    root = tree({f"{folder}/vendor": "0x10de\n", f"{folder}/class": f"{kind}\n"})
     (finding,) = accelerators.check(accelerators.gather(lambda _: ToolOutput(error=words), root))
-    assert (finding.kind, finding.level, finding.text) == ("devices", "failure", words)
+    assert (finding.kind, finding.level, finding.text) == ("devices", level, words)
 
 
 def test_a_driver_without_its_tool(tree: Tree) -> None:
@@ -84,6 +87,18 @@ def test_gpus_of_amd(tmp_path: Path) -> None:
         (1, "rocm", "AMD Instinct MI300X", "0000:c6:00.0"),
     ]
     assert facts.devices[0].memory == 206141652992
+
+
+def test_gpus_of_amd_without_its_tool(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = "sys/bus/pci/drivers/amdgpu/0000:c1:00.0"
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")
+    root = tree(
+        {f"{folder}/mem_info_vram_total": "1000\n", f"{folder}/mem_info_vram_used": "10\n", "sys/module/amdgpu/x": ""}
+    )
+    facts = accelerators.gather(recorded({}), root)
+    assert facts.devices == (Device(index=0, kind="rocm", name="AMD GPU", bus="0000:c1:00.0", memory=1000),)
+    (shown,) = accelerators.check_visible(facts)
+    assert (shown.level, shown.text) == ("ok", "HIP_VISIBLE_DEVICES='0' shows GPU 0")
 
 
 def test_gpus_that_differ_and_others_memory() -> None:

@@ -36,7 +36,7 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def test_equal_hosts() -> None:
-    same = {
+    same: dict[str, Any] = {
         "versions": {"Shoal": "1", "PyTorch": "2"},
         "variables": {"NCCL_DEBUG": "INFO"},
         "model": {"config.json": "ab"},

@@ -108,3 +108,11 @@ def test_hosts_with_different_versions() -> None:
     (found,) = [each for each in report.findings if each.kind == "versions"]
     assert (found.level, found.host) == ("failure", "all hosts")
     assert found.text == "Shoal: 1.0 on host 0 (node0); 2.0 on host 1 (node1)"
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_nccl_is_tried_on_gpus() -> None:
+    facts = all_reduce.measure_host(2, 1, 60)
+    found = {result.backend: result for result in facts.results}
+    assert (facts.error, found["nccl"].error, found["nccl"].right) == ("", "", True)

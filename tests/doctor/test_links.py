@@ -91,6 +91,17 @@ def test_infinity_fabric() -> None:
     assert (finding.level, "Infinity Fabric (XGMI)" in finding.text) == ("ok", True)
 
 
+def test_the_newer_tool_of_amd() -> None:
+    facts = links.gather(devices(3, "rocm"), recorded({"amd-smi topology": gpu_outputs.AMD_TOPOLOGY}))
+    assert [(link.first, link.second, link.kind, link.links) for link in facts.links] == [
+        (0, 1, "infinity-fabric", 1),
+        (0, 2, "pcie", 0),
+        (1, 2, "pcie", 0),
+    ]
+    (finding,) = links.check(facts, devices(3, "rocm"))
+    assert (finding.kind, finding.level) == ("device-links", "warning")
+
+
 def test_cards_of_amd_over_pcie() -> None:
     found = links.read_rocm(gpu_outputs.ROCM_PCIE)
     assert {(link.kind, link.links) for link in found} == {("pcie", 0)}
@@ -124,4 +135,5 @@ def test_a_tool_that_is_missing_is_a_finding() -> None:
 def test_other_texts_give_no_links(text: str) -> None:
     assert links.read_topology(text) == ()
     assert links.read_rocm(text) == ()
+    assert links.read_amd(text) == ()
     assert links.read_fabric(text) == {}

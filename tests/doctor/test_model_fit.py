@@ -2,6 +2,7 @@
 
 import pytest
 
+from shoal.devices import cpu
 from shoal.doctor import model_fit
 from shoal.doctor.model_fit import ModelFacts
 from shoal.wire.doctor import LayoutFit
@@ -12,6 +13,10 @@ def test_a_small_model_fits_everywhere() -> None:
     first = facts.layouts[0]
     assert (first.tensor_parallel_size, first.pipeline_parallel_size) == (1, 1)
     assert all(each.fits and each.weight_bytes and each.kv_tokens for each in facts.layouts)
+    cores = len(cpu.discover().cores)
+    assert [each.replicas for each in facts.layouts] == [
+        cores // (each.tensor_parallel_size * each.pipeline_parallel_size) for each in facts.layouts
+    ]
     assert {"config.json", "set of weights", "tokenizer"} <= set(facts.digests)
     (finding,) = model_fit.check(facts)
     assert (finding.kind, finding.level) == ("model-fit", "ok")

@@ -127,6 +127,27 @@ GPU[1]\t\t: (Topology) Numa Affinity: 0
 
 ROCM_PCIE = ROCM_TOPOLOGY.replace("XGMI", "PCIE").replace("1            1 ", "2            2 ")
 
+AMD_TOPOLOGY = """\
+ACCESS TABLE:
+             0000:c1:00.0 0000:c6:00.0 0000:c9:00.0
+0000:c1:00.0 ENABLED      ENABLED      ENABLED
+0000:c6:00.0 ENABLED      ENABLED      ENABLED
+0000:c9:00.0 ENABLED      ENABLED      ENABLED
+
+HOPS TABLE:
+             0000:c1:00.0 0000:c6:00.0 0000:c9:00.0
+0000:c1:00.0 0            1            3
+0000:c6:00.0 1            0            3
+0000:c9:00.0 3            3            0
+
+LINK TYPE TABLE:
+             0000:c1:00.0 0000:c6:00.0 0000:c9:00.0
+0000:c1:00.0 SELF         XGMI         PCIE
+0000:c6:00.0 XGMI         SELF         PCIE
+0000:c9:00.0 PCIE         PCIE         SELF
+
+"""
+
 ROCM_QUERY = """{"card0": {"Unique ID": "0x7c2a1b", "PCI Bus": "0000:C1:00.0", "VRAM Total Memory (B)": "206141652992",
 "VRAM Total Used Memory (B)": "297668608", "Card Series": "AMD Instinct MI300X", "Card Model": "0x74a1"},
 "card1": {"Unique ID": "0x7c2a1c", "PCI Bus": "0000:C6:00.0", "VRAM Total Memory (B)": "206141652992",

@@ -24,13 +24,15 @@ _BUSY = 0.1  # the share of a GPU's memory that others may hold without a warnin
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """The GPUs of this host. `error`: a driver is loaded, but its tool fails."""
+    """The GPUs of this host. `error`: the vendor's tool fails, or is not there although GPUs of the vendor are."""
 
     devices: tuple[Device, ...] = ()
     used: tuple[int, ...] = ()  # bytes of each that are in use
     driver: str = ""
     error: str = ""
+    on_bus: int = 0  # GPUs of NVIDIA on the PCIe bus, with or without a driver
     variable: str | None = None  # the value of CUDA_VISIBLE_DEVICES
+    variable_name: str = "CUDA_VISIBLE_DEVICES"  # ROCm has other variables too
     order: str = ""  # the value of CUDA_DEVICE_ORDER
 
     @property
@@ -40,24 +42,46 @@ class GpuFacts:
 
 def gather(run: RunTool = run_tool, root: Path = cpu.ROOT) -> GpuFacts:
     """List the GPUs of this host. `root` has the folders proc and sys."""
-    variable = env.visible_cuda_devices()
-    output = run(QUERY)
-    if not output.missing:
-        there = (root / NVIDIA_DRIVER).exists() or not output.error
-        error = output.error if there or "command" not in output.error else ""
-        devices, used, driver = read_nvidia(output.text if not output.error else "")
-        devices = tuple(replace_numa(device, root) for device in mark_visible(devices, variable))
-        return GpuFacts(
-            devices, used, driver, error, variable, env.communication_variables().get("CUDA_DEVICE_ORDER", "")
-        )
-    if (root / NVIDIA_DRIVER).exists():
-        return GpuFacts(error="the driver of NVIDIA is loaded, but nvidia-smi is not installed", variable=variable)
-    rocm = run(ROCM_QUERY)
-    if rocm.missing:
-        return GpuFacts(variable=variable)
-    devices, used = read_rocm(rocm.text)
-    devices = tuple(replace_numa(device, root) for device in devices)
-    return GpuFacts(devices, used, "", rocm.error if (root / AMD_DRIVER).exists() else "", variable)
+    variable, variables = env.visible_cuda_devices(), env.communication_variables()
+    if (output := run(QUERY)).missing:
+        if (root / NVIDIA_DRIVER).exists():
+            return GpuFacts(error="the driver of NVIDIA is loaded, but nvidia-smi is not installed", on_bus=1)
+        return _gather_amd(run, root, variable, variables)
+    devices, used, driver = read_nvidia("" if output.error else output.text)
+    return GpuFacts(
+        devices=_completed(devices, variable, root),
+        used=used,
+        driver=driver,
+        error=output.error,
+        on_bus=count_on_bus(root),
+        variable=variable,
+        order=variables.get("CUDA_DEVICE_ORDER", ""),
+    )
+
+
+def _gather_amd(run: RunTool, root: Path, cuda_variable: str | None, variables: Mapping[str, str]) -> GpuFacts:
+    """List the GPUs of AMD, from rocm-smi or, without it, from /sys. ROCm reads CUDA's variable too."""
+    output = run(ROCM_QUERY)
+    devices, used = read_rocm(output.text)
+    if not devices:
+        devices, used = read_amdgpu(root)
+    names = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    name = next((each for each in names if each in variables), "CUDA_VISIBLE_DEVICES")
+    variable = variables.get(name, cuda_variable)
+    loaded = (root / AMD_DRIVER).exists()
+    return GpuFacts(
+        devices=_completed(devices, variable, root),
+        used=used,
+        error=output.error if loaded and not output.missing else "",
+        on_bus=int(loaded),
+        variable=variable,
+        variable_name=name,
+    )
+
+
+def _completed(devices: Sequence[Device], variable: str | None, root: Path) -> tuple[Device, ...]:
+    """Return the GPUs with their NUMA nodes, and whether the variable hides them."""
+    return tuple(replace_numa(device, root) for device in mark_visible(devices, variable))
 
 
 def read_nvidia(listing: str) -> tuple[tuple[Device, ...], tuple[int, ...], str]:
@@ -112,6 +136,41 @@ def read_rocm(text: str) -> tuple[tuple[Device, ...], tuple[int, ...]]:
     return tuple(devices), tuple(used)
 
 
+def count_on_bus(root: Path) -> int:
+    """Return how many GPUs of NVIDIA are on the PCIe bus: a container may hide their driver, but not these files."""
+    folders = (root / "sys/bus/pci/devices").glob("*")
+    return sum(_text(each / "vendor") == "0x10de" and _text(each / "class").startswith("0x03") for each in folders)
+
+
+def read_amdgpu(root: Path) -> tuple[tuple[Device, ...], tuple[int, ...]]:
+    """Return the GPUs of AMD that the kernel's driver shows in /sys, in the order of the bus, and their used bytes."""
+    folders = sorted((root / "sys/bus/pci/drivers/amdgpu").glob("*:*:*.*"))
+    devices = [
+        Device(
+            index=index,
+            kind="rocm",
+            name=_text(folder / "product_name") or "AMD GPU",
+            uuid=_text(folder / "unique_id"),
+            bus=folder.name,
+            memory=_number(folder / "mem_info_vram_total"),
+        )
+        for index, folder in enumerate(folders)
+    ]
+    return tuple(devices), tuple(_number(folder / "mem_info_vram_used") or 0 for folder in folders)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    text = _text(file)
+    return int(text) if text.isdigit() else None
+
+
 def mark_visible(devices: Sequence[Device], variable: str | None) -> tuple[Device, ...]:
     """Return the GPUs, with `visible` set by the rules of CUDA."""
     if variable is not None and variable.strip().startswith("MIG-"):
@@ -136,10 +195,10 @@ def replace_numa(device: Device, root: Path) -> Device:
 
 def check(facts: GpuFacts) -> list[Finding]:
     """Check that the GPUs can be used, and which of them are hidden."""
-    if facts.error:
-        return [failure("devices", facts.error)]
+    if facts.error:  # the tool may also be installed on hosts without GPUs, from an image for all hosts
+        return [(failure if facts.on_bus or facts.devices else warning)("devices", facts.error)]
     if not facts.devices:
-        hidden = "" if not facts.variable else f"; CUDA_VISIBLE_DEVICES={facts.variable} has no effect"
+        hidden = "" if not facts.variable else f"; {facts.variable_name}={facts.variable} has no effect"
         return [ok("devices", f"no GPU: ranks compute on CPU cores{hidden}")]
     names = ", ".join(f"{name} (x{sum(each.name == name for each in facts.devices)})" for name in _names(facts.devices))
     driver = f", driver {facts.driver}" if facts.driver else ""
@@ -151,12 +210,12 @@ def _names(devices: Sequence[Device]) -> list[str]:
 
 
 def check_visible(facts: GpuFacts) -> list[Finding]:
-    """Check CUDA_VISIBLE_DEVICES, and name what it hides."""
+    """Check CUDA_VISIBLE_DEVICES or the variable of ROCm, and name what it hides."""
     variable = facts.variable
     count = f"{len(facts.devices)} GPU{'s' if len(facts.devices) > 1 else ''}"
     if variable is None:
-        return [ok("visible-devices", f"CUDA_VISIBLE_DEVICES is not set: {count} can be used")]
-    shown = f"CUDA_VISIBLE_DEVICES={variable!r}"
+        return [ok("visible-devices", f"{facts.variable_name} is not set: {count} can be used")]
+    shown = f"{facts.variable_name}={variable!r}"
     wrong = _unknown_entry(facts.devices, variable)
     visible, hidden = facts.visible, [device for device in facts.devices if not device.visible]
     if wrong and visible:

@@ -17,6 +17,7 @@ TOPOLOGY = ("nvidia-smi", "topo", "-m")
 NVLINKS = ("nvidia-smi", "nvlink", "--status")
 QUERY = ("nvidia-smi", "-q")
 ROCM_TOPOLOGY = ("rocm-smi", "--showtopo")
+AMD_TOPOLOGY = ("amd-smi", "topology")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # `nvidia-smi topo -m` underlines its heading
 _FAR = {"SYS", "NODE", "PHB"}  # ways through the processor
 
@@ -50,7 +51,11 @@ def gather(devices: Sequence[Device], run: RunTool = run_tool, root: Path = cpu.
         return LinkFacts()
     if devices[0].kind == "rocm":
         output = run(ROCM_TOPOLOGY)
-        return LinkFacts(read_rocm(output.text), pcie=pcie, errors=(output.error,) if output.error else ())
+        between = read_rocm(output.text)
+        if output.missing:
+            output = run(AMD_TOPOLOGY)
+            between = read_amd(output.text)
+        return LinkFacts(between, pcie=pcie, errors=(output.error,) if output.error and len(devices) > 1 else ())
     topology, links, details = (run(command) for command in (TOPOLOGY, NVLINKS, QUERY))
     active, inactive = read_nvlinks(links.text)
     found = mark_switched(read_topology(topology.text), active)
@@ -155,7 +160,24 @@ def read_rocm(text: str) -> tuple[DeviceLink, ...]:
         elif row := re.match(r"GPU(\d+)\s+(\S.*)", line):
             for second, value in enumerate(row[2].split()):
                 tables.setdefault(title, {})[int(row[1]), second] = value
-    hops = tables.get("Hops between two GPUs", {})
+    return _amd_links(tables.get("Link Type between two GPUs", {}), tables.get("Hops between two GPUs", {}))
+
+
+def read_amd(text: str) -> tuple[DeviceLink, ...]:
+    """Read the tables that `amd-smi topology` prints, whose rows and columns are addresses of the PCIe bus."""
+    tables: dict[str, dict[tuple[int, int], str]] = {}
+    title, row_number = "", 0
+    for line in text.splitlines():
+        if heading := re.match(r"\s*([A-Z ]+) TABLE:", line):
+            title, row_number = heading[1], 0
+        elif row := re.match(r"\s*[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.\d\s+(?![0-9a-f]{4}:)(\S.*)", line):
+            for second, value in enumerate(row[1].split()):
+                tables.setdefault(title, {})[row_number, second] = value
+            row_number += 1
+    return _amd_links(tables.get("LINK TYPE", {}), tables.get("HOPS", {}))
+
+
+def _amd_links(types: Mapping[tuple[int, int], str], hops: Mapping[tuple[int, int], str]) -> tuple[DeviceLink, ...]:
     return tuple(
         DeviceLink(
             first=first,
@@ -164,7 +186,7 @@ def read_rocm(text: str) -> tuple[DeviceLink, ...]:
             path=value,
             links=1 if value == "XGMI" and hops.get((first, second)) == "1" else 0,
         )
-        for (first, second), value in sorted(tables.get("Link Type between two GPUs", {}).items())
+        for (first, second), value in sorted(types.items())
         if second > first
     )
 

@@ -3,7 +3,7 @@
 The weights need not be on this host: sizes follow from config.json, which is all that is fetched of a model on the hub.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,20 +65,37 @@ def candidates(host: HostFacts, num_layers: int) -> Iterator[tuple[int, int]]:
 
 
 def _fit(model: str, given: Mapping[str, Any], reader: ModelReader, host: HostFacts, tp: int, pp: int) -> LayoutFit:
-    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
-    try:
+    def plan(replicas: int) -> EnginePlan:
+        sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "data_parallel_size": replicas}
         options, _ = read_options(model, {"load_format": "dummy", **given, **sizes}, online=True)
-        plan = Planner(options, reader, host, ReplicaPlace(0, 1)).first_plan
+        return Planner(options, reader, host, ReplicaPlace(0, replicas, local_size=replicas)).first_plan
+
+    try:
+        one = plan(1)
     except ShoalError as error:
         return LayoutFit(tensor_parallel_size=tp, pipeline_parallel_size=pp, fits=False, reason=str(error))
-    heaviest = max(rank.weight_bytes for rank in plan.ranks)
     return LayoutFit(
-        tensor_parallel_size=tp, pipeline_parallel_size=pp, fits=True, weight_bytes=heaviest, kv_tokens=_kv_tokens(plan)
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        fits=True,
+        weight_bytes=max(rank.weight_bytes for rank in one.ranks),
+        kv_tokens=None if one.num_blocks is None else one.num_blocks * one.block_size,
+        replicas=_most_replicas(plan, max(host.hardware.num_devices // (tp * pp), 1)),
     )
 
 
-def _kv_tokens(plan: EnginePlan) -> int | None:
-    return None if plan.num_blocks is None else plan.num_blocks * plan.block_size
+def _most_replicas(plan: Callable[[int], EnginePlan], most: int) -> int:
+    """Return the most replicas that can be planned, between 1, which can, and `most` (found by halving)."""
+    fits, fails = 1, most + 1
+    count = most
+    while fails - fits > 1:
+        try:
+            plan(count)
+            fits = count
+        except ShoalError:
+            fails = count
+        count = (fits + fails) // 2
+    return fits
 
 
 def check(facts: ModelFacts) -> list[Finding]:

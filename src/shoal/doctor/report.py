@@ -132,11 +132,13 @@ def _cell(pair: HostPair | None, what: str) -> str:
 def layout_table(layouts: Sequence[LayoutFit]) -> Table:
     """Return a table of the layouts of a model."""
     table = Table()
-    for heading in ("tensor parallel", "pipeline parallel", "fits", "weights per rank", "KV cache"):
+    for heading in ("tensor parallel", "pipeline parallel", "fits", "weights per rank", "KV cache", "replicas"):
         table.add_column(heading, justify="right")
     for each in layouts:
         tokens = "measured" if each.kv_tokens is None else f"{each.kv_tokens} tokens"
         sizes = (str(each.tensor_parallel_size), str(each.pipeline_parallel_size))
         weights = format_bytes(each.weight_bytes) if each.weight_bytes is not None else ""
-        table.add_row(*sizes, "yes" if each.fits else "no", weights, tokens if each.fits else "")
+        table.add_row(
+            *sizes, "yes" if each.fits else "no", weights, *((tokens, str(each.replicas)) if each.fits else ("", ""))
+        )
     return table

@@ -1,6 +1,6 @@
 """A run of the doctor, on this host alone or together with the doctors of other hosts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import shoal
 from shoal import env
@@ -10,9 +10,10 @@ from shoal.doctor.examine import HostFindings, examine_host, report_of_host
 from shoal.doctor.kinds import failure, warning
 from shoal.doctor.meeting import Peers, RoomPeers
 from shoal.doctor.settings import Settings
+from shoal.errors import ConfigError, ShoalError
 from shoal.transport.rendezvous import require_key
 from shoal.wire.doctor import DoctorReport, Finding, HostExamination, Measurements
-from shoal.wire.topology import AllReduceSpeed, ClusterTopology, decode_document, encode_document, with_fields
+from shoal.wire.topology import AllReduceSpeed, ClusterTopology, D, decode_document, encode_document, with_fields
 
 _ALL_HOSTS = "all hosts"
 _REDUCE_S = 40.0  # the longest time for an all-reduce over hosts
@@ -53,13 +54,22 @@ def examine_together(found: HostFindings, peers: Peers, timeout_s: float) -> Doc
 
     All hosts call this at the same time, and each gets the whole report.
     """
+    findings: list[Finding] = []
     own = with_fields(found.examination, topology=with_fields(found.examination.topology, address=peers.address))
     posted = peers.exchange("examination", encode_document(own), timeout_s)
-    examinations = [decode_document(HostExamination, posted[rank]) for rank in sorted(posted)]
-    findings = compare.check_arrived(posted, peers.size, "examination")
-    measured = pairs.measure(peers, timeout_s)
-    speeds, reduced = _reduce(peers, examinations)
-    everything = _exchange_measurements(peers, Measurements(pairs=measured, findings=tuple(reduced)), timeout_s)
+    examined = _decode(HostExamination, posted, findings)
+    examinations = [examined[rank] for rank in sorted(examined)]
+    findings += compare.check_arrived(examined, peers.size, "examination")
+    measured = Measurements()
+    try:
+        measured = Measurements(pairs=pairs.measure(peers, timeout_s))
+        speeds, reduced = _reduce(peers, examinations)
+        measured = with_fields(measured, findings=tuple(reduced))
+    except (ShoalError, OSError) as error:
+        speeds, found_here = (), warning("check-failed", f"measurements of host {peers.rank}: {error}")
+        measured = with_fields(measured, findings=(found_here,))
+    posted = peers.exchange("measurements", encode_document(measured), timeout_s)
+    everything = _decode(Measurements, posted, findings)
     findings += compare.check_arrived(everything, peers.size, "measurements")
     all_pairs = tuple(pair for rank in sorted(everything) for pair in everything[rank].pairs)
     findings += _worst(everything)
@@ -88,9 +98,15 @@ def _reduce(peers: Peers, examinations: Sequence[HostExamination]) -> tuple[tupl
     return all_reduce.speeds(facts), all_reduce.check(facts, between_hosts=True)
 
 
-def _exchange_measurements(peers: Peers, own: Measurements, timeout_s: float) -> dict[int, Measurements]:
-    posted = peers.exchange("measurements", encode_document(own), timeout_s)
-    return {rank: decode_document(Measurements, payload) for rank, payload in posted.items()}
+def _decode(kind: type[D], posted: Mapping[int, bytes], findings: list[Finding]) -> dict[int, D]:
+    """Return the documents of the hosts by rank. One that cannot be read is left out, with a finding."""
+    found = {}
+    for rank, payload in sorted(posted.items()):
+        try:
+            found[rank] = decode_document(kind, payload)
+        except ConfigError as error:  # the host has a much older or newer version
+            findings.append(failure("versions", f"what host {rank} has sent cannot be read: {error}"))
+    return found
 
 
 def _worst(everything: dict[int, Measurements]) -> list[Finding]:

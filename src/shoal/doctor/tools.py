@@ -1,5 +1,6 @@
 """Tools of the operating system and of vendors, run with a deadline."""
 
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ RunTool = Callable[[Sequence[str]], ToolOutput]
 
 def run_tool(command: Sequence[str]) -> ToolOutput:
     """Run a tool, and return its output."""
+    if shutil.which(command[0]) is None:
+        return ToolOutput(error=f"{command[0]} is not installed", missing=True)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
         )
-    except FileNotFoundError:
-        return ToolOutput(error=f"{command[0]} is not installed", missing=True)
     except subprocess.TimeoutExpired:
         return ToolOutput(error=f"{command[0]} did not end within {_TIMEOUT_S:g} s")
     except OSError as error:

@@ -72,4 +72,5 @@ class LayoutFit(Document, frozen=True):
     fits: bool
     reason: str = ""  # why it does not fit
     weight_bytes: int | None = None  # of the rank with the most
-    kv_tokens: int | None = None  # how many tokens the KV cache holds; None if a GPU will measure it
+    kv_tokens: int | None = None  # how many tokens the KV cache of a replica holds; None if a GPU will measure it
+    replicas: int = 0  # how many such replicas fit beside each other
