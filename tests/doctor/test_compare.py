@@ -174,6 +174,20 @@ def test_the_way_between_hosts(path: str, rdma: tuple[RdmaPort, ...], level: str
     assert (found.level, words in found.text) == (level, True)
 
 
+def test_the_slowest_host_counts_in_an_all_reduce() -> None:
+    found = compare.slowest_speeds(
+        [
+            AllReduceSpeed(backend="nccl", ranks=2, latency_us=30, bandwidth=2e10, path="GDRDMA"),
+            AllReduceSpeed(backend="nccl", ranks=2, latency_us=40, bandwidth=1e10, path="Socket"),
+            AllReduceSpeed(backend="gloo", ranks=2, latency_us=90, bandwidth=1e9),
+        ]
+    )
+    assert found == (
+        AllReduceSpeed(backend="gloo", ranks=2, latency_us=90, bandwidth=1e9),
+        AllReduceSpeed(backend="nccl", ranks=2, latency_us=40, bandwidth=1e10, path="GDRDMA and Socket"),
+    )
+
+
 def test_hosts_that_do_not_answer() -> None:
     found = only(compare.check_arrived([0, 2], 4, "examination"))
     assert (found.kind, found.level, "--node-rank 1, 3" in found.text) == ("hosts", "failure", True)

@@ -1,5 +1,6 @@
 """Cores, memory and NUMA nodes, with recorded files of the kernel."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -52,7 +53,13 @@ def test_cores(found: CoreFacts, level: str, words: str) -> None:
     ("available", "level"), [(4 * GIB, "ok"), (4 * GIB - 1, "warning"), (GIB, "warning"), (GIB - 1, "failure")]
 )
 def test_memory(available: int, level: str) -> None:
-    assert cores.check_memory(facts(available=available).hardware).level == level
+    assert cores.check_memory(facts(available=available)).level == level
+
+
+def test_memory_that_a_control_group_limits() -> None:
+    limited = dataclasses.replace(facts(), machine_memory=64 * GIB)
+    assert "a control group limits it, the machine has 64.00 GiB" in cores.check_memory(limited).text
+    assert "control group" not in cores.check_memory(dataclasses.replace(facts(), machine_memory=32 * GIB)).text
 
 
 NEAR = NumaNode(number=0, cores=(0, 1, 2, 3), memory=16 * GIB, distances=(10, 21))

@@ -40,6 +40,20 @@ def test_why_there_is_no_rdma() -> None:
     assert nccl_log.classify(nccl_logs.ROCE_WITHOUT_GPUDIRECT).gdr_disabled == ("mlx5_0", "mlx5_1")
 
 
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (nccl_logs.SOCKETS, "network Socket on eth0, eth1; no RDMA device found"),
+        (nccl_logs.DISABLED, "network Socket on lo; NCCL_IB_DISABLE=1"),
+        (nccl_logs.ROCE_WITHOUT_GPUDIRECT, "network IB on mlx5_0, mlx5_1; no GPUDirect on mlx5_0, mlx5_1"),
+        (nccl_logs.GPUDIRECT, "network IB on mlx5_0, mlx5_3"),
+        (nccl_logs.ONE_HOST, ""),
+    ],
+)
+def test_the_reason_is_a_text(log: str, reason: str) -> None:
+    assert nccl_log.classify(log).reason == reason
+
+
 def test_warnings_are_kept() -> None:
     (words,) = nccl_log.classify(nccl_logs.OLD).warnings
     assert words == "Call to posix_fallocate failed : No space left on device"

@@ -46,6 +46,13 @@ def test_the_meeting_place(facts: PortFacts, nnodes: int, kind: str, level: str)
     assert (finding.kind, finding.level) == (kind, level)
 
 
+def test_the_first_host_is_another_one() -> None:
+    (finding,) = ports.check_other_master("10.0.0.2", 1, ["127.0.0.1", "10.0.0.2"])
+    assert (finding.kind, finding.level, "--node-rank 1" in finding.text) == ("master-address", "warning", True)
+    assert ports.check_other_master("10.0.0.1", 1, ["127.0.0.1", "10.0.0.2"]) == []
+    assert ports.check_other_master("127.0.0.1", 1, ["127.0.0.1"]) == []
+
+
 @pytest.mark.parametrize(
     ("facts", "several", "level"),
     [

@@ -96,6 +96,20 @@ def test_the_all_reduce(result: BackendResult, kind: str, level: str, words: str
     assert (found.level, words in found.text) == (level, True)
 
 
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        ("unhandled system error (NCCL: Call to posix_fallocate failed : No space left on device)", "--shm-size"),
+        ("Call to ibv_reg_mr failed", "memlock"),
+        ("CUDA error: system not yet initialized", "nvidia-fabricmanager"),
+        ("something else", "NCCL_P2P_DISABLE=1"),
+    ],
+)
+def test_what_mends_an_error_of_the_all_reduce(error: str, mend: str) -> None:
+    (finding,) = all_reduce.check(reduced(BackendResult("nccl", 2, error=error)))
+    assert mend in finding.mend
+
+
 def test_only_right_sums_are_measurements() -> None:
     wrong = BackendResult("nccl", 2, right=False, us=1, bytes_per_s=1e9)
     failed = BackendResult("threads", 2, error="failed")

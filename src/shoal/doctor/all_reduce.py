@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.doctor import nccl_log
-from shoal.doctor.kinds import failure, ok, warning
+from shoal.doctor.kinds import KINDS, failure, ok, warning
 from shoal.transport.channel import ChannelClosed, wait
 from shoal.transport.process import ChildProcess, end_all
 from shoal.values import format_bytes
@@ -53,6 +53,7 @@ class BackendResult:
     bytes_per_s: float = 0.0  # of the slowest rank
     error: str = ""
     path: str = ""  # from NCCL's log
+    reason: str = ""  # what NCCL's log says about the network
 
 
 @dataclass(slots=True)
@@ -101,10 +102,7 @@ def _run(question: Mapping[str, Any], ranks: Sequence[int], timeout_s: float, pa
             children.append(child)
             child.say(json.dumps({**question, "rank": rank}).encode())
         facts = _collect(children, question["sizes"], timeout_s)
-        text = "\n".join(map(_read_log, logs))
-        for result in facts.results:
-            if result.backend == "nccl":
-                result.path = nccl_log.classify(text).best
+        _add_log(facts.results, "\n".join(map(_read_log, logs)))
         return facts
     finally:
         end_all(children, None, 0)
@@ -114,6 +112,16 @@ def _run(question: Mapping[str, Any], ranks: Sequence[int], timeout_s: float, pa
 
 def _read_log(fd: int) -> str:
     return os.pread(fd, _MAX_LOG, 0).decode(errors="replace")
+
+
+def _add_log(results: Sequence[BackendResult], text: str) -> None:
+    """Add what NCCL's log says to the result of NCCL: the way of the tensors, and the cause of an error."""
+    log = nccl_log.classify(text)
+    for result in results:
+        if result.backend == "nccl":
+            result.path, result.reason = log.path, log.reason
+            if result.error and log.warnings:
+                result.error = f"{result.error} (NCCL: {log.warnings[0].strip()})"
 
 
 def _collect(children: Sequence[ChildProcess], sizes: Mapping[str, int], timeout_s: float) -> AllReduceFacts:
@@ -171,16 +179,33 @@ def check(facts: AllReduceFacts, *, between_hosts: bool = False) -> list[Finding
 def _check_result(result: BackendResult, usual: Mapping[str, Usual], between_hosts: bool) -> list[Finding]:
     what = f"{result.backend} over {result.ranks} {'hosts' if between_hosts else 'ranks'}"
     if result.error:
-        return [failure("all-reduce", f"{what}: {result.error}")]
+        return [failure("all-reduce", f"{what}: {result.error}", _mend_of(result.error))]
     if not result.right:
         return [failure("all-reduce", f"{what}: the sums are wrong")]
     by = f" by {result.path}" if result.path else ""
+    by += f" ({result.reason})" if result.reason and between_hosts else ""
     speed = f"{what}{by}: {result.us:.0f} us, {format_bytes(result.bytes_per_s)}/s"
     expected = usual[result.backend]
     text = f"{speed} (usual: {expected.text})"
     if result.ranks > 1 and (result.us > expected.most_us or result.bytes_per_s < expected.least_bytes_per_s):
         return [ok("all-reduce", f"{what}: the sums are right"), warning("all-reduce-speed", text)]
     return [ok("all-reduce", f"{text}, the sums are right")]
+
+
+_CAUSES = {  # words in an error -> the kind of finding whose way out helps
+    "No space left": "shared-memory",
+    "posix_fallocate": "shared-memory",
+    "ibv_reg_mr": "locked-memory",
+    "no socket interface": "interface-variables",
+    "not yet initialized": "fabric",
+    "driver version is insufficient": "torch-devices",
+    "Too many open files": "open-files",
+}
+
+
+def _mend_of(error: str) -> str | None:
+    """Return what mends the cause of an error; None if its words are not known."""
+    return next((KINDS[kind].mend for words, kind in _CAUSES.items() if words.lower() in error.lower()), None)
 
 
 def speeds(facts: AllReduceFacts) -> tuple[AllReduceSpeed, ...]:

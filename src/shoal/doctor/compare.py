@@ -8,7 +8,7 @@ from shoal.doctor.kinds import failure, ok, warning
 from shoal.doctor.nccl_log import GDRDMA, IB, SOCKET
 from shoal.values import format_bytes
 from shoal.wire.doctor import Finding, HostExamination
-from shoal.wire.topology import AllReduceSpeed, HostPair, HostTopology, Interface
+from shoal.wire.topology import AllReduceSpeed, HostPair, HostTopology, Interface, with_fields
 
 _SERIOUS = {"Shoal", "wire version"}  # hosts with different ones do not work together
 _OWN = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "SHOAL_DP_RANK", "VLLM_DP_RANK",
@@ -179,6 +179,22 @@ def _check_slowest(
 
 def _names(pair: HostPair, names: Mapping[int, str]) -> str:
     return f"{names.get(pair.source, pair.source)} to {names.get(pair.target, pair.target)}"
+
+
+def slowest_speeds(measured: Iterable[AllReduceSpeed]) -> tuple[AllReduceSpeed, ...]:
+    """Return one speed for each backend: that of the slowest host, and all ways that some host has seen."""
+    groups: dict[str, list[AllReduceSpeed]] = defaultdict(list)
+    for speed in measured:
+        groups[speed.backend].append(speed)
+    return tuple(
+        with_fields(
+            group[0],
+            latency_us=max(each.latency_us for each in group),
+            bandwidth=min(each.bandwidth for each in group),
+            path=" and ".join(sorted({way for each in group for way in each.path.split(" and ") if way})),
+        )
+        for _, group in sorted(groups.items())
+    )
 
 
 def check_clocks(hosts: Sequence[HostTopology], pairs: Sequence[HostPair]) -> list[Finding]:

@@ -27,6 +27,7 @@ class CoreFacts:
     quota: float | None  # of the control groups, in cores
     allowed_nodes: tuple[int, ...]  # the NUMA nodes whose memory may be used; () if the kernel does not say
     nodes: tuple[NumaNode, ...] = ()
+    machine_memory: int | None = None  # in bytes; None if the kernel does not show it
 
 
 def gather(root: Path = cpu.ROOT) -> CoreFacts:
@@ -38,6 +39,7 @@ def gather(root: Path = cpu.ROOT) -> CoreFacts:
         quota=cpu.cpu_quota(root),
         allowed_nodes=_allowed_nodes(root),
         nodes=read_nodes(root),
+        machine_memory=_machine_memory(root),
     )
 
 
@@ -67,6 +69,11 @@ def read_list(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def _machine_memory(root: Path) -> int | None:
+    match = re.search(r"^MemTotal:\s*(\d+) kB", _text(root / cpu.MEMORY), re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
+
+
 def _allowed_nodes(root: Path) -> tuple[int, ...]:
     match = re.search(r"^Mems_allowed_list:\s*(\S+)", _text(root / "proc/self/status"), re.MULTILINE)
     return read_list(match[1]) if match else ()
@@ -80,7 +87,7 @@ def _text(file: Path) -> str:
 
 
 def check(facts: CoreFacts) -> list[Finding]:
-    return [check_cores(facts), check_memory(facts.hardware), check_numa(facts)]
+    return [check_cores(facts), check_memory(facts), check_numa(facts)]
 
 
 def check_cores(facts: CoreFacts) -> Finding:
@@ -94,9 +101,11 @@ def check_cores(facts: CoreFacts) -> Finding:
     return ok("cores", f"{used} cores")
 
 
-def check_memory(hardware: Hardware) -> Finding:
-    free, total = hardware.host_memory_available, hardware.host_memory
+def check_memory(facts: CoreFacts) -> Finding:
+    free, total = facts.hardware.host_memory_available, facts.hardware.host_memory
     text = f"{format_bytes(free)} of {format_bytes(total)} are available"
+    if facts.machine_memory and total < facts.machine_memory:
+        text += f" (a control group limits it, the machine has {format_bytes(facts.machine_memory)})"
     if free < _LEAST_MEMORY:
         return failure("memory", f"{text}, less than {format_bytes(_LEAST_MEMORY)}")
     return warning("memory", f"{text}, which is little for a model") if free < _LITTLE_MEMORY else ok("memory", text)

@@ -16,7 +16,7 @@ from shoal.doctor.tools import RunTool, run_tool
 from shoal.wire.doctor import DoctorReport, Finding, HostExamination, LayoutFit
 from shoal.wire.topology import ClusterTopology, HostTopology
 
-_LEAST_RANKS, _MOST_RANKS = 2, 8
+_LEAST_RANKS, _MOST_RANKS = 2, 16
 T = TypeVar("T")
 
 
@@ -98,15 +98,25 @@ def _check(settings: Settings, facts: _Facts, ranks: int) -> Iterator[Finding]:
             yield warning("check-failed", f"{type(error).__name__}: {error}")
 
 
-def _checks(settings: Settings, facts: _Facts, ranks: int) -> Iterator[Callable[[], list[Finding]]]:
+Check = Callable[[], list[Finding]]
+
+
+def _checks(settings: Settings, facts: _Facts, ranks: int) -> Iterator[Check]:
     """Yield the checks whose facts are there, in the order of the report."""
-    several = settings.several_hosts
+    yield from _checks_of_machine(facts, ranks)
+    yield from _checks_of_network(settings, facts)
+    if reduced := facts.get("all-reduce", all_reduce.AllReduceFacts):
+        yield lambda: all_reduce.check(reduced)
+    if model := facts.get("model", model_fit.ModelFacts):
+        yield lambda: model_fit.check(model)
+
+
+def _checks_of_machine(facts: _Facts, ranks: int) -> Iterator[Check]:
     gpus = facts.get("devices", accelerators.GpuFacts)
     reduced = facts.get("all-reduce", all_reduce.AllReduceFacts)
     net = facts.get("network", network.NetworkFacts)
-    installed = facts.get("software", software.Software)
     visible = len(gpus.visible) if gpus else 0
-    if installed:
+    if installed := facts.get("software", software.Software):
         yield lambda: software.check(installed, reduced.torch if reduced else None, visible)
     if gpus:
         yield lambda: accelerators.check(gpus)
@@ -117,20 +127,23 @@ def _checks(settings: Settings, facts: _Facts, ranks: int) -> Iterator[Callable[
     if limited := facts.get("limits", limits.Limits):
         rdma = any(port.active for port in net.rdma) if net else False
         yield lambda: limits.check(limited, max(ranks, _LEAST_RANKS), visible, rdma=rdma)
+
+
+def _checks_of_network(settings: Settings, facts: _Facts) -> Iterator[Check]:
+    several, variables = settings.several_hosts, _variables(facts)
     if own := facts.get("own connections", ports.PortFacts):
         yield lambda: [ports.check_loopback(own)]
     if port := facts.get("port", ports.PortFacts):
         yield lambda: ports.check_master(port, nnodes=settings.nnodes)
     if name := facts.get("name", ports.AddressFacts):
         yield lambda: [ports.check_name(name, several_hosts=several)]
-    if net:
-        yield lambda: network.check(net, installed.variables if installed else {}, several_hosts=several)
+    if net := facts.get("network", network.NetworkFacts):
+        addresses_here = [address for each in net.interfaces for address in each.addresses]
+        if settings.node_rank > 0:
+            yield lambda: ports.check_other_master(settings.master, settings.node_rank, addresses_here)
+        yield lambda: network.check(net, variables, several_hosts=several)
     if time := facts.get("clock", clock.ClockFacts):
         yield lambda: clock.check(time, several_hosts=several)
-    if reduced:
-        yield lambda: all_reduce.check(reduced)
-    if model := facts.get("model", model_fit.ModelFacts):
-        yield lambda: model_fit.check(model)
 
 
 def _topology(settings: Settings, facts: _Facts) -> HostTopology:

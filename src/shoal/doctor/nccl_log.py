@@ -43,9 +43,18 @@ class NcclLog:
         return next((way for way in reversed(_BETWEEN_HOSTS) if self.ways[way]), "")
 
     @property
-    def best(self) -> str:
+    def path(self) -> str:
         """The ways of all channels, as one text: `P2P`, `P2P and SHM`, `GDRDMA`."""
         return " and ".join(sorted(self.ways))
+
+    @property
+    def reason(self) -> str:
+        """What the log says about the network: its name, its devices, and why there is no RDMA."""
+        parts = [f"network {self.network}" + (f" on {', '.join(self.devices)}" if self.devices else "")]
+        parts += ["no RDMA device found"] if self.no_rdma else []
+        parts += ["NCCL_IB_DISABLE=1"] if self.rdma_disabled else []
+        parts += [f"no GPUDirect on {', '.join(self.gdr_disabled)}"] if self.gdr_disabled and self.ways[IB] else []
+        return "; ".join(parts) if self.network else ""
 
 
 def classify(text: str) -> NcclLog:

@@ -5,6 +5,7 @@ import errno
 import secrets
 import socket
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal import addresses
@@ -107,6 +108,14 @@ def check_master(facts: PortFacts, *, nnodes: int) -> list[Finding]:
     if nnodes > 1 and addresses.is_loopback(facts.host):
         found.append(warning("master-address", f"{facts.host} is a loopback address, which other hosts cannot reach"))
     return found
+
+
+def check_other_master(master: str, node_rank: int, own: Sequence[str]) -> list[Finding]:
+    """Check that the first host is another one. `own`: the addresses of this host, which does not have rank 0."""
+    if master in own and not addresses.is_local(master):
+        text = f"{master} is an address of this host, but it has --node-rank {node_rank}: only rank 0 listens there"
+        return [warning("master-address", text)]
+    return []
 
 
 def check_name(facts: AddressFacts, *, several_hosts: bool) -> Finding:

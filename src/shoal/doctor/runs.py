@@ -1,5 +1,6 @@
 """A run of the doctor, on this host alone or together with the doctors of other hosts."""
 
+import socket
 from collections.abc import Mapping, Sequence
 
 import shoal
@@ -13,7 +14,7 @@ from shoal.doctor.settings import Settings
 from shoal.errors import ConfigError, ShoalError
 from shoal.transport.rendezvous import require_key
 from shoal.wire.doctor import DoctorReport, Finding, HostExamination, Measurements
-from shoal.wire.topology import AllReduceSpeed, ClusterTopology, D, decode_document, encode_document, with_fields
+from shoal.wire.topology import ClusterTopology, D, HostTopology, decode_document, encode_document, with_fields
 
 _ALL_HOSTS = "all hosts"
 _REDUCE_S = 40.0  # the longest time for an all-reduce over hosts
@@ -35,13 +36,18 @@ def run(settings: Settings) -> DoctorReport:
         {"host": lambda: examine_host(settings, own_port=own_port), "meeting": lambda: RoomPeers(settings, key)},
         max(settings.timeout_s, settings.local_timeout_s) + _GRACE_S,
     )
-    found, peers = outcomes["host"].value, outcomes["meeting"].value
+    found, peers = outcomes["host"].value or _not_examined(settings, outcomes["host"].error), outcomes["meeting"].value
     if peers is None:
         return _alone(found, outcomes["meeting"].error)
     try:
         return examine_together(found, peers, settings.timeout_s)
     finally:
         peers.close()
+
+
+def _not_examined(settings: Settings, why: str) -> HostFindings:
+    topology = HostTopology(name=socket.gethostname(), rank=settings.node_rank)
+    return HostFindings(HostExamination(topology=topology, findings=(warning("check-failed", f"this host: {why}"),)))
 
 
 def _alone(found: HostFindings, why: str) -> DoctorReport:
@@ -60,18 +66,11 @@ def examine_together(found: HostFindings, peers: Peers, timeout_s: float) -> Doc
     examined = _decode(HostExamination, posted, findings)
     examinations = [examined[rank] for rank in sorted(examined)]
     findings += compare.check_arrived(examined, peers.size, "examination")
-    measured = Measurements()
-    try:
-        measured = Measurements(pairs=pairs.measure(peers, timeout_s))
-        speeds, reduced = _reduce(peers, examinations)
-        measured = with_fields(measured, findings=tuple(reduced))
-    except (ShoalError, OSError) as error:
-        speeds, found_here = (), warning("check-failed", f"measurements of host {peers.rank}: {error}")
-        measured = with_fields(measured, findings=(found_here,))
-    posted = peers.exchange("measurements", encode_document(measured), timeout_s)
+    posted = peers.exchange("measurements", encode_document(_measure(peers, examinations, timeout_s)), timeout_s)
     everything = _decode(Measurements, posted, findings)
     findings += compare.check_arrived(everything, peers.size, "measurements")
     all_pairs = tuple(pair for rank in sorted(everything) for pair in everything[rank].pairs)
+    speeds = compare.slowest_speeds([speed for each in everything.values() for speed in each.all_reduce])
     findings += _worst(everything)
     findings += compare.check(examinations, all_pairs, speeds)
     return DoctorReport(
@@ -87,15 +86,26 @@ def examine_together(found: HostFindings, peers: Peers, timeout_s: float) -> Doc
     )
 
 
-def _reduce(peers: Peers, examinations: Sequence[HostExamination]) -> tuple[tuple[AllReduceSpeed, ...], list[Finding]]:
-    """Run an all-reduce over all hosts, with one rank on each, and NCCL if every host has a GPU."""
-    if not peers.rendezvous or len(examinations) < peers.size:
-        text = "no all-reduce over the hosts: not all of them have sent their examination"
-        return (), [warning("check-failed", text)]
-    gpus = all(each.has_gpus for each in examinations)
-    backends = ["gloo", *(["nccl"] if gpus else [])]
-    facts = all_reduce.measure_between_hosts(peers.rank, peers.size, peers.rendezvous, peers.key, backends, _REDUCE_S)
-    return all_reduce.speeds(facts), all_reduce.check(facts, between_hosts=True)
+def _measure(peers: Peers, examinations: Sequence[HostExamination], timeout_s: float) -> Measurements:
+    """Measure the connections to the other hosts, then an all-reduce with one rank on each host.
+
+    NCCL is tried if every host has a GPU.
+    """
+    measured = Measurements()
+    try:
+        measured = Measurements(pairs=pairs.measure(peers, timeout_s))
+        if not peers.rendezvous or len(examinations) < peers.size:
+            why = "not all hosts have sent their examination" if peers.rendezvous else "the hosts have no rendezvous"
+            return with_fields(measured, findings=(warning("check-failed", f"all-reduce over the hosts: {why}"),))
+        backends = ["gloo", *(["nccl"] if all(each.has_gpus for each in examinations) else [])]
+        facts = all_reduce.measure_between_hosts(
+            peers.rank, peers.size, peers.rendezvous, peers.key, backends, _REDUCE_S
+        )
+    except (ShoalError, OSError) as error:
+        found = warning("check-failed", f"measurements of host {peers.rank}: {error}")
+        return with_fields(measured, findings=(found,))
+    findings = tuple(all_reduce.check(facts, between_hosts=True))
+    return with_fields(measured, findings=findings, all_reduce=all_reduce.speeds(facts))
 
 
 def _decode(kind: type[D], posted: Mapping[int, bytes], findings: list[Finding]) -> dict[int, D]:

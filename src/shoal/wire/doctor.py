@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from shoal.wire.topology import ClusterTopology, Document, HostPair, HostTopology
+from shoal.wire.topology import AllReduceSpeed, ClusterTopology, Document, HostPair, HostTopology
 
 Level = Literal["ok", "warning", "failure"]
 
@@ -49,6 +49,7 @@ class Measurements(Document, frozen=True):
     """What one host has measured between itself and the others."""
 
     pairs: tuple[HostPair, ...] = ()
+    all_reduce: tuple[AllReduceSpeed, ...] = ()  # over all hosts
     findings: tuple[Finding, ...] = ()
 
 
