@@ -1,18 +1,38 @@
 """Checks of ports and addresses, with real sockets on the loopback interface."""
 
+import contextlib
 import errno
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from shoal.doctor import ports
 from shoal.doctor.ports import AddressFacts, PortFacts
+from support.hosts import free_port
 
 
 def test_this_host_reaches_itself() -> None:
     facts = ports.gather("127.0.0.1")
     assert facts == PortFacts("127.0.0.1", 0)
     assert ports.check_loopback(facts).level == "ok"
+
+
+def test_others_that_connect_at_the_same_time_do_not_disturb() -> None:
+    """The other hosts try to reach the meeting from their start on."""
+    port, ended = free_port(), threading.Event()
+
+    def connect() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(connect)
+        found = {ports.gather("127.0.0.1", port) for _ in range(10)}
+        ended.set()
+    assert found == {PortFacts("127.0.0.1", port)}
 
 
 def test_a_port_that_is_taken() -> None:

@@ -41,13 +41,14 @@ def check(examinations: Examinations, pairs: Sequence[HostPair], speeds: Sequenc
     ]
 
 
-def check_arrived(present: Iterable[int], size: int, when: str) -> list[Finding]:
-    """Check that all hosts have answered. `when`: what they should have sent."""
-    missing = sorted(set(range(size)) - set(present))
+def check_arrived(present: Iterable[int], expected: Iterable[int], what: str) -> list[Finding]:
+    """Check that all expected hosts have sent something. `what`: the name of that."""
+    ranks = sorted(expected)
+    missing = sorted(set(ranks) - set(present))
     if missing:
-        ranks = ", ".join(map(str, missing))
-        return [failure("hosts", f"no {when} from --node-rank {ranks}: it has ended, or takes too long")]
-    return [ok("hosts", f"all {size} hosts have sent their {when}")]
+        which = ", ".join(map(str, missing))
+        return [failure("hosts", f"no {what} from --node-rank {which}: it has ended, or takes too long")]
+    return [ok("hosts", f"{len(ranks)} hosts have sent their {what}")]
 
 
 def check_addresses(hosts: Sequence[HostTopology]) -> list[Finding]:

@@ -1,10 +1,8 @@
 """Ports and addresses: this host connects back to itself, and can listen where the hosts should meet."""
 
-import contextlib
 import errno
 import secrets
 import socket
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ from shoal.wire.doctor import Finding
 
 _TIMEOUT_S = 2.0
 _NONCE = 16
+_STRANGERS = 100  # connections of others that are sent away before this host gives up
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +51,24 @@ def gather(host: str, port: int = 0) -> PortFacts:
 
 
 def _connect_back(host: str, listener: socket.socket) -> str:
-    """Return why the connection failed, or "" if it works."""
-    nonce, number = secrets.token_bytes(_NONCE), listener.getsockname()[1]
+    """Return why a connection to this socket fails, or "" if it works.
+
+    Another host may connect at the same time, since it expects the meeting here: it is sent away, and tries again.
+    """
+    nonce = secrets.token_bytes(_NONCE)
     listener.settimeout(_TIMEOUT_S)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            accepted, _ = listener.accept()
-            with accepted:
-                accepted.sendall(nonce)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
     try:
-        with addresses.connect(Address(host, number), _TIMEOUT_S) as sock:
+        with addresses.connect(Address(host, listener.getsockname()[1]), _TIMEOUT_S) as sock:
+            for _ in range(_STRANGERS):
+                accepted, peer = listener.accept()
+                with accepted:
+                    if peer[:2] == sock.getsockname()[:2]:
+                        accepted.sendall(nonce)
+                        break
             received = sock.recv(_NONCE, socket.MSG_WAITALL)
     except OSError as error:
         return error.strerror or str(error)
-    finally:
-        thread.join(_TIMEOUT_S)
-    return "" if received == nonce else "another program answered"
+    return "" if received == nonce else "other bytes arrived"
 
 
 def gather_name(name: str) -> AddressFacts:

@@ -65,10 +65,10 @@ def examine_together(found: HostFindings, peers: Peers, timeout_s: float) -> Doc
     posted = peers.exchange("examination", encode_document(own), timeout_s)
     examined = _decode(HostExamination, posted, findings)
     examinations = [examined[rank] for rank in sorted(examined)]
-    findings += compare.check_arrived(examined, peers.size, "examination")
+    findings += compare.check_arrived(examined, range(peers.size), "examination")
     posted = peers.exchange("measurements", encode_document(_measure(peers, examinations, timeout_s)), timeout_s)
     everything = _decode(Measurements, posted, findings)
-    findings += compare.check_arrived(everything, peers.size, "measurements")
+    findings += compare.check_arrived(everything, examined, "measurements")
     all_pairs = tuple(pair for rank in sorted(everything) for pair in everything[rank].pairs)
     speeds = compare.slowest_speeds([speed for each in everything.values() for speed in each.all_reduce])
     findings += _worst(everything)
