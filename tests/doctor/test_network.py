@@ -25,12 +25,12 @@ def check(*interfaces: Interface, several: bool = True, target: str = "", **vari
 def test_the_files_of_the_kernel(tree: Tree) -> None:
     root = tree(
         {
-            "sys/class/net/ib0/operstate": "up\n",
+            "sys/class/net/ib0/carrier": "1\n",
             "sys/class/net/ib0/mtu": "4092\n",
             "sys/class/net/ib0/speed": "400000\n",
             "sys/class/net/ib0/device/vendor": "0x15b3\n",
-            "sys/class/net/lo/operstate": "unknown\n",
-            "sys/class/net/eth9/operstate": "down\n",
+            "sys/class/net/lo/carrier": "1\n",
+            "sys/class/net/eth9/carrier": "0\n",
             "sys/class/net/eth9/speed": "-1\n",
             "sys/class/net/bonding_masters": "bond0\n",
             "sys/class/infiniband/mlx5_0/device/net/ib0/mtu": "4092\n",

@@ -41,8 +41,9 @@ def test_two_hosts(tmp_path: Path) -> None:
             for rank, host in enumerate(pair)
         ]
         told = [program.communicate(timeout=110) for program in programs]
-    for program, (_, log) in zip(programs, told, strict=True):
-        assert program.returncode == 0, log
+    for program, (out, log) in zip(programs, told, strict=True):
+        failed = [each["text"] for each in json.loads(out)["findings"] if each["level"] == "failure"]
+        assert (program.returncode, failed) == (0, []), log
     first, second = ([each for each in json.loads(out)["findings"] if each["host"] == "all hosts"] for out, _ in told)
     found: dict[str, dict[str, Any]] = {each["kind"]: each for each in first}
     assert {each["kind"]: each["level"] for each in second} == {kind: each["level"] for kind, each in found.items()}

@@ -48,11 +48,10 @@ def gather(target: str = "", root: Path = cpu.ROOT, addresses: Mapping[str, list
 
 def _interface(folder: Path, addresses: list[str], rdma: str, source: str) -> Interface:
     speed, mtu = _number(folder / "speed"), _number(folder / "mtu")
-    state = _text(folder / "operstate")
     return Interface(
         name=folder.name,
         addresses=tuple(addresses),
-        up=state == "up" or (state == "unknown" and bool(addresses)),
+        up=_text(folder / "carrier") == "1",  # can't be read if it is switched off; `operstate` changes seconds later
         physical=(folder / "device").exists(),
         mtu=mtu,
         speed=speed * 1e6 / 8 if speed and speed > 0 else None,
