@@ -60,10 +60,12 @@ from shoal.wire.hosts import (
     host_report_decoder,
     to_supervisor,
 )
+from shoal.wire.nodes import FromNode, LeaderToNode, ToNode, from_node, leader_to_node, to_node
 from shoal.wire.plan import (
     Layout,
     ModelFiles,
     ModelPlan,
+    NodePlan,
     RankPlan,
     ReplicaPlace,
     ServedModel,
@@ -146,6 +148,9 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
 UNIONS = {
     "to_rank": ToRank,
     "from_rank": FromRank,
+    "to_node": ToNode,
+    "from_node": FromNode,
+    "leader_to_node": LeaderToNode,
     "to_engine": ToEngine,
     "from_engine": FromEngine,
     "to_api": ToApi,
@@ -160,6 +165,9 @@ UNIONS = {
 DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "to_rank": to_rank,
     "from_rank": from_rank,
+    "to_node": to_node,
+    "from_node": from_node,
+    "leader_to_node": leader_to_node,
     "to_engine": to_engine,
     "from_engine": from_engine,
     "to_api": to_api,
@@ -211,7 +219,7 @@ def test_every_message_is_covered() -> None:
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
         *(SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
         *(ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
-        *(Layout, ShardPlan, ModelPlan, RankPlan, Timeouts, ServedModel),
+        *(Layout, ShardPlan, ModelPlan, NodePlan, RankPlan, Timeouts, ServedModel),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(Wire.__subclasses__()) == covered

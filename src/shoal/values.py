@@ -97,3 +97,8 @@ def format_bytes(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def numbered(count: int, noun: str) -> str:
+    """Return a number of things: `1 rank`, `2 ranks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

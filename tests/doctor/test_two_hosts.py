@@ -47,10 +47,21 @@ def test_two_hosts(tmp_path: Path) -> None:
     first, second = ([each for each in json.loads(out)["findings"] if each["host"] == "all hosts"] for out, _ in told)
     found: dict[str, dict[str, Any]] = {each["kind"]: each for each in first}
     assert {each["kind"]: each["level"] for each in second} == {kind: each["level"] for kind, each in found.items()}
-    for kind in ("hosts", "all-reduce", "versions", "model-files", "connection", "clock-skew", "transport", "mtu"):
+    for kind in (
+        "hosts",
+        "all-reduce",
+        "versions",
+        "model-files",
+        "connection",
+        "clock-skew",
+        "transport",
+        "mtu",
+        "model-fit",
+    ):
         assert found[kind]["level"] == "ok", kind
     assert "gloo over 2 hosts" in found["all-reduce"]["text"]
     assert found["variables-differ"]["text"].startswith("NCCL_IB_HCA: mlx5_0 on host 0")
+    assert found["model-fit"]["text"].endswith(" over all hosts together")
     topology = read_topology((tmp_path / "0").read_bytes())
     assert [host.address for host in topology.hosts] == [host.address for host in pair]
     assert {(each.source, each.target) for each in topology.pairs} == {(0, 1), (1, 0)}

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import pytest
 
+from shoal.engine.build import AwaitNodes
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LockstepMember
 from shoal.engine.scheduler.limits import SchedulerLimits
@@ -55,7 +56,7 @@ def run_failing_start(peers: Peers, error: Exception) -> tuple[int, EngineFailur
     engine = Channel(theirs)
     client.send(encode(bare_plan(place=ReplicaPlace(1, 2))))
 
-    def start(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
+    def start(plan: EnginePlan, lockstep: LockstepMember | None, await_nodes: AwaitNodes) -> EngineCore:
         raise error
 
     code = serve(engine, lambda setup: peers, start)

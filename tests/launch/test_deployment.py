@@ -132,3 +132,37 @@ def test_other_hosts_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         deployment(rank=1, data_parallel_address="192.0.2.1")
     monkeypatch.setenv("SHOAL_CLUSTER_KEY", "secret")
     assert deployment(rank=1, data_parallel_address="192.0.2.1").key == "secret"
+
+
+# --- a replica over several hosts --------------------------------------------------------------------------------
+
+NODES: dict[str, Any] = {"nnodes": 4, "master_addr": "127.0.0.1", "tensor_parallel_size": 2}
+
+
+def test_nodes_are_divided_among_the_replicas() -> None:
+    found = deployment(2, **NODES, node_rank=3, master_port=4242)
+    assert found.nodes is not None
+    assert (found.nodes.size, found.nodes.rank, found.nodes.per_replica) == (4, 3, 2)
+    assert [list(found.nodes.of_replica(number)) for number in range(2)] == [[0, 1], [2, 3]]
+    assert str(found.nodes.address) == "127.0.0.1:4242"
+    assert (list(found.local), found.place.local_size) == ([0, 1], 0)
+    assert deployment(1).nodes is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"node_rank": 4}, "--node-rank 4 does not exist with --nnodes 4: ranks count from 0"),
+        ({"nnodes": 1, "node_rank": 1}, "--node-rank 1 does not exist with --nnodes 1"),
+        ({"master_addr": None}, "--nnodes 4 needs --master-addr: give all hosts the same address"),
+        ({"master_addr": "10.0.0.1"}, "other hosts can reach 10.0.0.1, but there is no shared key"),
+        ({"headless": True}, "--headless: the host with --node-rank 0 leads and serves"),
+        ({"size": 3}, "--nnodes 4 cannot be divided among --data-parallel-size 3 replicas: use a multiple"),
+        ({"size": 1}, r"--nnodes 4 is more than the layout needs: a replica has 2 ranks; lower --nnodes, or raise"),
+        ({"data_parallel_size_local": 1}, "but --data-parallel-size-local places whole replicas on hosts"),
+        ({"data_parallel_address": "127.0.0.1"}, "but --data-parallel-address places whole replicas on hosts"),
+    ],
+)
+def test_options_of_nodes_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        deployment(**{"size": 2, **NODES, **options})

@@ -23,6 +23,7 @@ from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
 from shoal.planner.host_devices import discover
 from shoal.planner.model_reader import ModelReader
+from shoal.planner.placement import ReplicaHost
 from shoal.planner.planner import Planner
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ReplicaPlace
 from shoal.worker.rank_model import RankModel
@@ -565,7 +566,7 @@ def with_draft(folder: Path, draft: Path, **options: Any) -> EnginePlan:
     options = {"speculative_config": {"model": str(draft), "num_speculative_tokens": 3}, **options}
     parsed = EngineOptions.from_flat(str(folder), options)
     reader = ModelReader(parsed.model_options, ModelFiles(str(folder), str(draft)))
-    return Planner(parsed, reader, facts(), ReplicaPlace()).first_plan
+    return Planner(reader, [ReplicaHost(parsed, facts())], ReplicaPlace()).first_plan
 
 
 def test_a_draft_model_is_counted(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """Several hosts on one machine: network namespaces with IPv4 and IPv6 addresses, joined by a virtual cable."""
 
 import ctypes
+import json
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _NETWORK = 0x40000000  # CLONE_NEWNET
 
@@ -82,11 +84,25 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 def cut(host: Host) -> None:
     """Cut a host off from the network."""
-    links = subprocess.run(["ip", "-n", host.netns, "-o", "link"], capture_output=True, text=True, check=True).stdout
-    for line in links.splitlines():
-        name = line.split(": ")[1].split("@")[0]
-        if name != "lo":
-            _ip("-n", host.netns, "link", "set", name, "down")
+    for link in _links(host):
+        _ip("-n", host.netns, "link", "set", link["ifname"], "down")
+
+
+def join(host: Host) -> None:
+    """Undo `cut`. The host has its IPv4 address only."""
+    for link in _links(host):
+        _ip("-n", host.netns, "link", "set", link["ifname"], "up")
+
+
+def sent_bytes(host: Host) -> int:
+    """Return how many bytes the host has sent to other hosts."""
+    return sum(int(link["stats64"]["tx"]["bytes"]) for link in _links(host))
+
+
+def _links(host: Host) -> list[dict[str, Any]]:
+    """Return the network interfaces of a host, without the loopback."""
+    found = subprocess.run(["ip", "-n", host.netns, "-s", "-j", "link"], capture_output=True, text=True, check=True)
+    return [link for link in json.loads(found.stdout) if link["ifname"] != "lo"]
 
 
 def _ip(*arguments: str) -> None:

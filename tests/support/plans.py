@@ -7,6 +7,7 @@ from shoal import env
 from shoal.config.engine_options import EngineOptions
 from shoal.devices.hardware import Hardware
 from shoal.planner.model_reader import ModelReader
+from shoal.planner.placement import ReplicaHost
 from shoal.planner.planner import Planner
 from shoal.wire.base import WIRE_VERSION, replace_fields
 from shoal.wire.hosts import HostFacts
@@ -43,7 +44,7 @@ def planner_of(
     count = parsed.parallel.data_parallel_size
     place = place or ReplicaPlace(size=count, local_size=count)
     reader = ModelReader(parsed.model_options, ModelFiles(str(folder)))
-    return Planner(parsed, reader, facts(hardware), place)
+    return Planner(reader, [ReplicaHost(parsed, facts(hardware))], place)
 
 
 def engine_plan(

@@ -92,7 +92,12 @@ def generate(
         resume = False
     _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
     given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
-    opened = open_model(model, engine_values(flags), own_process=True)
+    values = engine_values(flags)
+    if values.get("node_rank"):
+        from shoal.launch import node
+
+        return node.run(model, values, online=False)
+    opened = open_model(model, values, own_process=True)
     parameters = JobParameters(DEFAULTS, sampling, opened.default_sampling_params)
     if chat:
         opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises if there is no template

@@ -184,6 +184,10 @@ def serve(
     )
     listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
     values = engine_values(flags)
+    if values.get("node_rank"):
+        from shoal.launch import node
+
+        return node.run(model, values, online=True)
     if values.get("headless"):
         from shoal.launch import headless
 

@@ -13,10 +13,12 @@ from shoal.config import vllm_options
 from shoal.config.option import Option, nearest, option
 from shoal.config.option_forms import (
     Cores,
+    Placement,
     SpeculativeConfig,
     parse_cores,
     parse_overrides,
     parse_partition,
+    parse_placement,
     parse_speculative,
     parse_split,
 )
@@ -167,8 +169,27 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """A replica over several hosts"""
+
+    nnodes: int = option(
+        1, "hosts that share the ranks; each runs this command with a rank of its own", short="-n", minimum=1
+    )
+    node_rank: int = option(0, "number of this host among them; host 0 leads", short="-r", minimum=0, local=True)
+    master_addr: str | None = option(None, "address of host 0, where the others come", local=True)
+    master_port: int = option(29501, "port at that address", minimum=1, maximum=65535, local=True)
+    placement: Placement = option(
+        "auto",
+        "where ranks run; auto: tensor-parallel groups on one host each, if they fit; tp-across: each group over all "
+        "hosts; 0=0-3|1=4-7: the ranks of each host",
+        parse=parse_placement,
+        metavar="PLACEMENT",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class HostOptions:
-    """Several hosts"""
+    """Replicas on several hosts"""
 
     data_parallel_size_local: int | None = option(
         None,
@@ -220,6 +241,7 @@ class EngineOptions:
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    nodes: NodeOptions = field(default_factory=NodeOptions)
     hosts: HostOptions = field(default_factory=HostOptions)
     serving: ServingOptions = field(default_factory=ServingOptions)
 
@@ -264,6 +286,7 @@ SECTIONS: dict[str, type] = {
     "parallel": ParallelOptions,
     "cache": CacheOptions,
     "scheduler": SchedulerOptions,
+    "nodes": NodeOptions,
     "hosts": HostOptions,
     "serving": ServingOptions,
 }

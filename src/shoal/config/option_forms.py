@@ -16,6 +16,8 @@ _MOST_LAYERS = 10**4  # of a stage
 _MOST_DRAFTS = 64
 _MOST_CORES = 1 << 14
 
+Placement = str | tuple[tuple[str, tuple[int, ...]], ...]  # a rule, or for each host its name and its ranks
+
 Cores = tuple[tuple[int, ...], ...]  # a list for each rank, or one that ranks share; (): ranks are not bound to cores
 
 
@@ -103,6 +105,28 @@ def parse_cores(value: Any, flag: str) -> Cores | None:
     if len(set(named)) < len(named):
         raise ConfigError(f"{flag} names a core twice, got {shown(value)}")
     return cores
+
+
+def parse_placement(value: Any, flag: str) -> Placement:
+    """Read `auto`, `tp-across`, or the ranks of each host: `0=0-3|1=4-7`, `host-a=0,1|host-b=2,3`.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    if value in ("auto", "tp-across"):
+        return str(value)
+    if isinstance(value, tuple | list):
+        value = "|".join(f"{name}={','.join(map(str, ranks))}" for name, ranks in value)
+    placed = []
+    for part in str(value).split("|"):
+        host, equals, listed = part.partition("=")
+        ranks = _cores(listed) if host.strip() and equals else None
+        if ranks is None:
+            raise ConfigError(
+                f"{flag} takes auto, tp-across, or the ranks of each host, such as 0=0-3|1=4-7, got {shown(value)}"
+            )
+        placed.append((host.strip(), ranks))
+    return tuple(placed)
 
 
 def _cores(given: Any) -> tuple[int, ...] | None:

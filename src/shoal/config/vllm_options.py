@@ -227,10 +227,6 @@ LACKING: Mapping[str, str] = {
         _NO_CAPTURE,
     ),
     # Ranks, replicas and hosts
-    "nnodes": _HOSTS,
-    "node_rank": _HOSTS,
-    "master_addr": "use --data-parallel-address, where the replicas of several hosts meet",
-    "master_port": "use --data-parallel-rpc-port, the port where the replicas of several hosts meet",
     "worker_use_ray": _HOSTS,
     "engine_use_ray": _HOSTS,
     "ray_workers_use_nsight": "leave it out; there are no Ray workers",
@@ -353,7 +349,7 @@ LACKING: Mapping[str, str] = {
 # Flags of `shoal serve` that vLLM takes for offline runs too.
 _SERVER_FLAGS = ("max_logprobs", "served_model_name", "shutdown_timeout")
 _SHORT = {"-q": "quantization", "-O": "optimization_level", "-ac": "attention_config", "-cc": "compilation_config",
-          "-n": "nnodes", "-r": "node_rank", "-dcp": "decode_context_parallel_size",
+          "-dcp": "decode_context_parallel_size",
           "-pcp": "prefill_context_parallel_size", "-dpe": "data_parallel_external_lb",
           "-dpb": "data_parallel_backend", "-dpm": "data_parallel_multi_port_external_lb",
           "-spec-draft-tp": "speculative_draft_tensor_parallel_size"}  # fmt: skip

@@ -22,10 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class HostFindings:
-    """One examined host, in the form that hosts exchange, and the layouts of the model."""
+    """One examined host, in the form that hosts exchange, and the model that was planned."""
 
     examination: HostExamination
-    layouts: tuple[LayoutFit, ...] = ()
+    model: model_fit.ModelFacts | None = None
+
+    @property
+    def layouts(self) -> tuple[LayoutFit, ...]:
+        return self.model.layouts if self.model else ()
 
 
 def examine_host(settings: Settings, run: RunTool = run_tool, own_port: ports.PortFacts | None = None) -> HostFindings:
@@ -57,16 +61,18 @@ def examine_host(settings: Settings, run: RunTool = run_tool, own_port: ports.Po
         model = settings.model
         parts["model"] = lambda: model_fit.gather(model, settings.options)
     facts = _Facts(run_all(parts, settings.local_timeout_s) | gpus.outcomes | {"port": Outcome(own_port)})
+    planned = facts.get("model", model_fit.ModelFacts)
     return HostFindings(
         HostExamination(
             topology=_topology(settings, facts),
             findings=tuple(_check(settings, facts, ranks)),
             versions=_versions(facts),
             variables=_variables(facts),
-            model=_digests(facts),
+            model=dict(planned.digests) if planned else {},
             has_gpus=bool(visible),
+            hardware=planned.host.hardware if planned and planned.host else None,
         ),
-        layouts=_layouts(facts),
+        model=planned,
     )
 
 
@@ -187,16 +193,6 @@ def _versions(facts: _Facts) -> dict[str, str]:
 def _variables(facts: _Facts) -> dict[str, str]:
     installed = facts.get("software", software.Software)
     return dict(installed.variables) if installed else {}
-
-
-def _digests(facts: _Facts) -> dict[str, str]:
-    model = facts.get("model", model_fit.ModelFacts)
-    return dict(model.digests) if model else {}
-
-
-def _layouts(facts: _Facts) -> tuple[LayoutFit, ...]:
-    model = facts.get("model", model_fit.ModelFacts)
-    return model.layouts if model else ()
 
 
 def report_of_host(found: HostFindings) -> DoctorReport:

@@ -32,6 +32,9 @@ def print_report(report: DoctorReport, console: Console) -> None:
     if report.layouts:
         console.print("layouts of the model on this host")
         console.print(layout_table(report.layouts))
+    if report.layouts_over_hosts:
+        console.print("layouts of one replica over all hosts")
+        console.print(layout_table(report.layouts_over_hosts))
     console.print(_summary(report.findings), soft_wrap=True)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import shoal
 from shoal import env
-from shoal.doctor import all_reduce, compare, pairs, ports
+from shoal.doctor import all_reduce, compare, model_fit, pairs, ports
 from shoal.doctor.concurrent import run_all
 from shoal.doctor.examine import HostFindings, examine_host, report_of_host
 from shoal.doctor.kinds import failure, warning
@@ -13,7 +13,8 @@ from shoal.doctor.meeting import Peers, RoomPeers
 from shoal.doctor.settings import Settings
 from shoal.errors import ConfigError, ShoalError
 from shoal.transport.rendezvous import require_key
-from shoal.wire.doctor import DoctorReport, Finding, HostExamination, Measurements
+from shoal.wire.doctor import DoctorReport, Finding, HostExamination, LayoutFit, Measurements
+from shoal.wire.hosts import HostFacts
 from shoal.wire.topology import ClusterTopology, D, HostTopology, decode_document, encode_document, with_fields
 
 _ALL_HOSTS = "all hosts"
@@ -73,6 +74,9 @@ def examine_together(found: HostFindings, peers: Peers, timeout_s: float) -> Doc
     speeds = compare.slowest_speeds([speed for each in everything.values() for speed in each.all_reduce])
     findings += _worst(everything)
     findings += compare.check(examinations, all_pairs, speeds)
+    layouts = _plan_over_hosts(found.model, examinations, peers.size)
+    if found.model and layouts:
+        findings += model_fit.check(model_fit.ModelFacts(found.model.name, layouts), "all hosts together")
     return DoctorReport(
         findings=(*_named(examinations), *(with_fields(each, host=_ALL_HOSTS) for each in findings)),
         topology=ClusterTopology(
@@ -83,7 +87,18 @@ def examine_together(found: HostFindings, peers: Peers, timeout_s: float) -> Doc
             path=next((speed.path for speed in speeds if speed.backend == "nccl"), ""),
         ),
         layouts=found.layouts,
+        layouts_over_hosts=layouts,
     )
+
+
+def _plan_over_hosts(
+    model: model_fit.ModelFacts | None, examinations: Sequence[HostExamination], size: int
+) -> tuple[LayoutFit, ...]:
+    """Plan one replica of the model over all hosts, if all of them were asked about a model."""
+    hosts = [HostFacts(each.topology.name, each.hardware) for each in examinations if each.hardware is not None]
+    if model is None or model.planner is None or len(hosts) < size:
+        return ()
+    return model.planner.layouts(hosts)
 
 
 def _measure(peers: Peers, examinations: Sequence[HostExamination], timeout_s: float) -> Measurements:

@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.devices import cpu
 
-MEETING_PORT = 29599  # where the doctors of several hosts meet, if no port is given
+MEETING_PORT = 29501  # where the doctors of several hosts meet: the default port of `shoal serve --nnodes`
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from shoal.devices import cpu
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import make_drafters
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, EngineError
 from shoal.executors.base import RankExecutor
+from shoal.executors.node_ranks import NodeListener
 from shoal.executors.table import EXECUTORS, start_ranks
 from shoal.log import get_logger
 from shoal.planner.context_length import require_capacity, tokens_that_fit
@@ -24,6 +26,8 @@ from shoal.wire.ranks import RankSetup
 
 log = get_logger("engine")
 
+AwaitNodes = Callable[[str, str], object]
+
 
 def build_engine(
     plan: EnginePlan,
@@ -31,6 +35,8 @@ def build_engine(
     own_process: bool = False,
     lockstep: Lockstep | None = None,
     groups: Any = None,
+    await_nodes: AwaitNodes | None = None,
+    on_close: Callable[[EngineError | None], object] = lambda _: None,
 ) -> EngineCore:
     """Start the ranks and the engine of a plan.
 
@@ -38,6 +44,9 @@ def build_engine(
         own_process: the process exists only for this engine, so it may be bound to cores.
         lockstep: the lockstep with the replicas that share experts with this one.
         groups: the groups of thread ranks of several replicas in this process (see `executors.table.thread_groups`).
+        await_nodes: is called with the address at which the nodes of a replica over several hosts must come now, and
+            the text that they must give there.
+        on_close: see `EngineCore`.
 
     Raises:
         UserError: the ranks can't start with these options.
@@ -47,12 +56,16 @@ def build_engine(
     in_this_process = EXECUTORS[plan.executor].in_this_process
     if in_this_process:
         _check_threads_of_torch()
-    setups = rank_setups(plan)
+    incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
+    listener = NodeListener(plan, str(incarnation)) if plan.nodes_elsewhere else None
+    if listener is not None and await_nodes is not None:
+        await_nodes(listener.address, str(incarnation))
+    setups = rank_setups(plan, incarnation, "" if listener is None else listener.address)
     first = plan.ranks[0]
     alone = in_this_process and len(plan.ranks) == 1 and first.device == "cpu"
     if alone and own_process and plan.bind_cores and "torch" not in sys.modules:
         env.set_defaults(cpu.pinning_environment(first.cores))
-    links = start_ranks(plan.executor, setups, groups)
+    links = start_ranks(plan.executor, setups, groups, listener)
     launched = time.monotonic() - begun
     shortest = plan.asked_model_len or plan.block_size
     executor = RankExecutor(
@@ -78,13 +91,14 @@ def build_engine(
         block_size=plan.block_size,
         prefix_caching=plan.prefix_caching,
         max_in_flight=plan.max_in_flight,
-        incarnation=setups[0].incarnation,
+        incarnation=incarnation,
         grammars=grammar_pool(
             Path(plan.tokenizer_folder or plan.model.folder), plan.eos, plan.vocab_size, plan.grammar_cores
         ),
         make_drafter=make_drafters(plan.speculative),
         lockstep=lockstep,
         memory_timeout=plan.timeouts.start_s,
+        on_close=on_close,
     )
 
 
@@ -116,7 +130,11 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
     log.info("engine ready in %.2f s (%s)", seconds, phases)
 
 
-def rank_setups(plan: EnginePlan) -> list[RankSetup]:
-    """Return the first message to each rank. They all have the same new incarnation number."""
-    incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
-    return [RankSetup(WIRE_VERSION, incarnation, rank.rank, plan) for rank in plan.ranks]
+def rank_setups(plan: EnginePlan, incarnation: int = 0, store: str = "") -> list[RankSetup]:
+    """Return the first message to each rank.
+
+    Args:
+        incarnation: the number of this start of the engine.
+        store: the address at which ranks of several hosts find each other.
+    """
+    return [RankSetup(WIRE_VERSION, incarnation, rank.rank, plan.on_node(rank.node), store) for rank in plan.ranks]

@@ -50,6 +50,7 @@ class EngineCore:
         make_drafter: Callable[[], Drafter | None] = lambda: None,
         lockstep: Lockstep | None = None,
         memory_timeout: float = 600.0,
+        on_close: Callable[[EngineError | None], object] = lambda _: None,
     ) -> None:
         """Make the engine of ranks that have started.
 
@@ -58,6 +59,7 @@ class EngineCore:
             grammars: follows outputs that must obey a grammar; None: requests with a grammar are refused.
             lockstep: if given, the engine launches as many steps as the other replicas do.
             memory_timeout: seconds that ranks have to free memory, or to allocate it again.
+            on_close: is called once, when the engine is closed, with its failure if it has failed.
         """
         self._executor = executor
         self._limits = limits
@@ -78,6 +80,7 @@ class EngineCore:
         self._lockstep = lockstep
         self._activity = AWAKE
         self._memory_timeout = memory_timeout
+        self._on_close = on_close
         self._clock = clock
         self._next_audit = float("-inf")
         self._max_in_flight = max_in_flight
@@ -320,10 +323,12 @@ class EngineCore:
         )
 
     def close(self) -> None:
-        self._closed = True
+        first, self._closed = not self._closed, True
         self._executor.close()
         if self._grammars is not None:
             self._grammars.close()
+        if first:
+            self._on_close(self._failure)
 
     def _check_open(self) -> None:
         if self._failure is not None:

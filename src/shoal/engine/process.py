@@ -6,7 +6,7 @@ import signal
 import click
 
 from shoal.addresses import Address
-from shoal.engine.build import build_engine
+from shoal.engine.build import AwaitNodes, build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LockstepMember
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
@@ -62,11 +62,13 @@ def join_lockstep(plan: EnginePlan) -> RendezvousLockstep | None:
     return None
 
 
-def start_engine(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
+def start_engine(
+    plan: EnginePlan, lockstep: LockstepMember | None, await_nodes: AwaitNodes | None = None
+) -> EngineCore:
     if isinstance(lockstep, RendezvousLockstep):
         place = replace_fields(plan.place, address=lockstep.host_address, meeting=lockstep.formation)
         plan = replace_fields(plan, place=place)
-    engine = build_engine(plan, own_process=True, lockstep=lockstep)
+    engine = build_engine(plan, own_process=True, lockstep=lockstep, await_nodes=await_nodes)
     garbage_collector.freeze()
     return engine
 

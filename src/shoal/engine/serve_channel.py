@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from shoal.engine.build import AwaitNodes
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LockstepMember
 from shoal.errors import EngineError, RequestError, ShoalError, UserError
@@ -14,6 +15,8 @@ from shoal.wire.engine import (
     ControlReply,
     EngineFailure,
     EngineRequest,
+    NodesAwaited,
+    NoPlan,
     ResetPrefixCache,
     SeqUpdate,
     SetActivity,
@@ -33,7 +36,7 @@ _POLL_S = 0.5
 _FLUSH_TIMEOUT_S = 1.0
 
 JoinLockstep = Callable[[EnginePlan], LockstepMember | None]
-StartEngine = Callable[[EnginePlan, LockstepMember | None], EngineCore]
+StartEngine = Callable[[EnginePlan, LockstepMember | None, AwaitNodes], EngineCore]
 
 
 def serve(channel: Channel, join: JoinLockstep, start: StartEngine) -> int:
@@ -41,7 +44,7 @@ def serve(channel: Channel, join: JoinLockstep, start: StartEngine) -> int:
 
     Args:
         join: joins the lockstep of an engine that shares experts with other replicas.
-        start: starts the engine of a plan.
+        start: starts the engine of a plan. Its last argument must be called when the engine awaits its nodes.
     """
     try:
         plan = _receive_plan(channel)
@@ -52,7 +55,7 @@ def serve(channel: Channel, join: JoinLockstep, start: StartEngine) -> int:
         return report_failure(channel, error)
     engine: EngineCore | None = None
     try:
-        engine = start(plan, lockstep)
+        engine = start(plan, lockstep, lambda address, start: channel.send(encode(NodesAwaited(address, start))))
         channel.send(encode(engine.stats()))
         serve_client(channel, engine, lockstep)
     except ChannelClosed:
@@ -80,6 +83,8 @@ def receive_first(channel: Channel) -> bytes:
 
 def _receive_plan(channel: Channel) -> EnginePlan:
     plan = to_engine.decode(receive_first(channel))
+    if isinstance(plan, NoPlan):
+        raise UserError(plan.error) if plan.user_error else EngineError(plan.error)
     if not isinstance(plan, EnginePlan):
         raise ShoalError(f"the first message to an engine must be its plan, got {type(plan).__name__}")
     return plan

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.executors.base import Links
+from shoal.executors.node_ranks import NodeListener
 from shoal.lazy import load
 from shoal.wire.ranks import RankSetup
 
@@ -13,7 +14,7 @@ from shoal.wire.ranks import RankSetup
 class ExecutorKind:
     """A way to start ranks."""
 
-    links: str  # module and name of a class of `Links`, whose arguments are the setups of the ranks and `groups`
+    links: str  # module and name of a class of `Links`, with the arguments of `start_ranks` after the name
     in_this_process: bool  # True: ranks load torch into the process of the engine
     replicas_are_threads: bool = False  # True: all replicas are threads of one process, and so on one host
 
@@ -25,14 +26,18 @@ EXECUTORS = {
 }
 
 
-def start_ranks(name: str, setups: Sequence[RankSetup], groups: Any = None) -> Links:
+def start_ranks(
+    name: str, setups: Sequence[RankSetup], groups: Any = None, listener: NodeListener | None = None
+) -> Links:
     """Start the ranks of a replica.
 
     Args:
         name: the name of an executor.
         groups: the groups of threads of several replicas in this process (see `thread_groups`).
+        listener: the place where the nodes of a replica over several hosts come.
     """
-    links: Links = load(EXECUTORS[name].links)(setups, groups)
+    kind = load(EXECUTORS[name].links)
+    links: Links = kind(setups, groups) if listener is None else kind(setups, groups, listener)
     return links
 
 

@@ -1,4 +1,4 @@
-"""The deployment of replicas over hosts: which run here, which other hosts start, and where all of them meet."""
+"""The deployment over hosts: which replicas or ranks run here, which elsewhere, and where all of them meet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.executors.table import EXECUTORS
 from shoal.transport.rendezvous import require_key
+from shoal.values import numbered
 from shoal.wire.plan import ReplicaPlace
 
 DEFAULT_PORT = 29550
@@ -25,6 +26,80 @@ class Mode(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """The nodes of a deployment whose replicas have several hosts each (`--nnodes`), seen from this host."""
+
+    size: int  # nodes of all replicas
+    rank: int  # the number of this host; number 0 leads
+    replicas: int
+    address: Address  # where node 0 awaits the others
+    key: str  # the shared key
+
+    @property
+    def per_replica(self) -> int:
+        return self.size // self.replicas
+
+    def of_replica(self, number: int) -> range:
+        """Return the numbers of the nodes of a replica."""
+        return range(number * self.per_replica, (number + 1) * self.per_replica)
+
+    @classmethod
+    def of(cls, options: EngineOptions) -> "NodeGroup | None":
+        """Return the group that the options describe; None if each replica runs on one host.
+
+        Raises:
+            ConfigError: options contradict each other.
+        """
+        nodes, replicas = options.nodes, options.parallel.data_parallel_size
+        if nodes.node_rank >= nodes.nnodes:
+            raise ConfigError(
+                f"--node-rank {nodes.node_rank} does not exist with --nnodes {nodes.nnodes}: ranks count from 0"
+            )
+        if nodes.nnodes == 1:
+            return None
+        _check_layout_of_nodes(options)
+        if nodes.master_addr is None:
+            raise ConfigError(
+                f"--nnodes {nodes.nnodes} needs --master-addr: give all hosts the same address, one of the host with "
+                "--node-rank 0"
+            )
+        host = parse_host(nodes.master_addr, "--master-addr")
+        refuse_loopback_name(host, "--master-addr")
+        key = env.cluster_key()
+        require_key(key, host)
+        return cls(nodes.nnodes, nodes.node_rank, replicas, Address(host, nodes.master_port), key)
+
+
+def _check_layout_of_nodes(options: EngineOptions) -> None:
+    nodes, hosts, parallel = options.nodes, options.hosts, options.parallel
+    ranks, replicas = parallel.tensor_parallel_size * parallel.pipeline_parallel_size, parallel.data_parallel_size
+    others = {
+        "--data-parallel-size-local": hosts.data_parallel_size_local,
+        "--data-parallel-start-rank": hosts.data_parallel_start_rank,
+        "--data-parallel-rank": hosts.data_parallel_rank,
+        "--data-parallel-address": hosts.data_parallel_address,
+        "--data-parallel-hybrid-lb": hosts.data_parallel_hybrid_lb or None,
+    }
+    if given := [flag for flag, value in others.items() if value is not None]:
+        raise ConfigError(
+            f"--nnodes {nodes.nnodes} spreads each replica over hosts, but {given[0]} places whole replicas on hosts: "
+            "leave one of them out"
+        )
+    if hosts.headless and nodes.node_rank == 0:
+        raise ConfigError("--headless: the host with --node-rank 0 leads and serves; only the others may be headless")
+    if nodes.nnodes % replicas:
+        raise ConfigError(
+            f"--nnodes {nodes.nnodes} cannot be divided among --data-parallel-size {replicas} replicas: use a "
+            "multiple; for whole replicas on each host, use --data-parallel-size-local and --data-parallel-address"
+        )
+    if ranks < nodes.nnodes // replicas:
+        raise ConfigError(
+            f"--nnodes {nodes.nnodes} is more than the layout needs: a replica has {numbered(ranks, 'rank')}; lower "
+            "--nnodes, or raise --tensor-parallel-size or --pipeline-parallel-size"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
     """The replicas of all hosts, seen from this one."""
 
@@ -33,6 +108,7 @@ class Deployment:
     local: Sequence[int]  # the numbers of the replicas on this host
     address: Address | None = None  # of the rendezvous; None: there is no other host
     key: str = ""  # the shared key of the rendezvous
+    nodes: NodeGroup | None = None  # the hosts that share the ranks of each replica; None: each replica is on one host
 
     @classmethod
     def of(cls, options: EngineOptions) -> "Deployment":
@@ -42,6 +118,9 @@ class Deployment:
             ConfigError: options contradict each other.
         """
         hosts, size = options.hosts, options.parallel.data_parallel_size
+        nodes = NodeGroup.of(options)
+        if nodes is not None:
+            return cls(Mode.ALONE, size, range(size), nodes=nodes)
         mode = _mode(hosts, size)
         local = _local(hosts, mode, size)
         if mode is Mode.ALONE or (len(local) == size and mode is not Mode.HEADLESS):
@@ -83,8 +162,10 @@ class Deployment:
         """The place of the first replica on this host.
 
         If there is none (`local_size` is 0), it is the place of replica 0 on another host, because checking prompts
-        needs some plan.
+        needs some plan. The same holds for a replica over several hosts, which are not known yet.
         """
+        if self.nodes is not None:
+            return ReplicaPlace(size=self.size, local_size=0)
         if self.mode is Mode.ALONE:
             return ReplicaPlace(size=self.size, local_size=self.size)
         return ReplicaPlace(self.local[0] if self.local else 0, self.size, local_size=len(self.local))

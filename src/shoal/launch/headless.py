@@ -1,7 +1,5 @@
 """A host that runs replicas for a front end on another host (`shoal serve --headless`), and their supervisor."""
 
-import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from shoal.launch.deployment import Deployment, place_of
 from shoal.launch.open_model import locate_files, locate_tokenizer, read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.planner.host_devices import describe_host
+from shoal.process.signal_event import SignalEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, encode, replace_fields
@@ -28,7 +27,6 @@ log = get_logger("headless")
 
 _CHECK_S = 1.0  # how often processes are checked, as they send nothing when they were stopped
 _USEFUL_S = 60.0  # a run in which a replica was ready for so long was useful, even without requests
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(model: str | None, given: Mapping[str, Any]) -> int:
@@ -52,7 +50,7 @@ def run(model: str | None, given: Mapping[str, Any]) -> int:
         *("replicas %s of %d for the front end at %s", _shortened(deployment.local)),
         *(deployment.size, deployment.address),
     )
-    with _SignalEvent() as signals:
+    with SignalEvent() as signals:
         host = HeadlessHost(setups, max_restarts=options.serving.max_restarts)
         try:
             host.start()
@@ -75,20 +73,29 @@ def headless_setups(options: EngineOptions, given: Mapping[str, Any], deployment
     Raises:
         UserError: the model cannot be found or read, or this host does not have the devices that the options name.
     """
-    files = locate_files(options)
-    tokenizer = str(locate_tokenizer(options, Path(files.folder)))
-    facts = describe_host(options)
-    agreement = host_agreement(options, files, tokenizer)
+    report, agreement = introduce_host(options, given)
     places = [place_of(deployment.size, number, deployment.local) for number in deployment.local]
     return [
         HeadlessSetup(
             place=replace_fields(place, rendezvous=str(deployment.address), key=deployment.key),
-            report=HostReport(facts, files, tokenizer, dict(given), place.local_rank, place.local_size),
+            report=replace_fields(report, local_rank=place.local_rank, local_size=place.local_size),
             agreement=agreement,
             start_s=options.parallel.start_timeout,
         )
         for place in places
     ]
+
+
+def introduce_host(options: EngineOptions, given: Mapping[str, Any]) -> tuple[HostReport, dict[str, str]]:
+    """Return the report of this host, and what it must have in common with the leader.
+
+    Raises:
+        UserError: the model cannot be found or read, or this host does not have the devices that the options name.
+    """
+    files = locate_files(options)
+    tokenizer = str(locate_tokenizer(options, Path(files.folder)))
+    report = HostReport(describe_host(options), files, tokenizer, dict(given))
+    return report, host_agreement(options, files, tokenizer)
 
 
 class HeadlessProcess(Protocol):
@@ -304,34 +311,6 @@ class HeadlessHost:
         replica.ended(error, self._clock(), useful=useful, ever_ready=self._has_worked(replica))
         log_line = log.error if replica.state is RunState.FAILED else log.warning
         log_line("%s; it %s", error, replica.outlook)
-
-
-class _SignalEvent:
-    """A context in which a signal to end makes this readable, so that `wait` can include it."""
-
-    backlog = False
-
-    def __init__(self) -> None:
-        self.arrived = False
-        self._former_handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "_SignalEvent":
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        for number in _SIGNALS:
-            self._former_handlers[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, former in self._former_handlers.items():
-            signal.signal(number, former)
-        os.close(self._fd)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.arrived = True
-        os.eventfd_write(self._fd, 1)
-
-    def fileno(self) -> int:
-        return self._fd
 
 
 def _shortened(numbers: Sequence[int]) -> str:

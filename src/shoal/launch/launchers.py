@@ -1,20 +1,23 @@
 """The launchers of replicas on this host, as engine processes or as threads, for offline runs and for fleets."""
 
+import threading
 from collections.abc import Container, Sequence
 
 from shoal.cluster.replicas.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.routing.capacity import ReplicaCapacity, max_requests_held
-from shoal.engine.build import build_engine
+from shoal.engine.build import AwaitNodes, build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LocalLockstep, LockstepMember
 from shoal.engine.serve_channel import serve
+from shoal.errors import ShoalError, UserError
 from shoal.executors.table import thread_groups
 from shoal.launch.deployment import place_of
+from shoal.launch.leader import Leader
 from shoal.launch.open_model import OpenModel
 from shoal.transport.channel import Channel
 from shoal.wire.base import replace_fields
-from shoal.wire.engine import EngineStats
-from shoal.wire.plan import EnginePlan
+from shoal.wire.engine import EngineStats, NoPlan
+from shoal.wire.plan import EnginePlan, ReplicaPlace
 
 ENGINE_PROCESS = "shoal.engine.process"
 _START_PHASES = 5  # each of which may take --start-timeout
@@ -35,6 +38,7 @@ class ProcessLauncher:
         rendezvous: str = "",
         key: str = "",
         compared: Container[int] = (),
+        leader: Leader | None = None,
     ) -> None:
         """Start nothing yet.
 
@@ -43,12 +47,14 @@ class ProcessLauncher:
             rendezvous: host:port of the rendezvous; "" if replicas need not meet.
             key: the shared key of the rendezvous.
             compared: the numbers of the replicas that compare their agreement although they share no experts.
+            leader: the leader of the nodes over which each replica is spread; None: each replica is on this host.
         """
         self._model = model
         self._local = local
         self._rendezvous = rendezvous
         self._key = key
         self._compared = compared
+        self._leader = leader
         self._started: set[int] = set()  # replicas started before; those that a fleet starts again were ready once
 
     def __call__(self, number: int, generation: int = 0) -> Replica:
@@ -64,7 +70,32 @@ class ProcessLauncher:
         if self._model.plan.layout.shares_experts or (number in self._compared and not again):
             place = replace_fields(place, rendezvous=self._rendezvous, key=self._key, returning=again)
         self._started.add(number)
+        if self._leader is not None:
+            return self._start_over_nodes(self._leader, replace_fields(place, returning=again))
         return EngineProcess(ENGINE_PROCESS, self._model.plan_at(place), answer_timeout=answer_timeout(self._model))
+
+    def _start_over_nodes(self, leader: Leader, place: ReplicaPlace) -> Replica:
+        """Start the engine of a replica over several hosts. It gets its plan when all nodes are there."""
+        engine = EngineProcess(
+            ENGINE_PROCESS,
+            None,
+            place=place,
+            answer_timeout=answer_timeout(self._model),
+            on_nodes_awaited=lambda awaited: leader.call(place.rank, awaited.address, awaited.start),
+        )
+        # Nodes that were there before come back; for the first start of a replica, a missing node is a mistake.
+        patience = float("inf") if place.returning else self._model.plan.timeouts.start_s
+
+        def plan() -> None:
+            try:
+                found = leader.plan(place, patience, cancelled=lambda: engine.has_ended)
+            except ShoalError as error:
+                engine.give_plan(NoPlan(str(error), isinstance(error, UserError)))
+            else:
+                engine.give_plan(found)
+
+        threading.Thread(target=plan, name=f"shoal-plan-{place.rank}", daemon=True).start()
+        return engine
 
 
 class ThreadLauncher:
@@ -88,7 +119,7 @@ class ThreadLauncher:
             self._groups = thread_groups(self._model.plan.timeouts.comm_s)
         locksteps, groups = self._locksteps, self._groups
 
-        def start(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
+        def start(plan: EnginePlan, lockstep: LockstepMember | None, _: AwaitNodes) -> EngineCore:
             return build_engine(plan, lockstep=lockstep, groups=groups)
 
         def run(channel: Channel) -> None:

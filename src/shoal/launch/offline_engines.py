@@ -1,5 +1,6 @@
 """The start of the engine, or of several replicas, for an offline run."""
 
+import functools
 import itertools
 import secrets
 from contextlib import ExitStack, suppress
@@ -10,8 +11,9 @@ from shoal.cluster.replicas.replica import EngineProcess, Replica, close_all
 from shoal.cluster.replicas.replica_client import await_ready
 from shoal.engine.build import build_engine
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
-from shoal.errors import AddressInUse
+from shoal.errors import AddressInUse, EngineError, ShoalError
 from shoal.executors.table import EXECUTORS
+from shoal.launch.deployment import NodeGroup, place_of
 from shoal.launch.launchers import (
     ENGINE_PROCESS,
     ProcessLauncher,
@@ -20,6 +22,7 @@ from shoal.launch.launchers import (
     capacity_of,
     start_timeout,
 )
+from shoal.launch.leader import Leader
 from shoal.launch.open_model import OpenModel
 from shoal.protocols import Engine
 from shoal.transport.rendezvous import Rendezvous
@@ -42,6 +45,9 @@ def start_engine(model: OpenModel) -> Engine:
     model.log_plan()
     if model.manual_place is not None:
         return _start_manual_replica(model, model.manual_place)
+    group = NodeGroup.of(model.options)
+    if group is not None:
+        return _start_over_nodes(model, group)
     if model.options.parallel.data_parallel_size > 1:
         return _start_replicas(model)
     return _start_alone(model, model.plan)
@@ -57,6 +63,19 @@ def _start_process(model: OpenModel, plan: EnginePlan) -> EngineProcess:
     engine = EngineProcess(ENGINE_PROCESS, plan, answer_timeout=answer_timeout(model))
     engine.await_ready(start_timeout(model))
     return engine
+
+
+def _start_over_nodes(model: OpenModel, group: NodeGroup) -> Engine:
+    """Start the engine, or the replicas, over several hosts. Their end dismisses the nodes."""
+    leader = Leader(model, group)
+    try:
+        if group.replicas == 1 and not model.options.parallel.engine_process:
+            plan = leader.plan(place_of(1, 0), model.plan.timeouts.start_s)
+            return build_engine(plan, await_nodes=functools.partial(leader.call, 0), on_close=leader.dismiss)
+        return _start_replicas(model, leader)
+    except BaseException as error:
+        leader.dismiss(error if isinstance(error, ShoalError) else EngineError("the leader was interrupted"))
+        raise
 
 
 def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
@@ -84,13 +103,17 @@ def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
         return _start_alone(model, replace_fields(plan, place=alone))
 
 
-def _start_replicas(model: OpenModel) -> ReplicaSet:
+def _start_replicas(model: OpenModel, leader: Leader | None = None) -> ReplicaSet:
+    """Start all replicas. `leader`: the leader of the nodes over which each of them is spread."""
     size = model.options.parallel.data_parallel_size
     in_lockstep = model.plan.layout.shares_experts
     with ExitStack() as stack:
         rendezvous, key = "", secrets.token_hex(KEY_BYTES)
         launch: ProcessLauncher | ThreadLauncher
-        if EXECUTORS[model.plan.executor].replicas_are_threads:
+        if leader is not None:
+            launch = ProcessLauncher(model, range(size), rendezvous=leader.rendezvous, key=leader.key, leader=leader)
+            stack.callback(leader.dismiss)
+        elif EXECUTORS[model.plan.executor].replicas_are_threads:
             launch = ThreadLauncher(model)
         else:
             if in_lockstep:

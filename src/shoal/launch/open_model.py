@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
@@ -23,6 +23,7 @@ from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
 from shoal.planner.host_devices import describe_host
 from shoal.planner.model_reader import ModelReader
+from shoal.planner.placement import ReplicaHost
 from shoal.planner.planner import Planner
 from shoal.process import open_files
 from shoal.text.chat_template import ChatTemplate
@@ -83,11 +84,34 @@ class OpenModel:
         Raises:
             UserError: that host does not have enough memory or devices for it, or its options contradict each other.
         """
-        options = EngineOptions.from_flat(self.options.model, report.options)
         place = ReplicaPlace(number, size, local_rank=report.local_rank, local_size=report.local_size)
-        planner = self._own_planner.for_host(options, report.facts, place, report.files)
+        planner = self._own_planner.for_hosts([self._reported_host(report)], place)
         plan = self._completed(planner.first_plan, report.tokenizer_folder)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan))
+
+    def plan_over(self, place: ReplicaPlace, nodes: Sequence[tuple[str, HostReport | None]]) -> EnginePlan:
+        """Return the plan of a replica over several hosts.
+
+        Args:
+            place: where its engine runs.
+            nodes: the address and the report of each host; the report of this host is None.
+
+        Raises:
+            UserError: the hosts do not have enough memory or devices for it, or differ in the kind of their devices.
+        """
+        own = self._own_planner.hosts[0]
+        hosts = [
+            dataclasses.replace(own, address=address, files=self._own_planner.files)
+            if report is None
+            else dataclasses.replace(self._reported_host(report), address=address, here=False)
+            for address, report in nodes
+        ]
+        plan = self._completed(self._own_planner.for_hosts(hosts, place).first_plan)
+        return replace_fields(plan, agreement=replica_agreement(self.agreement, plan)) if place.rendezvous else plan
+
+    def _reported_host(self, report: HostReport) -> ReplicaHost:
+        options = EngineOptions.from_flat(self.options.model, report.options)
+        return ReplicaHost(options, report.facts, report.files)
 
     def _completed(self, plan: EnginePlan, tokenizer_folder: str = "") -> EnginePlan:
         """Return the plan with what the planner does not read: names and texts."""
@@ -105,11 +129,9 @@ class OpenModel:
         return self.options.parallel.data_parallel_size
 
     def log_plan(self) -> None:
-        """Log the reasons and warnings of the plan."""
-        for reason in self._own_planner.first_plan.reasons:
-            log.info("%s", reason)
-        for warning in self._own_planner.first_plan.warnings:
-            log.warning("%s", warning)
+        """Log the reasons and warnings of the plan. Over several hosts, the leader does so when they have come."""
+        if self.options.nodes.nnodes == 1:
+            log_plan(self._own_planner.first_plan)
 
     @property
     def _own_planner(self) -> Planner:
@@ -147,6 +169,14 @@ class OpenModel:
         With --generation-config vllm the file is ignored.
         """
         return self.generation.defaults(base)
+
+
+def log_plan(plan: EnginePlan) -> None:
+    """Log the reasons and warnings of a plan."""
+    for reason in plan.reasons:
+        log.info("%s", reason)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
 
 
 def name_of(model: object) -> str | None:
@@ -302,7 +332,8 @@ def plan_host(options: EngineOptions, place: ReplicaPlace, files: ModelFiles | N
         UserError: model, options and host do not fit together.
     """
     reader = ModelReader(options.model_options, files or locate_files(options))
-    return Planner(options, reader, describe_host(options, has_replicas=place.local_size > 0), place)
+    has_ranks = place.local_size > 0 or options.nodes.nnodes > 1
+    return Planner(reader, [ReplicaHost(options, describe_host(options, has_replicas=has_ranks))], place)
 
 
 def locate_files(options: EngineOptions) -> ModelFiles:

@@ -9,6 +9,7 @@ from shoal.cluster.replicas.rendezvous_doors import FleetDoor, PeersDoor
 from shoal.executors.table import EXECUTORS
 from shoal.launch.deployment import Deployment, Mode
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
+from shoal.launch.leader import Leader
 from shoal.launch.offline_engines import KEY_BYTES
 from shoal.launch.open_model import OpenModel
 from shoal.protocols import Recorder
@@ -25,15 +26,23 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
     model.log_plan()
     parallel, serving = model.options.parallel, model.options.serving
     deployment = Deployment.of(model.options)
+    fleets: list[Fleet] = []
     with ExitStack() as stack:
-        door = _front_door(model, deployment)
-        rendezvous, key = _open_rendezvous(model, deployment, door, stack)
+        door, leader = _front_door(model, deployment), None
+        if deployment.nodes is not None:
+            leader = Leader(model, deployment.nodes)
+            stack.callback(_release_nodes, leader, fleets)
+            rendezvous, key = leader.rendezvous, leader.key
+        else:
+            rendezvous, key = _open_rendezvous(model, deployment, door, stack)
         launch: ProcessLauncher | ThreadLauncher
         if EXECUTORS[model.plan.executor].replicas_are_threads:
             launch = ThreadLauncher(model)
         else:
             compared = deployment.local if deployment.mode is Mode.PEERS else ()
-            launch = ProcessLauncher(model, deployment.local, rendezvous=rendezvous, key=key, compared=compared)
+            launch = ProcessLauncher(
+                model, deployment.local, rendezvous=rendezvous, key=key, compared=compared, leader=leader
+            )
         fleet = Fleet(
             launch,
             lambda stats: capacity_of(model, stats),
@@ -54,9 +63,19 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
             recorder=recorder,
             on_close=stack.pop_all().close,
         )
+        fleets.append(fleet)
         if door is not None:
             door.open(fleet.arrive)
         return fleet
+
+
+def _release_nodes(leader: Leader, fleets: list[Fleet]) -> None:
+    """End the nodes if the fleet could not work; else let them wait for the next front end."""
+    error = fleets[0].fatal if fleets else None
+    if error is None:
+        leader.close()
+    else:
+        leader.dismiss(error)
 
 
 def _front_door(model: OpenModel, deployment: Deployment) -> FleetDoor | None:

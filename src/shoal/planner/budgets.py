@@ -1,6 +1,6 @@
 """The size of each rank's KV cache, and the check that everything fits into memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shoal.config.engine_options import EngineOptions
 from shoal.devices.hardware import Hardware
@@ -17,26 +17,26 @@ _MORE_RANKS = "raise --tensor-parallel-size or --pipeline-parallel-size"
 def kv_budgets(
     options: EngineOptions,
     host: HostFacts,
-    ranks: Sequence[RankMemory],
+    needs: Mapping[int, RankMemory],
     reasons: list[str],
     *,
     replicas: int = 1,
 ) -> tuple[int | None, ...]:
-    """Return the size of each rank's KV cache in bytes; None for ranks that measure what their device has left.
+    """Return the size of the KV cache of each rank of a host in bytes; None for ranks that measure it.
 
     All ranks hold the same number of blocks, but a block takes more bytes on some ranks than on others. So the memory
     of the host is divided in proportion to the size of a block. Where the user sets one size for all ranks, the rank
     with the largest blocks decides how many there are.
 
     Args:
-        ranks: the needs of the ranks of one replica.
+        needs: the needs of a replica's ranks on this host, by the number of the rank.
         reasons: lines for the log; this function appends its own.
         replicas: how many replicas like this one share the host.
 
     Raises:
         ConfigError: it does not fit; the message says how much is missing, and which flags help.
     """
-    cache, hardware = options.cache, host.hardware
+    cache, hardware, ranks = options.cache, host.hardware, list(needs.values())
     budgets: tuple[int, ...]
     if cache.kv_cache_memory_bytes is not None:
         reasons.append(
@@ -44,10 +44,10 @@ def kv_budgets(
         )
         budgets, way_out = (cache.kv_cache_memory_bytes,) * len(ranks), "lower --kv-cache-memory-bytes"
     elif cache.device_memory is not None:
-        budgets = tuple(_rest_of_device_memory(options, number, rank, reasons) for number, rank in enumerate(ranks))
+        budgets = tuple(_rest_of_device_memory(options, number, rank, reasons) for number, rank in needs.items())
         way_out = "lower --device-memory"
     elif hardware.device == "cuda":
-        for number, rank in enumerate(ranks):
+        for number, rank in needs.items():
             _check_cuda_memory(options, hardware, number, rank)
         reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
         return (None,) * len(ranks)
@@ -60,10 +60,10 @@ def kv_budgets(
         way_out = "set --kv-cache-memory-bytes to less"
     if hardware.device == "cpu":
         blocks = num_blocks(ranks, budgets) or 0
-        needs = [rank.weights + rank.activations + blocks * rank.block for rank in ranks]
+        totals = [rank.weights + rank.activations + blocks * rank.block for rank in ranks]
         if cache.kv_cache_memory_bytes is None and cache.device_memory is not None:
-            needs = [cache.device_memory] * len(ranks)
-        _check_host_memory(hardware, needs * replicas, replicas * sum(rank.weights for rank in ranks), way_out)
+            totals = [cache.device_memory] * len(ranks)
+        _check_host_memory(hardware, totals * replicas, replicas * sum(rank.weights for rank in ranks), way_out)
     return budgets
 
 
@@ -84,7 +84,7 @@ def budgets_of_added_replica(
     asked = options.cache.kv_cache_memory_bytes is not None or options.cache.device_memory is not None
     if host.hardware.device != "cpu" or asked:
         return None
-    budgets = kv_budgets(options, host, ranks, [], replicas=planned)
+    budgets = kv_budgets(options, host, dict(enumerate(ranks)), [], replicas=planned)
     needs = sum(rank.weights + rank.activations for rank in ranks) + sum(budget or 0 for budget in budgets)
     return budgets if replicas * needs <= host.hardware.host_memory_available else None
 

@@ -46,8 +46,8 @@ def describe_host(options: EngineOptions, *, has_replicas: bool = True) -> HostF
     return HostFacts(socket.gethostname(), hardware, env.cpu_kv_cache_bytes())
 
 
-def restrict_cores(options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str]) -> Hardware:
-    """Return the hardware, restricted to the cores that --cpu-cores names.
+def restrict_cores(options: EngineOptions, ranks: int, hardware: Hardware, reasons: list[str]) -> Hardware:
+    """Return the hardware, restricted to the cores that --cpu-cores names for the `ranks` that the host runs.
 
     Raises:
         ConfigError: --cpu-cores names cores that this process may not use, or does not have one list for each rank.
@@ -62,7 +62,6 @@ def restrict_cores(options: EngineOptions, place: ReplicaPlace, hardware: Hardwa
             f"--cpu-cores (or VLLM_CPU_OMP_THREADS_BIND) names {', '.join(map(str, forbidden[:5]))}, which this "
             f"process may not use: it may use {', '.join(map(str, hardware.cores))}"
         )
-    ranks = options.parallel.tensor_parallel_size * options.parallel.pipeline_parallel_size * place.local_size
     if len(lists) not in (1, ranks):
         raise ConfigError(
             f"--cpu-cores has {len(lists)} lists, but this host runs {ranks} ranks: give one list for each rank, or "
@@ -116,7 +115,7 @@ def check_devices(
 
 
 def rank_cores(options: EngineOptions, hardware: Hardware, place: ReplicaPlace, ranks: int) -> tuple[Ids, ...]:
-    """Return the CPU cores of each of the `ranks` ranks of a replica. The replicas of a host divide its cores."""
+    """Return the CPU cores of each of a replica's `ranks` ranks on a host. The replicas of a host divide its cores."""
     first, lists = place.local_rank * ranks, options.parallel.cpu_cores
     if place.local_size and lists is not None and len(lists) > 1:
         return lists[first : first + ranks]

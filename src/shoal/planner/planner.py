@@ -1,9 +1,10 @@
-"""The planner of the replicas of one host: it turns options, model and hardware into plans, with the reasons.
+"""The planner of replicas on given hosts: it turns options, model and hardware into plans, with the reasons.
 
-The process that leads makes the plans of all hosts, once, with one planner per host. A planner starts nothing, and
-engines and ranks decide nothing that is in a plan.
+The process that leads makes all plans, once: with one planner per host if each replica is on one host, else with one
+planner per replica. A planner starts nothing, and engines and ranks decide nothing that is in a plan.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from shoal.planner.host_devices import check_devices, rank_cores, restrict_cores
 from shoal.planner.layout import plan_layout
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.planner.model_reader import ModelReader
-from shoal.wire.base import replace_fields
-from shoal.wire.hosts import HostFacts
-from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ModelPlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
+from shoal.planner.placement import ReplicaHost, place_ranks
+from shoal.wire.base import Ids, replace_fields
+from shoal.wire.plan import EnginePlan, Layout, ModelPlan, NodePlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
 
 _DTYPES = {"float": "float32", "half": "float16"}  # names that vLLM has for types -> ours
 # A rank waits longer for other ranks than the executor waits for a step, because the executor's error says more.
@@ -50,34 +51,27 @@ class _RankShares:
 
 
 class Planner:
-    """The planner of all replicas of one host, including those that are added later.
+    """The planner of all replicas on the same hosts, including those that are added later.
 
-    `first_plan` is the plan of the first replica.
+    `first_plan` is the plan of the first replica, `hosts` are those that share its ranks.
     """
 
-    def __init__(
-        self,
-        options: EngineOptions,
-        reader: ModelReader,
-        host: HostFacts,
-        place: ReplicaPlace,
-        files: ModelFiles | None = None,
-    ) -> None:
+    def __init__(self, reader: ModelReader, hosts: Sequence[ReplicaHost], place: ReplicaPlace) -> None:
         """Plan the first replica.
 
         Args:
-            options: those that were given on the host.
             reader: the models, as this process reads them.
-            host: the host, before any replica is started there.
-            place: the place of the host's first replica. If its `local_size` is 0, the plans are for a front end
-                without replicas of its own: they need no devices and no memory, and have no size of a KV cache.
-            files: where the models lie on the host; None: where the reader reads them.
+            hosts: the hosts that share the ranks of each replica, before any replica is started there. The options of
+                the first one count, except for those that each host chooses for itself.
+            place: the place of the first replica. If its `local_size` is 0, the plans are for a front end without
+                replicas of its own: they need no devices and no memory, and have no size of a KV cache.
 
         Raises:
             UserError: the models cannot be read, or options, models and hardware do not fit together.
         """
-        self.options = options
-        self.hardware = host.hardware
+        first = hosts[0]
+        self.options = options = first.options
+        self.hardware = first.facts.hardware
         self._reader = reader
         self._local_size = place.local_size
         self._reasons: list[str] = []
@@ -88,13 +82,25 @@ class Planner:
             self._reasons.append(f"--hf-overrides replaces fields of config.json: {replaced}")
         self._layout = plan_layout(options, spec, draft_spec, place, self._reasons, self._warnings)
         if place.local_size:
-            self._reasons += self.hardware.limits
-            self.hardware = restrict_cores(options, place, self.hardware, self._reasons)
-            check_devices(options, place, self.hardware, [], [])
-        else:
+            for host in hosts:
+                self._reasons += host.facts.hardware.limits
+        elif options.nodes.nnodes == 1:
             self._reasons.append("no replica runs on this host: its memory and devices are not planned")
-        self._facts = replace_fields(host, hardware=self.hardware)
-        self._executor = _executor(options, self._layout, self.hardware, self._reasons)
+        self._placed = place_ranks(
+            hosts,
+            tp=self._layout.tp,
+            stages=self._layout.num_stages,
+            wanted=options.nodes.placement,
+            reasons=self._reasons,
+            warnings=self._warnings,
+        )
+        self.hosts = [self._restricted(host, ranks) for host, ranks in zip(hosts, self._placed, strict=True)]
+        self.hardware = self.hosts[0].facts.hardware
+        if place.local_size and len(hosts) == 1:
+            check_devices(options, place, self.hardware, [], [])
+        self._executor = _executor(
+            options, self._layout, self.hardware, self._reasons, hosts=max(len(hosts), options.nodes.nnodes)
+        )
         opened = reader.open()
         self.model, self.draft = opened.model, opened.draft
         self._reasons += self.model.notes
@@ -102,16 +108,24 @@ class Planner:
         self._dtype = _dtype(options, self.model.spec, self._reasons)
         self._add_model_reasons()
         self._all2all = _all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
-        self.files = files or opened.files
+        self.files = first.files or opened.files
         self.first_plan = self.plan(place)
 
-    def for_host(self, options: EngineOptions, host: HostFacts, place: ReplicaPlace, files: ModelFiles) -> "Planner":
-        """Return a planner of the replicas of another host, which has the same models (see `__init__`).
+    def for_hosts(self, hosts: Sequence[ReplicaHost], place: ReplicaPlace) -> "Planner":
+        """Return a planner of replicas on other hosts, which have the same models (see `__init__`).
 
         Raises:
             UserError: options, models and hardware do not fit together.
         """
-        return Planner(options, self._reader, host, place, files)
+        return Planner(self._reader, hosts, place)
+
+    def _restricted(self, host: ReplicaHost, ranks: Ids) -> ReplicaHost:
+        """Return the host with the cores that its options allow for `ranks` of each replica."""
+        if not self._local_size:
+            return host
+        count = len(ranks) * self._local_size
+        hardware = restrict_cores(host.options, count, host.facts.hardware, self._reasons)
+        return dataclasses.replace(host, facts=replace_fields(host.facts, hardware=hardware))
 
     def plan(self, place: ReplicaPlace) -> EnginePlan:
         """Return the plan of the replica at this place.
@@ -123,7 +137,8 @@ class Planner:
         layout = replace_fields(self._layout, replica=place.rank, replicas=place.size)
         shares = self._share_models(layout)
         if place.local_size:
-            check_devices(options, place, self.hardware, reasons, warnings)
+            if len(self.hosts) == 1:
+                check_devices(options, place, self.hardware, reasons, warnings)
             budgets = self._budgets(place, shares.memories, reasons)
         else:
             budgets = (None,) * layout.num_ranks
@@ -162,7 +177,8 @@ class Planner:
             if self.draft is None
             else _model_plan(self.files.draft_folder, self.files.draft_state, self.draft),
             speculative=options.model_options.speculative_config,
-            grammar_cores=self.hardware.cores,
+            grammar_cores=self.hardware.cores if self.hosts[0].here else (),
+            nodes=self._nodes(),
             reasons=tuple(reasons),
             warnings=tuple(warnings),
         )
@@ -237,11 +253,24 @@ class Planner:
         """Return the size of each rank's KV cache in bytes; None for ranks that measure it."""
         if place.local_rank >= self._local_size:
             found = budgets_of_added_replica(
-                self.options, self._facts, memories, planned=self._local_size, replicas=place.local_rank + 1
+                self.options, self.hosts[0].facts, memories, planned=self._local_size, replicas=place.local_rank + 1
             )
             if found is not None:
                 return found
-        return kv_budgets(self.options, self._facts, memories, reasons, replicas=place.local_size)
+        budgets: dict[int, int | None] = {}
+        for host, ranks in zip(self.hosts, self._placed, strict=True):
+            needs = {rank: memories[rank] for rank in ranks}
+            found = kv_budgets(host.options, host.facts, needs, reasons, replicas=place.local_size)
+            budgets |= dict(zip(ranks, found, strict=True))
+        return tuple(budgets[rank] for rank in range(len(memories)))
+
+    def _nodes(self) -> tuple[NodePlan, ...]:
+        """Return the hosts of each replica; none if there is only the host of the engine."""
+        if len(self.hosts) == 1 and self.hosts[0].here:
+            return ()
+        return tuple(
+            NodePlan(host.facts.name, host.address, host.files or self.files, host.here) for host in self.hosts
+        )
 
     def _rank_plans(
         self, place: ReplicaPlace, layout: Layout, shares: _RankShares, budgets: Sequence[int | None]
@@ -250,14 +279,19 @@ class Planner:
         plans = _shard_plans(shares.shards, layout.tp)
         drafts: list[ShardPlan | None] = [None] * ends
         drafts += _shard_plans(shares.draft_shards, layout.tp) or [None] * layout.tp
-        cores = rank_cores(self.options, self.hardware, place, layout.num_ranks)
+        node_of, index_of, cores_of = {}, {}, {}
+        for number, (host, ranks) in enumerate(zip(self.hosts, self._placed, strict=True)):
+            cores = rank_cores(host.options, host.facts.hardware, place, len(ranks))
+            for position, rank in enumerate(ranks):
+                node_of[rank], cores_of[rank] = number, cores[position]
+                index_of[rank] = place.local_rank * len(ranks) + position
         return tuple(
             RankPlan(
                 rank=rank,
-                host=self._facts.name,
+                host=self.hosts[node_of[rank]].facts.name,
                 device=self.hardware.device,
-                device_index=place.local_rank * layout.num_ranks + rank,
-                cores=cores[rank],
+                device_index=index_of[rank],
+                cores=cores_of[rank],
                 shard=plans[rank],
                 draft_shard=drafts[rank],
                 weight_bytes=memory.weights,
@@ -266,6 +300,7 @@ class Planner:
                 block_bytes=memory.block,
                 kv_budget=budgets[rank],
                 cost_share=shares.costs[rank],
+                node=node_of[rank],
             )
             for rank, memory in enumerate(shares.memories)
         )
@@ -309,8 +344,15 @@ def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     return dtype
 
 
-def _executor(options: EngineOptions, layout: Layout, hardware: Hardware, reasons: list[str]) -> Executor:
+def _executor(
+    options: EngineOptions, layout: Layout, hardware: Hardware, reasons: list[str], *, hosts: int
+) -> Executor:
     wanted, ranks = options.parallel.distributed_executor_backend, layout.num_ranks
+    if hosts > 1 and wanted not in ("auto", "mp"):
+        raise ConfigError(
+            f"--distributed-executor-backend {wanted} runs all ranks of a replica on one host, but there are {hosts}: "
+            "use mp, or leave it out"
+        )
     together = ranks * layout.replicas if layout.shares_experts else ranks  # ranks that exchange tensors
     if wanted == "uni" and max(together, options.parallel.data_parallel_size) > 1:
         count = max(together, ranks * options.parallel.data_parallel_size)

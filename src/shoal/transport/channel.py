@@ -65,6 +65,11 @@ class Channel:
         return str(self._socket.getsockname()[0])
 
     @property
+    def peer_address(self) -> str:
+        """The IP address of the other end of a TCP connection."""
+        return str(self._socket.getpeername()[0])
+
+    @property
     def has_frame(self) -> bool:
         """True if `receive` would return a frame or raise an error from bytes that were read already."""
         if len(self._incoming) < _LENGTH.size:

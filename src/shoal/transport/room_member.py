@@ -72,6 +72,7 @@ def connect(
     report: bytes = b"",
     timeout: float,
     returning: bool = False,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Channel:
     """Connect to a rendezvous, and return the connection after both sides have proved that they know the key.
 
@@ -81,10 +82,12 @@ def connect(
         room: the name of a room or of a door.
         size: of the room; 0 to join none.
         returning: this process has joined before, so its address and rank are right.
+        cancelled: is asked before each attempt whether to give up.
 
     Raises:
         ConfigError: the rendezvous refuses this process, and says why; or it cannot be reached in time.
-        EngineError: with `returning`, the rendezvous cannot be reached in time, or does not admit this process in time.
+        EngineError: with `returning`, the rendezvous cannot be reached in time, or does not admit this process in time;
+            or the attempts were cancelled.
     """
     require_key(key, address.host)
     host, pid = this_process()
@@ -95,6 +98,8 @@ def connect(
     timeout_error = EngineError if returning else ConfigError
     while True:
         left = timeout - (time.monotonic() - begun)
+        if cancelled():
+            raise EngineError(f"gave up waiting for {address}")
         try:
             sock = addresses.connect(address, max(min(left, _ATTEMPT_S), 0.01))
             return _authenticated(sock, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 9
+WIRE_VERSION = 10
 
 Ids = tuple[int, ...]
 

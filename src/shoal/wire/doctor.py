@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from shoal.devices.hardware import Hardware
 from shoal.wire.topology import AllReduceSpeed, ClusterTopology, Document, HostPair, HostTopology
 
 Level = Literal["ok", "warning", "failure"]
@@ -35,6 +36,7 @@ class HostExamination(Document, frozen=True):
         default_factory=dict
     )  # digests of the model's files, and the options that must be equal
     has_gpus: bool = False  # NCCL can be tried on it
+    hardware: Hardware | None = None  # as the planner sees it; None if no model is planned
 
 
 class PairAddress(Document, frozen=True):
@@ -58,7 +60,8 @@ class DoctorReport(Document, frozen=True):
 
     findings: tuple[Finding, ...]
     topology: ClusterTopology
-    layouts: tuple["LayoutFit", ...] = ()
+    layouts: tuple["LayoutFit", ...] = ()  # of a model on this host
+    layouts_over_hosts: tuple["LayoutFit", ...] = ()  # of one replica over all hosts
 
     @property
     def failed(self) -> bool:

@@ -122,6 +122,20 @@ class Updates(Wire, frozen=True):
     base: int = 0  # subtracted from a `seq`, it gives the client's own number of the request
 
 
+class NoPlan(Wire, frozen=True):
+    """The first message to an engine instead of its plan: it cannot be planned. The engine answers with a failure."""
+
+    error: str
+    user_error: bool
+
+
+class NodesAwaited(Wire, frozen=True):
+    """A note of an engine that is starting: it awaits the nodes of its plan at an address."""
+
+    address: str  # host:port
+    start: str  # marks this start of the engine; nodes give it when they come
+
+
 class EngineFailure(Wire, frozen=True):
     """The last message of an engine that cannot go on."""
 
@@ -216,9 +230,9 @@ class ControlReply(Wire, frozen=True):
     user_error: bool = False  # True: the sender of the order or call can correct the error
 
 
-ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | EngineOrder
+ToEngine = EnginePlan | NoPlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | EngineOrder
 
-FromEngine = Updates | EngineStats | EngineFailure | Snapshot | ControlReply
+FromEngine = Updates | EngineStats | EngineFailure | Snapshot | ControlReply | NodesAwaited
 
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 

@@ -19,14 +19,15 @@ class HostFacts(Wire, frozen=True):
 
 
 class HostReport(Wire, frozen=True):
-    """The introduction of a host that runs replicas for a front end elsewhere. The front end plans them from it."""
+    """The introduction of a host that runs replicas or ranks for a leader elsewhere, which plans them from it."""
 
     facts: HostFacts
     files: ModelFiles  # where the models lie on that host
     tokenizer_folder: str
     options: dict[str, Any]  # the engine options that were given there
-    local_rank: int  # as in `ReplicaPlace`
-    local_size: int
+    local_rank: int = 0  # as in `ReplicaPlace`
+    local_size: int = 1
+    address: str = ""  # of the host, as it wants to be reached; "": the one from which it connects
 
 
 class HeadlessSetup(Wire, frozen=True):

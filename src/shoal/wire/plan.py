@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 from shoal.config.option_forms import SpeculativeConfig
-from shoal.wire.base import Ids, Wire
+from shoal.wire.base import Ids, Wire, replace_fields
 
 Span = tuple[int, int]  # a range of numbers: the first, and the one after the last
 
@@ -101,6 +101,16 @@ class RankPlan(Wire, frozen=True):
     block_bytes: int  # size of one KV block; 0: the rank has no KV heads
     kv_budget: int | None  # size of the KV cache; None: the rank measures how much memory its device has left
     cost_share: float  # the estimated part of a token's cost that falls on this rank; over all ranks the sum is 1
+    node: int = 0  # the number of its node in `EnginePlan.nodes`
+
+
+class NodePlan(Wire, frozen=True):
+    """A node: one of the hosts of a replica that has several, with some of its ranks (`RankPlan.node`)."""
+
+    host: str
+    address: str  # of the host, as the other hosts of the replica reach it
+    files: ModelFiles  # where the models lie on this host
+    here: bool  # it is the host of the engine, which starts the ranks of this node itself
 
 
 class Timeouts(Wire, frozen=True):
@@ -148,6 +158,7 @@ class EnginePlan(Wire, frozen=True):
     grammar_cores: Ids = ()  # the CPU cores for the processes that follow grammars
     # Name -> value or digest of what must be the same in all processes of the job (`launch.agreement`).
     agreement: dict[str, str] = msgspec.field(default_factory=dict)
+    nodes: tuple[NodePlan, ...] = ()  # the hosts of the replica; (): all ranks run on the host of the engine
     reasons: tuple[str, ...] = ()  # lines for the log, which explain the decisions
     warnings: tuple[str, ...] = ()  # lines for the log
 
@@ -159,6 +170,20 @@ class EnginePlan(Wire, frozen=True):
         """
         budgets = [(rank.kv_budget, rank.block_bytes) for rank in self.ranks if rank.block_bytes]
         return min((budget // block for budget, block in budgets if budget is not None), default=None)
+
+    @property
+    def nodes_elsewhere(self) -> dict[int, NodePlan]:
+        """The nodes that are not the host of the engine, by their numbers."""
+        return {number: node for number, node in enumerate(self.nodes) if not node.here}
+
+    def on_node(self, number: int) -> "EnginePlan":
+        """Return the plan for the ranks of a node, with the folders that the models have on its host."""
+        if not self.nodes:
+            return self
+        files = self.nodes[number].files
+        model = replace_fields(self.model, folder=files.folder, file_state=files.state)
+        draft = self.draft and replace_fields(self.draft, folder=files.draft_folder, file_state=files.draft_state)
+        return replace_fields(self, model=model, draft=draft)
 
     @property
     def num_drafts(self) -> int:

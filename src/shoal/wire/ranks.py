@@ -153,6 +153,13 @@ class RankSetup(Wire, frozen=True):
     incarnation: int
     rank: int
     plan: EnginePlan
+    store: str = ""  # host:port of the store where ranks of several hosts find each other; "": all are on one host
+
+    @property
+    def address(self) -> str:
+        """The address of the rank's host, as the ranks of other hosts reach it."""
+        nodes = self.plan.nodes
+        return nodes[self.rank_plan.node].address if nodes else self.plan.place.address
 
     @property
     def rank_plan(self) -> RankPlan:

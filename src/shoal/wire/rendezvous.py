@@ -7,6 +7,7 @@ from shoal.wire.base import Ids, Wire
 # The names of doors. A process that wants to enter through a door gives the name as the `room` in its Hello.
 FRONT_END_DOOR = "front end"
 PEERS_DOOR = "peers"
+NODES_DOOR = "nodes"
 
 
 class Challenge(Wire, frozen=True):

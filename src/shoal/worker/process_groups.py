@@ -18,9 +18,9 @@ class ProcessGroups:
     """The communicators of one rank.
 
     The ranks of one replica find each other through a file without a name that the engine has made. `store` is its
-    descriptor. So nothing must be cleaned up, and engines cannot disturb each other. Groups with ranks of other
-    replicas find each other through the rendezvous. Its store still has the addresses of earlier starts, so the number
-    of the meeting is part of the keys.
+    descriptor. So nothing must be cleaned up, and engines cannot disturb each other. If the replica has several hosts,
+    they use the store of the engine's listener instead. Groups with ranks of other replicas find each other through the
+    rendezvous. Its store still has the addresses of earlier starts, so the number of the meeting is part of the keys.
     """
 
     def __init__(self, store: int, world_size: int) -> None:
@@ -41,13 +41,14 @@ class ProcessGroups:
             backend="nccl" if cuda else "gloo",
             timeout_s=setup.plan.timeouts.comm_s,
             device=torch.device("cuda", setup.rank_plan.device_index) if cuda else torch.device("cpu"),
-            interface_address=setup.plan.place.address,
+            interface_address=setup.address,
         )
 
     def close(self) -> None:
-        """Close the connection to the rendezvous. Groups that were made can still be used."""
-        if self._shared is not None:
-            self._shared.close()
+        """Close the connections to stores. Groups that were made can still be used."""
+        for store in (self._shared, self._own):
+            if isinstance(store, RendezvousStore):
+                store.close()
 
     def _store(self, setup: RankSetup, ranks: Sequence[int]) -> Any:
         first = setup.global_rank - setup.rank
@@ -58,5 +59,8 @@ class ProcessGroups:
                 self._shared = RendezvousStore(place.rendezvous, place.key, timeout_s=setup.plan.timeouts.comm_s)
             return self._shared
         if self._own is None:
-            self._own = file_store(self._own_store, self._world_size)
+            if setup.store:
+                self._own = RendezvousStore(setup.store, setup.plan.place.key, timeout_s=setup.plan.timeouts.comm_s)
+            else:
+                self._own = file_store(self._own_store, self._world_size)
         return self._own

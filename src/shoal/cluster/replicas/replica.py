@@ -20,6 +20,8 @@ from shoal.wire.engine import (
     EngineOrder,
     EngineRequest,
     EngineStats,
+    NodesAwaited,
+    NoPlan,
     ResetOutcome,
     ResetPrefixCache,
     SeqUpdate,
@@ -30,7 +32,7 @@ from shoal.wire.engine import (
     from_engine,
     reset_outcome_decoder,
 )
-from shoal.wire.plan import EnginePlan
+from shoal.wire.plan import EnginePlan, ReplicaPlace
 
 _SLICE_S = 0.5  # how long one wait for an answer takes
 _STOP_CHECK_S = 3.0  # after so long without a message, check whether the process was stopped
@@ -68,17 +70,20 @@ class Replica(FailureState):
     def __init__(
         self,
         host: EngineHost,
-        plan: EnginePlan,
+        plan: EnginePlan | None,
         *,
         name: str,
         answer_timeout: float,
         one_of_many: bool = False,
+        on_nodes_awaited: Callable[[NodesAwaited], object] = lambda _: None,
     ) -> None:
         """Send the plan to the engine.
 
         Args:
+            plan: None if `give_plan` will be called with it.
             name: the name of the replica in errors.
             one_of_many: True if there are other replicas: then errors that the engine reports get the name too.
+            on_nodes_awaited: is called when the engine awaits the nodes of its plan.
         """
         self.name = name
         self.died = False  # True: it has failed, and the engine itself has not reported the failure
@@ -96,11 +101,18 @@ class Replica(FailureState):
         self._killer: threading.Thread | None = None
         self._last_message = time.monotonic()
         self.num_messages = 0  # how many times the engine has sent something
+        self._on_nodes_awaited = on_nodes_awaited
+        if plan is None:
+            return
         try:
             self._send(encode(plan))
         except BaseException:
             self.close()
             raise
+
+    def give_plan(self, plan: EnginePlan | NoPlan) -> None:
+        """Send the plan, or say why there is none: then the engine fails with this reason. Any thread may call it."""
+        self._host.say(encode(plan))
 
     @property
     def channel(self) -> Channel:
@@ -277,6 +289,8 @@ class Replica(FailureState):
                     self.snapshot = message.stats
                 case ControlReply():
                     self._answers.append(message)
+                case NodesAwaited():
+                    self._on_nodes_awaited(message)
                 case EngineFailure():
                     self._fail(
                         self._error_prefix + message.error,
@@ -307,12 +321,33 @@ class Replica(FailureState):
 class EngineProcess(Replica):
     """An engine in a child process, which ends when this process does."""
 
-    def __init__(self, module: str, plan: EnginePlan, *, answer_timeout: float) -> None:
-        """Start `python -m module`, which serves an engine on its channel."""
+    def __init__(
+        self,
+        module: str,
+        plan: EnginePlan | None,
+        *,
+        answer_timeout: float,
+        place: ReplicaPlace | None = None,
+        on_nodes_awaited: Callable[[NodesAwaited], object] = lambda _: None,
+    ) -> None:
+        """Start `python -m module`, which serves an engine on its channel.
+
+        Args:
+            plan, on_nodes_awaited: see `Replica`.
+            place: the place of the replica; needed if there is no plan yet.
+        """
+        place = place if plan is None else plan.place
+        assert place is not None
         child = ChildProcess(module)
-        alone = plan.place.size == 1
-        name = f"engine process {child.pid}" if alone else f"replica {plan.place.rank} (process {child.pid})"
-        super().__init__(child, plan, name=name, answer_timeout=answer_timeout, one_of_many=not alone)
+        alone = place.size == 1
+        super().__init__(
+            child,
+            plan,
+            name=f"engine process {child.pid}" if alone else f"replica {place.rank} (process {child.pid})",
+            answer_timeout=answer_timeout,
+            one_of_many=not alone,
+            on_nodes_awaited=on_nodes_awaited,
+        )
         self.pid = child.pid
 
 

@@ -1,0 +1,170 @@
+"""Ranks of another host, reached over one connection to their node."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+from shoal.errors import RankFailed
+from shoal.executors.local_ranks import start_order
+from shoal.log import get_logger
+from shoal.transport.channel import Channel, ChannelClosed
+from shoal.transport.rendezvous import Rendezvous, describe_difference
+from shoal.wire.base import WireError, encode
+from shoal.wire.nodes import (
+    ENGINE_DOOR,
+    ENGINE_START,
+    ForAllRanks,
+    ForRank,
+    RankEnded,
+    RankStarted,
+    RankSuspended,
+    from_node,
+)
+from shoal.wire.plan import EnginePlan, NodePlan
+from shoal.wire.ranks import FromRank, RankSetup
+from shoal.wire.rendezvous import Hello, JoinRefused
+
+log = get_logger("executor")
+
+_REPORT_S = 10.0  # how often the log says which nodes are missing
+_FLUSH_S = 1.0
+
+
+class NodeListener:
+    """The place where an engine awaits the nodes of its plan. Its ranks find each other there too."""
+
+    def __init__(self, plan: EnginePlan, start: str) -> None:
+        """Listen at the address of this host.
+
+        Args:
+            start: marks this start of the engine. A node that was called by another start is refused.
+
+        Raises:
+            ConfigError: this host has no such address.
+        """
+        self.nodes: Mapping[int, NodePlan] = plan.nodes_elsewhere
+        self._door = _EngineDoor(self.nodes, len(plan.nodes), start)
+        self._rendezvous = Rendezvous(plan.place.address, key=plan.place.key, doors={ENGINE_DOOR: self._door})
+        self.address = self._rendezvous.address
+
+    def gather(self, timeout: float) -> dict[int, Channel]:
+        """Wait for all nodes, and return the connections to them by number.
+
+        Raises:
+            RankFailed: not all have come within `timeout` seconds; the error names those that are missing.
+        """
+        begun = time.monotonic()
+        while missing := self._door.missing(_REPORT_S):
+            waited = time.monotonic() - begun
+            names = ", ".join(f"node {number} ({self.nodes[number].host})" for number in missing)
+            if waited > timeout:
+                raise RankFailed(f"{names} did not come to the engine at {self.address} within {timeout:g} s")
+            log.info("waiting at %s for %s, %.0f s of %g", self.address, names, waited, timeout)
+        return self._door.channels
+
+    def close(self) -> None:
+        self._rendezvous.close()
+
+
+class _EngineDoor:
+    """The door of an engine, through which each of its nodes comes once."""
+
+    def __init__(self, nodes: Mapping[int, NodePlan], size: int, start: str) -> None:
+        self.channels: dict[int, Channel] = {}
+        self._nodes = nodes
+        self._size = size
+        self._start = start
+        self._name = f"the engine (process {os.getpid()})"
+        self._changed = threading.Condition()
+
+    def objection(self, hello: Hello) -> JoinRefused | None:
+        if hello.size != self._size or hello.rank not in self._nodes:
+            return JoinRefused(f"{self._name} has no node {hello.rank} of {hello.size}")
+        if why := describe_difference(hello.agreement, {ENGINE_START: self._start}, self._name):
+            return JoinRefused(why)
+        if hello.rank in self.channels:
+            return JoinRefused(f"node {hello.rank} is with {self._name} already")
+        return None
+
+    def enter(self, hello: Hello, channel: Channel) -> None:
+        with self._changed:
+            self.channels[hello.rank] = channel
+            self._changed.notify_all()
+
+    def missing(self, timeout: float) -> list[int]:
+        """Return the numbers of the nodes that have not come yet, after waiting up to `timeout` seconds for them."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.channels) == len(self._nodes), timeout)
+            return [number for number in self._nodes if number not in self.channels]
+
+
+class NodeRanks:
+    """A `RankPart` of the ranks of one node."""
+
+    def __init__(self, number: int, node: NodePlan, channel: Channel, setups: Sequence[RankSetup]) -> None:
+        """Start nothing yet. `channel` is the connection to the node."""
+        self.ranks: Sequence[int] = [setup.rank for setup in setups]
+        self.ended: dict[int, str] = {}
+        self._name = f"node {number} ({node.host})"
+        self._host = node.host
+        self._setups = setups
+        self._channel = channel
+        self._pids: dict[int, int] = {}
+        self._suspended: set[int] = set()
+
+    def start(self) -> None:
+        for setup in self._setups:
+            self._send(encode(start_order(setup)))
+
+    @property
+    def channels(self) -> list[Channel]:
+        return [self._channel]
+
+    def send(self, frame: bytes, rank: int | None = None) -> None:
+        self._send(encode(ForAllRanks(frame) if rank is None else ForRank(rank, frame)))
+
+    def _send(self, frame: bytes) -> None:
+        with contextlib.suppress(ChannelClosed):  # `receive` will notice it
+            self._channel.send(frame)
+
+    def receive(self, readable: Container[Channel]) -> Iterable[FromRank]:
+        if self._channel not in readable:
+            return []
+        messages: list[FromRank] = []
+        try:
+            for frame in self._channel.receive():
+                match message := from_node.decode(frame):
+                    case RankStarted():
+                        self._pids[message.rank] = message.pid
+                    case RankEnded():
+                        self.ended[message.rank] = message.why
+                    case RankSuspended():
+                        self._suspended.add(message.rank)
+                    case _:
+                        messages.append(message)
+        except ChannelClosed:
+            self._end_all(f"is lost: {self._name} has ended, or its connection was cut")
+        except WireError as error:
+            self._end_all(f"is lost: {self._name} sent a message that cannot be read: {error}")
+        return messages
+
+    def _end_all(self, why: str) -> None:
+        for rank in self.ranks:
+            self.ended.setdefault(rank, why)
+
+    def suspended(self, rank: int) -> bool:
+        return rank in self._suspended
+
+    def describe(self, rank: int) -> str:
+        process = f"process {self._pids[rank]}" if rank in self._pids else "not started"
+        return f"{process} on {self._host}"
+
+    def close(self, goodbye: bytes | None) -> None:
+        """End the connection. The node ends its ranks, and waits for the next call of the leader."""
+        if goodbye is not None:
+            self._send(goodbye)
+            with contextlib.suppress(ChannelClosed):
+                self._channel.flush(_FLUSH_S)
+        self._channel.close()

@@ -1,0 +1,163 @@
+"""A host that runs ranks for engines elsewhere (`--node-rank 1` and above)."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from shoal.config.engine_options import EngineOptions
+from shoal.errors import ConfigError, EngineError, ShoalError
+from shoal.executors.node_agent import NodeAgent
+from shoal.launch.deployment import Deployment, NodeGroup
+from shoal.launch.headless import introduce_host
+from shoal.launch.open_model import read_options, refuse_manual_place
+from shoal.log import get_logger
+from shoal.process.signal_event import SignalEvent
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.room_member import connect
+from shoal.wire.base import encode
+from shoal.wire.hosts import HostReport
+from shoal.wire.nodes import Dismissal, EngineCall, leader_to_node
+from shoal.wire.rendezvous import NODES_DOOR
+
+log = get_logger("node")
+
+_CHECK_S = 1.0  # how often processes are checked, as they send nothing when they were stopped
+_RECONNECT_S = 60.0  # how long one attempt to reach the next leader takes, and so how often the log mentions it
+
+
+def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
+    """Run the ranks of this host for a leader until it dismisses this node, or a signal arrives.
+
+    A leader that serves may come back, so this node waits for the next one without a deadline.
+
+    Args:
+        model, given: as for `open_model`.
+        online: the leader serves.
+
+    Returns:
+        The exit code: 0 if the work is done, or a signal has ended this node.
+
+    Raises:
+        UserError: the leader cannot be reached or refuses this node, or cannot work with these options.
+        EngineError: the leader has failed; or it has gone, and does not serve.
+    """
+    options, given = read_options(model, given, online=online)
+    refuse_manual_place(options)
+    group = Deployment.of(options).nodes
+    assert group is not None
+    report, agreement = introduce_host(options, given)
+    with SignalEvent() as signals:
+        node = Node(group, options, report, agreement, signals)
+        try:
+            node.join()
+            while node.serve():
+                if not online:
+                    raise EngineError(f"the leader at {group.address} has gone before the work was done")
+                log.warning("the leader at %s has gone: waiting for the next one", group.address)
+                node.join(returning=True)
+        finally:
+            node.close()
+    return 0
+
+
+class Node:
+    """A node, from its first connection to a leader to its end."""
+
+    def __init__(
+        self,
+        group: NodeGroup,
+        options: EngineOptions,
+        report: HostReport,
+        agreement: Mapping[str, str],
+        signals: SignalEvent,
+    ) -> None:
+        self._group = group
+        self._options = options
+        self._report = report
+        self._agreement = agreement
+        self._signals = signals
+        self._leader: Channel | None = None
+        self._agent: NodeAgent | None = None
+
+    def join(self, *, returning: bool = False) -> None:
+        """Connect to the leader. Return without a connection if a signal has arrived.
+
+        Args:
+            returning: there was a leader before, so its address is right: wait without a deadline.
+
+        Raises:
+            ConfigError: the leader cannot be reached in time, or refuses this node.
+        """
+        deadline = time.monotonic() + self._options.parallel.start_timeout
+        while not self._signals.arrived:
+            patience = _RECONNECT_S if returning else deadline - time.monotonic()
+            try:
+                self._leader = connect(
+                    self._group.address,
+                    self._group.key,
+                    room=NODES_DOOR,
+                    rank=self._group.rank,
+                    size=self._group.size,
+                    agreement=self._agreement,
+                    report=encode(self._report),
+                    timeout=patience,
+                    returning=returning,
+                    cancelled=lambda: self._signals.arrived,
+                )
+            except EngineError:
+                if not returning:
+                    return
+            else:
+                log.info(
+                    "node %d of %d is with its leader at %s", self._group.rank, self._group.size, self._group.address
+                )
+                return
+
+    def serve(self) -> bool:
+        """Obey the leader. Return True if its connection has ended, False if this node must end.
+
+        Raises:
+            UserError, EngineError: the leader has failed, with its reason.
+        """
+        while self._leader is not None and not self._signals.arrived:
+            sources: list[Any] = [self._signals, self._leader, *(self._agent.channels if self._agent else ())]
+            readable = wait(sources, _CHECK_S)
+            if self._agent is not None and not self._agent.tick(readable):
+                self._end_ranks()
+            if self._leader in readable:
+                try:
+                    for frame in self._leader.receive():
+                        if not self._obey(leader_to_node.decode(frame)):
+                            return False
+                except ChannelClosed:
+                    self.close()
+                    return True
+        return False
+
+    def _obey(self, message: EngineCall | Dismissal) -> bool:
+        if isinstance(message, Dismissal):
+            self._end_ranks()
+            if message.why:
+                raise ConfigError(message.why) if message.user_error else EngineError(message.why)
+            log.info("the leader has ended: the work is done")
+            return False
+        self._end_ranks()
+        try:
+            self._agent = NodeAgent(message, self._group.key)
+        except ShoalError as error:  # the engine has ended meanwhile; the leader will call again
+            log.warning("%s", error)
+        else:
+            log.info("with the engine of replica %d at %s", message.replica, message.address)
+        return True
+
+    def _end_ranks(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+    def close(self) -> None:
+        """End all ranks and connections. Idempotent, never raises."""
+        self._end_ranks()
+        if self._leader is not None:
+            self._leader.close()
+            self._leader = None

@@ -1,0 +1,185 @@
+"""The nodes that have come to the process that leads, and wait there until an engine needs them."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from shoal.errors import ConfigError, EngineError
+from shoal.launch.deployment import NodeGroup
+from shoal.log import get_logger
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.rendezvous import describe_difference
+from shoal.wire.base import WireError, encode
+from shoal.wire.hosts import HostReport, host_report_decoder
+from shoal.wire.nodes import Dismissal, EngineCall
+from shoal.wire.rendezvous import Hello, JoinRefused
+
+log = get_logger("nodes")
+
+_SLICE_S = 0.5  # how often a wait checks whether it was cancelled
+_REPORT_S = 10.0  # how often the log says which nodes are missing
+_FLUSH_S = 1.0
+_CALL_S = 60.0  # how long a node may try to connect to the engine that calls it
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingNode:
+    """A node that has come, and the connection on which it waits for calls."""
+
+    number: int
+    host: str
+    pid: int
+    address: str  # of its host
+    report: HostReport
+    channel: Channel
+
+    @property
+    def name(self) -> str:
+        return f"node {self.number} ({self.host}, process {self.pid})"
+
+    def is_gone(self) -> bool:
+        """Return whether it has ended or lost its connection. A node sends nothing."""
+        try:
+            if wait([self.channel], 0):
+                self.channel.receive()
+        except ChannelClosed:
+            return True
+        return False
+
+
+class NodePool:
+    """The nodes of a deployment, as the leader has them; and the door through which they come.
+
+    The thread of the rendezvous calls `objection` and `enter`; other methods may be called from any thread.
+    """
+
+    def __init__(self, group: NodeGroup, agreement: Mapping[str, str]) -> None:
+        """Have no nodes yet. `agreement`: what a node must have in common with this host."""
+        self._group = group
+        self._agreement = agreement
+        self._name = f"node 0 ({socket.gethostname()})"
+        self._nodes: dict[int, WaitingNode] = {}
+        self._reports: dict[int, HostReport] = {}  # of nodes that are about to enter
+        self._refused = ""  # why an awaited node was refused; "": none was
+        self._ever_complete = False
+        self._changed = threading.Condition()
+
+    # --- the door ------------------------------------------------------------------------------------------------
+
+    def objection(self, hello: Hello) -> JoinRefused | None:
+        if hello.size != self._group.size:
+            return JoinRefused(
+                f"it expects {hello.size} nodes, but {self._name} expects {self._group.size}: give all hosts the same "
+                "--nnodes"
+            )
+        if not 0 < hello.rank < self._group.size:
+            return JoinRefused(f"{self._name} awaits nodes 1 to {self._group.size - 1}: see --node-rank")
+        present = self._nodes.get(hello.rank)
+        if present is not None and not present.is_gone():
+            # It may have lost its connection without this process having noticed yet.
+            return JoinRefused(f"{present.name} is here already: give every host a --node-rank of its own", again=True)
+        why = describe_difference(hello.agreement, self._agreement, self._name)
+        if not why:
+            try:
+                self._reports[hello.rank] = host_report_decoder.decode(hello.report)
+            except WireError as error:
+                why = f"its report cannot be read: {error}"
+        return self._refuse(hello, why) if why else None
+
+    def _refuse(self, hello: Hello, why: str) -> JoinRefused:
+        """Refuse a node that is awaited. Before all have come once, the deployment cannot work without it."""
+        with self._changed:
+            self._refused = f"node {hello.rank} ({hello.host}, process {hello.pid}) cannot join: {why}"
+            log.warning("%s", self._refused)
+            self._changed.notify_all()
+        return JoinRefused(why)
+
+    def enter(self, hello: Hello, channel: Channel) -> None:
+        report = self._reports.pop(hello.rank)
+        node = WaitingNode(hello.rank, hello.host, hello.pid, report.address or channel.peer_address, report, channel)
+        log.info("%s has come from %s", node.name, node.address)
+        with self._changed:
+            if former := self._nodes.get(hello.rank):
+                former.channel.close()
+            self._nodes[hello.rank] = node
+            self._changed.notify_all()
+
+    # --- what the leader does with them --------------------------------------------------------------------------
+
+    def gather(
+        self, numbers: Iterable[int], timeout: float, cancelled: Callable[[], bool] = lambda: False
+    ) -> dict[int, WaitingNode]:
+        """Return nodes by number, as soon as all of them are here.
+
+        Raises:
+            ConfigError: not all have come within `timeout` seconds; or one was refused, and all have never been here.
+            EngineError: `cancelled` returned True.
+        """
+        wanted = list(numbers)
+        begun = last_report = time.monotonic()
+        with self._changed:
+            while missing := self._missing(wanted):
+                now = time.monotonic()
+                if cancelled():
+                    raise EngineError("the wait for nodes was cancelled")
+                if self._refused and not self._ever_complete:
+                    raise ConfigError(self._refused)
+                if now - begun > timeout:
+                    raise ConfigError(f"{self._describe(missing)} did not come within {timeout:g} s: {self._advice()}")
+                if now - last_report >= _REPORT_S:
+                    last_report = now
+                    log.info("waiting for %s, %.0f s of %g", self._describe(missing), now - begun, timeout)
+                self._changed.wait(_SLICE_S)
+            self._ever_complete = True
+            return {number: self._nodes[number] for number in wanted}
+
+    def _missing(self, wanted: Iterable[int]) -> list[int]:
+        for number, node in list(self._nodes.items()):
+            if node.is_gone():
+                log.warning("%s has gone", node.name)
+                node.channel.close()
+                del self._nodes[number]
+        return [number for number in wanted if number not in self._nodes]
+
+    def _describe(self, missing: Iterable[int]) -> str:
+        names = ", ".join(map(str, missing))
+        return f"node {names} of {self._group.size} at {self._group.address}"
+
+    def _advice(self) -> str:
+        return "run the same command on each host with its own --node-rank; each must be able to reach this address"
+
+    def call(self, numbers: Iterable[int], replica: int, address: str, start: str) -> None:
+        """Have the nodes of a replica connect to its engine.
+
+        Args:
+            replica: the number of the replica.
+            address, start: what the engine has said in its `NodesAwaited`.
+        """
+        wanted = list(numbers)
+        with self._changed:
+            for place, number in enumerate(wanted):
+                if number not in self._nodes:  # this host, or a node that is gone: the engine will report it
+                    continue
+                call = EngineCall(address, replica, place, len(wanted), start, _CALL_S)
+                with suppress(ChannelClosed):
+                    self._nodes[number].channel.send(encode(call))
+
+    def dismiss(self, why: str = "", *, user_error: bool = False) -> None:
+        """End all nodes. `why`: the reason, if the work is not done."""
+        with self._changed:
+            for node in self._nodes.values():
+                with suppress(ChannelClosed):
+                    node.channel.send(encode(Dismissal(why, user_error)))
+                    node.channel.flush(_FLUSH_S)
+                node.channel.close()
+            self._nodes = {}
+
+    def close(self) -> None:
+        """End the connections. Nodes look for the next leader, if they serve."""
+        with self._changed:
+            for node in self._nodes.values():
+                node.channel.close()
+            self._nodes = {}

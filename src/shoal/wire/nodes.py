@@ -1,0 +1,86 @@
+"""Messages about nodes: the hosts, other than the engine's, that run ranks of a replica.
+
+A node comes to the process that leads, and waits there. When an engine needs it, the leader sends an EngineCall, and
+the node connects to the engine. It starts the ranks that the engine asks for, and passes frames on in both directions.
+"""
+
+import msgspec
+
+from shoal.wire.base import Ids, Stop, Wire
+from shoal.wire.ranks import FromRank
+
+# The name of the door of an engine, and the key in the agreement there.
+ENGINE_DOOR = "nodes of an engine"
+ENGINE_START = "start of the engine"
+
+
+class EngineCall(Wire, frozen=True):
+    """An order of the leader to a node to connect to an engine, and to leave the one that it was connected to."""
+
+    address: str  # host:port at which the engine awaits its nodes
+    replica: int  # the number of the replica
+    number: int  # of the node among those of the replica
+    size: int  # how many nodes the replica has
+    start: str  # marks this start of the engine
+    within_s: float  # how long the node may try
+
+
+class Dismissal(Wire, frozen=True):
+    """The last message of a leader to its nodes, which then end."""
+
+    why: str = ""  # "": the work is done
+    user_error: bool = False  # True: the user can correct `why`
+
+
+class StartRank(Wire, frozen=True):
+    """An order of an engine to start the process of a rank."""
+
+    rank: int
+    world_size: int
+    cores: Ids  # the CPU cores to which the process is bound; (): it is not bound
+
+
+class ForRank(Wire, frozen=True):
+    """An encoded message for one rank of the node."""
+
+    rank: int
+    frame: bytes
+
+
+class ForAllRanks(Wire, frozen=True):
+    """An encoded message for each rank of the node."""
+
+    frame: bytes
+
+
+class RankStarted(Wire, frozen=True):
+    """A note that the process of a rank was started."""
+
+    rank: int
+    pid: int
+
+
+class RankEnded(Wire, frozen=True):
+    """A note that the process of a rank has ended, or could not be started."""
+
+    rank: int
+    why: str  # the rest of a sentence that begins with the rank: "was killed by SIGKILL"
+
+
+class RankSuspended(Wire, frozen=True):
+    """A note that the process of a rank is stopped, by SIGSTOP or a debugger."""
+
+    rank: int
+
+
+ToNode = StartRank | ForRank | ForAllRanks | Stop
+
+FromNode = FromRank | RankStarted | RankEnded | RankSuspended
+
+LeaderToNode = EngineCall | Dismissal
+
+to_node: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
+
+from_node: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)
+
+leader_to_node: msgspec.msgpack.Decoder[LeaderToNode] = msgspec.msgpack.Decoder(LeaderToNode)

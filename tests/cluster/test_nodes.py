@@ -1,0 +1,248 @@
+"""One replica over two hosts (network namespaces), started natively: `--nnodes 2` on each host."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import hosts, processes
+from support.checkpoints import Reference
+
+pytestmark = [
+    pytest.mark.slow,  # starts processes
+    pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle()),
+]
+
+KEY = "a key of the test"
+PROMPT = [5, 17, 200, 33, 4, 90, 121]
+NUM_TOKENS = 12
+SMALL = ["--kv-cache-memory-bytes", "16MiB", "--max-model-len", "128"]
+_WAIT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[tuple[hosts.Host, hosts.Host]]:
+    with hosts.two_hosts() as found:
+        yield found
+
+
+class Program:
+    """A command of Shoal on one of the hosts, with everything that it prints."""
+
+    def __init__(self, host: hosts.Host, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.host = host
+        self.arguments = arguments
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the program
+        self.process = subprocess.Popen(
+            [*host.inside, sys.executable, "-m", "shoal", *arguments],
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "SHOAL_CLUSTER_KEY": KEY, **(environment or {})},
+        )
+
+    @property
+    def text(self) -> str:
+        return os.pread(self._output.fileno(), 1 << 20, 0).decode()
+
+    def await_text(self, *texts: str) -> None:
+        deadline = time.monotonic() + _WAIT_S
+        while not any(text in self.text for text in texts):
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < deadline, f"{texts} not in:\n{self.text}"
+            threading.Event().wait(0.02)
+
+    def await_end(self) -> int:
+        return self.process.wait(_WAIT_S)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._output.close()
+
+
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[Program] = []
+
+    def run(host: hosts.Host, *arguments: str, **rest: Any) -> Program:
+        started.append(Program(host, *arguments, **rest))
+        return started[-1]
+
+    try:
+        yield run
+    finally:
+        for program in started:
+            print(f"--- {program.arguments} on {program.host.netns}:\n{program.text}", file=sys.stderr)  # if it fails
+            program.close()
+
+
+def nodes(two: tuple[hosts.Host, hosts.Host], rank: int) -> list[str]:
+    return ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", two[0].address]
+
+
+def generation(folder: Path) -> list[str]:
+    """Return the beginning of a command that generates tokens after PROMPT."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt_token_ids": PROMPT}) + "\n")
+    parameters = ["--temperature", "0", "--ignore-eos", "--max-tokens", str(NUM_TOKENS)]
+    return ["generate", str(folder), "--prompts-file", str(prompts), *parameters, *SMALL]
+
+
+def generate(
+    start: Start, two: tuple[hosts.Host, hosts.Host], folder: Path, *flags: str
+) -> tuple[list[int], Program, Program]:
+    """Run `shoal generate` on both hosts, host 1 first. Return the tokens, and the programs."""
+    output = folder / "answers.jsonl"
+    output.unlink(missing_ok=True)
+    common = [*generation(folder), "--output", str(output), *flags]
+    other = start(two[1], *common, *nodes(two, 1))
+    leader = start(two[0], *common, *nodes(two, 0))
+    assert leader.await_end() == 0, leader.text
+    assert other.await_end() == 0, other.text
+    (line,) = output.read_text().splitlines()
+    return json.loads(line)["outputs"][0]["token_ids"], leader, other
+
+
+@pytest.mark.parametrize(
+    ("flags", "placed"),
+    [
+        (["-tp", "2"], "0 on {0}, 1 on {1}"),
+        (["-tp", "2", "-pp", "2"], "0-1 on {0}, 2-3 on {1}"),
+        (["-tp", "2", "-pp", "2", "--placement", "tp-across"], "0, 2 on {0}, 1, 3 on {1}"),
+        (["-tp", "3", "--placement", "0=0|1=1,2"], "0 on {0}, 1-2 on {1}"),
+    ],
+    ids=["tp", "tp x pp", "tp across", "listed"],
+)
+def test_a_replica_over_two_hosts_gives_the_tokens_of_transformers(
+    start: Start, two: tuple[hosts.Host, hosts.Host], checkpoint: Callable[[str], Path], flags: list[str], placed: str
+) -> None:
+    folder = checkpoint("llama")
+    before = hosts.sent_bytes(two[0])
+    tokens, leader, _ = generate(start, two, folder, *flags, "--dtype", "float32")
+    assert tokens == Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
+    where = (f"{os.uname().nodename} ({host.address})" for host in two)
+    assert f"ranks {placed.format(*where)}: " in leader.text
+    hidden = 64
+    floats = (len(PROMPT) + NUM_TOKENS - 1) * hidden  # the residual stream crosses hosts at least once
+    assert hosts.sent_bytes(two[0]) - before > 4 * floats
+
+
+def test_experts_over_two_hosts(
+    start: Start, two: tuple[hosts.Host, hosts.Host], checkpoint: Callable[[str], Path]
+) -> None:
+    folder = checkpoint("mixtral")
+    tokens, _, _ = generate(start, two, folder, "-tp", "2", "-ep", "--dtype", "float32")
+    assert tokens == Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
+
+
+@contextmanager
+def served(
+    start: Start, two: tuple[hosts.Host, hosts.Host], *flags: str
+) -> Iterator[tuple[Program, Program, Callable[[], Program]]]:
+    """Yield the server on host 0, the node on host 1, and a function that starts this node again."""
+
+    def node() -> Program:
+        return start(two[1], "serve", "bundled", *SMALL, *flags, *nodes(two, 1), "--headless")
+
+    other = node()
+    server = start(two[0], "serve", "bundled", "--port", "8123", *SMALL, *flags, *nodes(two, 0))
+    server.await_text("Shoal serves")
+    yield server, other, node
+
+
+def ask(host: hosts.Host, prompt: str, seed: int) -> list[str]:
+    """Return the texts of a stream of 48 sampled tokens."""
+    body = {"model": "bundled", "prompt": prompt, "max_tokens": 48, "seed": seed, "stream": True, "ignore_eos": True}
+    with host.connect(("127.0.0.1", 8123), 30) as connection:
+        connection.settimeout(_WAIT_S)
+        payload = json.dumps(body)
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n{payload}".encode()
+        )
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+    lines = [line[6:] for line in answer.decode().splitlines() if line.startswith("data: {")]
+    found = [json.loads(line) for line in lines]
+    assert all("choices" in each for each in found), found
+    assert "data: [DONE]" in answer.decode(), answer
+    return [each["choices"][0]["text"] for each in found if each["choices"]]
+
+
+def test_no_request_is_lost_when_a_host_is_killed_under_load(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
+    """The requests wait until the host is back, and go on from the tokens that they had."""
+    with served(start, two, "-pp", "2") as (server, other, start_again), ThreadPoolExecutor(16) as pool:
+        expected = ["".join(ask(two[0], f"{seed} apples", seed)) for seed in range(16)]
+        streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(16)]
+        for pid in processes.children(other.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        other.process.kill()
+        server.await_text("is lost: node 1", "was killed by SIGKILL")
+        node = start_again()
+        assert ["".join(stream.result(_WAIT_S)) for stream in streams] == expected
+        server.process.send_signal(signal.SIGTERM)
+        assert server.await_end() == 0, server.text
+        node.await_text("waiting for the next one")
+        node.process.send_signal(signal.SIGTERM)
+        assert node.await_end() == 0, node.text
+
+
+def test_a_rank_that_is_killed_on_another_host_is_named_with_its_host(
+    start: Start, two: tuple[hosts.Host, hosts.Host]
+) -> None:
+    with served(start, two, "-tp", "2") as (server, other, _):
+        (rank,) = processes.children(other.process.pid)
+        os.kill(rank, signal.SIGKILL)
+        server.await_text(f"rank 1 (process {rank} on {os.uname().nodename}, before its first step")
+        server.await_text("was killed by SIGKILL")
+        assert ask(two[0], "2 apples", 1)
+
+
+def test_a_host_that_is_cut_off_is_found_within_30_seconds(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
+    with served(start, two, "-pp", "2") as (server, _, _):
+        hosts.cut(two[1])
+        try:
+            server.await_text("is lost: node 1")  # within 8 s; the deadline of the wait is far above
+        finally:
+            hosts.join(two[1])
+        assert ask(two[0], "2 apples", 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--dtype", "bfloat16"], "its --dtype is bfloat16, that of node 0"),
+        (["--block-size", "8"], "its --block-size is 8, that of node 0"),
+    ],
+    ids=["dtype", "block size"],
+)
+def test_a_node_that_differs_is_refused_and_all_are_told(
+    start: Start,
+    two: tuple[hosts.Host, hosts.Host],
+    checkpoint: Callable[[str], Path],
+    changed: list[str],
+    told: str,
+) -> None:
+    common = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2"]
+    leader = start(two[0], *common, *nodes(two, 0))
+    other = start(two[1], *common, *changed, *nodes(two, 1))
+    assert (leader.await_end(), other.await_end()) == (2, 2)
+    for program in (leader, other):
+        error = [line for line in program.text.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1, program.text
+        assert told in error[0], program.text
