@@ -66,7 +66,9 @@ def test_unknown_group(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None
     assert shoal("generate", "--help=xyzzy") == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "no group of flags 'xyzzy'; known are sampling, model, parallelism, cache, scheduling, vllm, all" in err
+    assert (
+        "no group of flags 'xyzzy'; known are sampling, model, parallelism, cache, scheduling, nodes, vllm, all" in err
+    )
     assert len(err.splitlines()) == 1
 
 

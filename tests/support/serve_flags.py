@@ -4,14 +4,10 @@ from collections.abc import Iterable
 
 from shoal.cli.commands import cli
 
-# TODO: remove this set when `shoal serve` has these flags.
-_COMING = {"--nnodes", "--node-rank", "--master-addr", "--master-port"}
-
 
 def unknown_flags(words: Iterable[str]) -> set[str]:
     """Return the flags among `words` that `shoal serve` does not know."""
     known = {
         flag for parameter in cli.commands["serve"].params for flag in (*parameter.opts, *parameter.secondary_opts)
     }
-    known |= _COMING
     return {flag for word in words if (flag := word.partition("=")[0]).startswith("-") and flag not in known}

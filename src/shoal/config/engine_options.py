@@ -170,7 +170,7 @@ class SchedulerOptions:
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """A replica over several hosts"""
+    """A replica over several nodes"""
 
     nnodes: int = option(
         1, "hosts that share the ranks; each runs this command with a rank of its own", short="-n", minimum=1
@@ -189,7 +189,7 @@ class NodeOptions:
 
 @dataclass(frozen=True, slots=True)
 class HostOptions:
-    """Replicas on several hosts"""
+    """Several hosts"""
 
     data_parallel_size_local: int | None = option(
         None,
