@@ -24,12 +24,13 @@ COMMON = {
 # package -> the other packages of Shoal that it may import: those below it
 ALLOWED = {
     "__main__": {"cli"},
-    "cli": {"server", "client", "jobs", "bench", "llm", "launch", "text", "wire"},
+    "cli": {"server", "client", "jobs", "bench", "doctor", "llm", "launch", "text", "wire"},
     "server": {"llm", "openai", "launch", "text", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
     "jobs": {"openai", "text"},
     "openai": {"text", "structured"},
     "bench": {"launch", "engine", "planner", "devices", "worker", "transport", "protocols", "wire"},
+    "doctor": {"launch", "planner", "devices", "worker", "transport", "wire"},
     "llm": {"launch", "cluster", "engine", "planner", "text", "transport", "protocols", "wire"},
     "launch": {
         "cluster",
@@ -70,7 +71,7 @@ TORCH_FREE = [
     "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
     "shoal.protocols", "shoal.activity", "shoal.process", "shoal.log", "shoal.devices", "shoal.transport",
     "shoal.engine", "shoal.planner", "shoal.cluster", "shoal.launch", "shoal.llm", "shoal.text", "shoal.jobs",
-    "shoal.openai", "shoal.bench", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",
+    "shoal.openai", "shoal.bench", "shoal.doctor", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",
     "shoal.executors.base", "shoal.executors.table", "shoal.executors.multiprocess", "shoal.executors.node_agent",
     "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.registry", "shoal.models.families",
@@ -127,7 +128,7 @@ CONFINED = {
     "httptools": {"server"},
     "prometheus_client": {"server"},
     "aiohttp": {"client"},
-    "rich": {"cli", "client"},
+    "rich": {"cli", "client", "doctor"},
     "matplotlib": {"client"},
     "torch": {"distributed", "comm", "parallel", "kernels", "models", "worker"},
     "numpy": {"worker", "kernels", "cluster"},

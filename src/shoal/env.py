@@ -178,6 +178,23 @@ def visible_cuda_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+# The beginnings of variables that change how ranks compute and communicate. Hosts of one job should have the same.
+_COMMUNICATION = (
+    *("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "CUDA_", "HIP_", "ROCR_"),
+    *("TORCH_NCCL_", "TORCH_DISTRIBUTED_", PREFIX, "VLLM_"),
+)
+_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+
+
+def communication_variables() -> dict[str, str]:
+    """Return the variables that change how ranks compute and communicate. Those with secrets are left out."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_COMMUNICATION) and not any(word in name for word in _SECRETS)
+    }
+
+
 def hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
