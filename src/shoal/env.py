@@ -26,6 +26,13 @@ API_KEY = ("SHOAL_API_KEY", "VLLM_API_KEY")  # flags read them; child processes 
 _CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 _MAX_GIB = 1 << 20
 
+_SHARED = ("NCCL_", "GLOO_", "HF_", PREFIX, "VLLM_")  # beginnings of names of variables that all hosts need
+_OF_ONE_HOST = (
+    *API_KEY,
+    *("HF_TOKEN", "SHOAL_CLUSTER_KEY", "SHOAL_CLUSTER_KEY_FILE", "SHOAL_HOST_IP", "VLLM_HOST_IP"),
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+)
+
 SETTINGS: tuple[Variable, ...] = (
     Variable(
         API_KEY[0],
@@ -38,6 +45,7 @@ SETTINGS: tuple[Variable, ...] = (
     Variable("SHOAL_CLUSTER_KEY", "a secret that processes on different hosts share, so that no others can join them"),
     Variable("SHOAL_CLUSTER_KEY_FILE", "a file with that secret, which only its owner may read"),
     Variable("CUDA_VISIBLE_DEVICES", "the GPUs of this host that Shoal may use"),
+    Variable("RAY_ADDRESS", "host:port of the Ray cluster, if --ray-address is not given"),
     Variable("HF_HUB_OFFLINE", "1: download nothing from the hub"),
     Variable("HF_TOKEN", "the token for models on the hub that need a login"),
     Variable("HF_HOME", "the folder for models from the hub"),
@@ -193,6 +201,16 @@ def communication_variables() -> dict[str, str]:
         for name, value in sorted(os.environ.items())
         if name.startswith(_COMMUNICATION) and not any(word in name for word in _SECRETS)
     }
+
+
+def ray_address() -> str:
+    """Return RAY_ADDRESS, or "" if it is not set."""
+    return os.environ.get("RAY_ADDRESS", "").strip()
+
+
+def shared_variables() -> dict[str, str]:
+    """Return the variables of this process that processes on other hosts need too. Secrets are not among them."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_SHARED) and name not in _OF_ONE_HOST}
 
 
 def hub_offline() -> bool:

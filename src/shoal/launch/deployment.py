@@ -72,17 +72,32 @@ class NodeGroup:
         return cls(nodes.nnodes, nodes.node_rank, replicas, Address(host, nodes.master_port), key)
 
 
-def _check_layout_of_nodes(options: EngineOptions) -> None:
-    nodes, hosts, parallel = options.nodes, options.hosts, options.parallel
-    ranks, replicas = parallel.tensor_parallel_size * parallel.pipeline_parallel_size, parallel.data_parallel_size
-    others = {
+def _flags_of_whole_replicas(hosts: HostOptions) -> list[str]:
+    """Return the given flags that place whole replicas on hosts."""
+    values = {
         "--data-parallel-size-local": hosts.data_parallel_size_local,
         "--data-parallel-start-rank": hosts.data_parallel_start_rank,
         "--data-parallel-rank": hosts.data_parallel_rank,
         "--data-parallel-address": hosts.data_parallel_address,
         "--data-parallel-hybrid-lb": hosts.data_parallel_hybrid_lb or None,
     }
-    if given := [flag for flag, value in others.items() if value is not None]:
+    return [flag for flag, value in values.items() if value is not None]
+
+
+def _check_no_hosts(options: EngineOptions) -> None:
+    given = _flags_of_whole_replicas(options.hosts) + (["--headless"] if options.hosts.headless else [])
+    if given:
+        raise ConfigError(f"Ray places all replicas, but {given[0]} places some of them by hand: leave one of them out")
+
+
+def _check_layout_of_nodes(options: EngineOptions) -> None:
+    nodes, hosts, parallel = options.nodes, options.hosts, options.parallel
+    ranks, replicas = parallel.tensor_parallel_size * parallel.pipeline_parallel_size, parallel.data_parallel_size
+    if parallel.distributed_executor_backend == "ray":
+        raise ConfigError(
+            f"--nnodes {nodes.nnodes} and --distributed-executor-backend ray: Ray places ranks itself; leave one out"
+        )
+    if given := _flags_of_whole_replicas(hosts):
         raise ConfigError(
             f"--nnodes {nodes.nnodes} spreads each replica over hosts, but {given[0]} places whole replicas on hosts: "
             "leave one of them out"
@@ -111,6 +126,7 @@ class Deployment:
     address: Address | None = None  # of the rendezvous; None: there is no other host
     key: str = ""  # the shared key of the rendezvous
     nodes: NodeGroup | None = None  # the hosts that share the ranks of each replica; None: each replica is on one host
+    by_ray: bool = False  # the ranks of all replicas run where Ray places them
 
     @classmethod
     def of(cls, options: EngineOptions) -> "Deployment":
@@ -123,6 +139,9 @@ class Deployment:
         nodes = NodeGroup.of(options)
         if nodes is not None:
             return cls(Mode.ALONE, size, range(size), nodes=nodes)
+        if options.parallel.distributed_executor_backend == "ray":
+            _check_no_hosts(options)
+            return cls(Mode.ALONE, size, range(size), by_ray=True)
         mode = _mode(hosts, size)
         local = _local(hosts, mode, size)
         if mode is Mode.ALONE or (len(local) == size and mode is not Mode.HEADLESS):
@@ -166,7 +185,7 @@ class Deployment:
         If there is none (`local_size` is 0), it is the place of replica 0 on another host, because checking prompts
         needs some plan. The same holds for a replica over several hosts, which are not known yet.
         """
-        if self.nodes is not None:
+        if self.nodes is not None or self.by_ray:
             return ReplicaPlace(size=self.size, local_size=0)
         if self.mode is Mode.ALONE:
             return ReplicaPlace(size=self.size, local_size=self.size)

@@ -82,6 +82,7 @@ class ProcessLauncher:
             place=place,
             answer_timeout=answer_timeout(self._model),
             on_nodes_awaited=lambda awaited: leader.call(place.rank, awaited.address, awaited.start),
+            on_dismissed=lambda: leader.release(place.rank),
         )
         # Nodes that were there before come back; for the first start of a replica, a missing node is a mistake.
         patience = float("inf") if place.returning else self._model.plan.timeouts.start_s

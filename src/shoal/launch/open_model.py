@@ -18,6 +18,7 @@ from shoal.errors import ConfigError
 from shoal.launch import hub
 from shoal.launch.agreement import host_agreement, replica_agreement
 from shoal.launch.deployment import Deployment
+from shoal.launch.ray.choice import choose_executor
 from shoal.log import get_logger
 from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
@@ -53,6 +54,7 @@ class OpenModel:
     generation: GenerationDefaults
     planner: Planner | None  # None: another process plans and starts the replicas
     own_process: bool = False  # this process has no other purpose, so it may be bound to cores
+    online: bool = False  # for a server
     manual_place: ReplicaPlace | None = None  # the place of this process, if the user starts each replica in a process
 
     @property
@@ -106,7 +108,7 @@ class OpenModel:
             else dataclasses.replace(self._reported_host(report), address=address, here=False)
             for address, report in nodes
         ]
-        plan = self._completed(self._own_planner.for_hosts(hosts, place).first_plan)
+        plan = self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan)) if place.rendezvous else plan
 
     def _reported_host(self, report: HostReport) -> ReplicaHost:
@@ -128,9 +130,14 @@ class OpenModel:
         """The number of replicas on all hosts, as the options say."""
         return self.options.parallel.data_parallel_size
 
+    @property
+    def has_nodes(self) -> bool:
+        """True if the ranks of each replica are spread over nodes, which are not known before they have come."""
+        return self.options.nodes.nnodes > 1 or self.options.parallel.distributed_executor_backend == "ray"
+
     def log_plan(self) -> None:
-        """Log the reasons and warnings of the plan. Over several hosts, the leader does so when they have come."""
-        if self.options.nodes.nnodes == 1:
+        """Log the reasons and warnings of the plan. Over several nodes, the leader does so when they have come."""
+        if not self.has_nodes:
             log_plan(self._own_planner.first_plan)
 
     @property
@@ -212,6 +219,7 @@ def open_model(
         UserError: model, options and host do not fit together; the message says why, and what to do.
     """
     options, given = read_options(model, given, online=online)
+    options = choose_executor(options)
     if online:
         refuse_manual_place(options)
     manual_place = _read_manual_place(options)
@@ -228,7 +236,9 @@ def open_model(
     )
     found = _open_served(options, given, served)
     _warn_of_small_tokenizer(found)
-    return dataclasses.replace(found, planner=planner, own_process=own_process, manual_place=manual_place)
+    return dataclasses.replace(
+        found, planner=planner, own_process=own_process, online=online, manual_place=manual_place
+    )
 
 
 def open_served_model(model: str | None, given: Mapping[str, Any], served: ServedModel) -> OpenModel:
