@@ -14,6 +14,7 @@ from shoal.activity import PARTS, Activity, ActivityState
 from shoal.config.option_forms import SpeculativeConfig
 from shoal.devices.hardware import Hardware
 from shoal.wire.base import Stop, Wire, encode
+from shoal.wire.credentials import Credentials, TlsFiles, credentials_decoder
 from shoal.wire.engine import (
     EngineRequest,
     FromEngine,
@@ -86,7 +87,7 @@ from shoal.wire.ranks import (
     StepPlan,
     StepTimes,
     TokenLogprobs,
-    ToRank,
+    ToRankProcess,
     Traffic,
     Work,
     decode_capacity,
@@ -146,7 +147,7 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
 
 
 UNIONS = {
-    "to_rank": ToRank,
+    "to_rank": ToRankProcess,
     "from_rank": FromRank,
     "to_node": ToNode,
     "from_node": FromNode,
@@ -184,6 +185,7 @@ PAYLOADS = {
     LoadInfo: decode_load_info,
     Capacity: decode_capacity,
     RankStats: decode_rank_stats,
+    Credentials: credentials_decoder.decode,
     Hello: hello_decoder.decode,
     HostReport: host_report_decoder.decode,
     HeadlessSetup: headless_setup_decoder.decode,
@@ -218,7 +220,7 @@ def test_every_message_is_covered() -> None:
     parts = {
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
         *(SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
-        *(ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
+        *(TlsFiles, ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
         *(Layout, ShardPlan, ModelPlan, NodePlan, RankPlan, Timeouts, ServedModel),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts

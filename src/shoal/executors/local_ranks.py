@@ -6,7 +6,8 @@ from collections.abc import Container, Iterable, Sequence
 from shoal.devices import cpu
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import ChildProcess, end_all
-from shoal.wire.base import Ids
+from shoal.wire.base import Ids, encode
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.nodes import StartRank
 from shoal.wire.ranks import FromRank, RankSetup, from_rank
 
@@ -20,10 +21,11 @@ def start_order(setup: RankSetup) -> StartRank:
     return StartRank(setup.rank, setup.world_size, cores)
 
 
-def start_rank(order: StartRank, store: int = NO_STORE) -> ChildProcess:
+def start_rank(order: StartRank, credentials: Credentials, store: int = NO_STORE) -> ChildProcess:
     """Start the process of a rank.
 
     Args:
+        credentials: of this host, for the places where ranks of several hosts find each other.
         store: the descriptor of the file through which ranks of one host find each other.
 
     Raises:
@@ -31,7 +33,9 @@ def start_rank(order: StartRank, store: int = NO_STORE) -> ChildProcess:
     """
     arguments = ["--rank", str(order.rank), "--size", str(order.world_size), "--store", str(store)]
     environment = cpu.pinning_environment(order.cores) if order.cores else {}
-    return ChildProcess("shoal.worker", arguments, environment, [] if store == NO_STORE else [store])
+    child = ChildProcess("shoal.worker", arguments, environment, [] if store == NO_STORE else [store])
+    child.say(encode(credentials))
+    return child
 
 
 class LocalRanks:
@@ -42,12 +46,13 @@ class LocalRanks:
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
         self._orders = [start_order(setup) for setup in setups]
+        self._credentials = setups[0].plan.place.credentials if setups else NO_CREDENTIALS
         self._store = store
         self._children: dict[int, ChildProcess] = {}
 
     def start(self) -> None:
         for order in self._orders:
-            self._children[order.rank] = start_rank(order, self._store)
+            self._children[order.rank] = start_rank(order, self._credentials, self._store)
 
     @property
     def channels(self) -> list[Channel]:

@@ -46,7 +46,9 @@ class NodeListener:
         """
         self.nodes: Mapping[int, NodePlan] = plan.nodes_elsewhere
         self._door = _EngineDoor(self.nodes, len(plan.nodes), start)
-        self._rendezvous = Rendezvous(plan.place.address, key=plan.place.key, doors={ENGINE_DOOR: self._door})
+        self._rendezvous = Rendezvous(
+            plan.place.address, credentials=plan.place.credentials, doors={ENGINE_DOOR: self._door}
+        )
         self.address = self._rendezvous.address
 
     def gather(self, timeout: float) -> dict[int, Channel]:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from shoal import env
 from shoal.addresses import Address, parse_host, refuse_loopback_name
 from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.executors.table import EXECUTORS
-from shoal.transport.rendezvous import require_key
+from shoal.launch.credentials import credentials_of_host
 from shoal.values import numbered
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.plan import ReplicaPlace
 
 DEFAULT_PORT = 29550
@@ -33,7 +33,7 @@ class NodeGroup:
     rank: int  # the number of this host; number 0 leads
     replicas: int
     address: Address  # where node 0 awaits the others
-    key: str  # the shared key
+    credentials: Credentials  # of this host
     leader_has_ranks: bool = True  # False: the host of the leader is no node, only its number is used
 
     @property
@@ -67,9 +67,8 @@ class NodeGroup:
             )
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
-        key = env.cluster_key()
-        require_key(key, host)
-        return cls(nodes.nnodes, nodes.node_rank, replicas, Address(host, nodes.master_port), key)
+        credentials = credentials_of_host(options.tls, host)
+        return cls(nodes.nnodes, nodes.node_rank, replicas, Address(host, nodes.master_port), credentials)
 
 
 def _flags_of_whole_replicas(hosts: HostOptions) -> list[str]:
@@ -124,7 +123,7 @@ class Deployment:
     size: int  # the number of replicas on all hosts
     local: Sequence[int]  # the numbers of the replicas on this host
     address: Address | None = None  # of the rendezvous; None: there is no other host
-    key: str = ""  # the shared key of the rendezvous
+    credentials: Credentials = NO_CREDENTIALS  # of this host, for the rendezvous
     nodes: NodeGroup | None = None  # the hosts that share the ranks of each replica; None: each replica is on one host
     by_ray: bool = False  # the ranks of all replicas run where Ray places them
 
@@ -159,9 +158,7 @@ class Deployment:
         host = parse_host(hosts.data_parallel_address, "--data-parallel-address")
         refuse_loopback_name(host, "--data-parallel-address")
         address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
-        key = env.cluster_key()
-        require_key(key, address.host)
-        return cls(mode, size, local, address, key)
+        return cls(mode, size, local, address, credentials_of_host(options.tls, address.host))
 
     @property
     def awaited(self) -> Sequence[int]:

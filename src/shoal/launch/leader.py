@@ -6,6 +6,7 @@ from typing import Protocol
 
 from shoal import addresses
 from shoal.errors import UserError
+from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.node_pool import NodePool
 from shoal.launch.open_model import OpenModel, log_plan
@@ -73,12 +74,13 @@ class Leader:
         self._starter = starter
         self._pool = NodePool(group, model.agreement)
         where = group.address
+        log_protection(group.credentials, where.host)
         self._own_address = str(addresses.resolve(where.host)[0][1][0])
         self._rendezvous = Rendezvous(
-            where.host, where.port, key=group.key, doors={NODES_DOOR: self._pool}, reopen_rooms=True
+            where.host, where.port, credentials=group.credentials, doors={NODES_DOOR: self._pool}, reopen_rooms=True
         )
         self.rendezvous = self._rendezvous.address
-        self.key = group.key
+        self.credentials = group.credentials
         self.num_replicas = group.replicas
         self._logged = False
 
@@ -94,7 +96,8 @@ class Leader:
             self._starter.start(place.rank, self.rendezvous, timeout, cancelled)
             cancelled = functools.partial(self._check_nodes, self._starter, place.rank, cancelled)
         nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled)
-        place = replace_fields(place, local_rank=0, local_size=1, address=self._own_address, key=self._group.key)
+        place = replace_fields(place, local_rank=0, local_size=1, address=self._own_address)
+        place = replace_fields(place, credentials=self._group.credentials)
         hosts = [(nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers]
         plan = self._model.plan_over(place, hosts)
         if not self._logged:

@@ -7,6 +7,7 @@ from typing import Any
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.executors.node_agent import NodeAgent
+from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.headless import introduce_host
 from shoal.launch.open_model import read_options, refuse_manual_place
@@ -72,6 +73,7 @@ class Node:
 
     def run(self, *, online: bool) -> None:
         """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
+        log_protection(self._group.credentials, self._group.address.host)
         try:
             self.join()
             while self.serve():
@@ -97,7 +99,7 @@ class Node:
             try:
                 self._leader = connect(
                     self._group.address,
-                    self._group.key,
+                    self._group.credentials,
                     room=NODES_DOOR,
                     rank=self._group.rank,
                     size=self._group.size,
@@ -146,7 +148,7 @@ class Node:
             return False
         self._end_ranks()
         try:
-            self._agent = NodeAgent(message, self._group.key)
+            self._agent = NodeAgent(message, self._group.credentials)
         except ShoalError as error:  # the engine has ended meanwhile; the leader will call again
             log.warning("%s", error)
         else:

@@ -7,6 +7,7 @@ through one queue, and every rank gets them in the same order.
 import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
+from shoal.wire.credentials import Credentials
 from shoal.wire.plan import EnginePlan, RankPlan
 
 
@@ -147,7 +148,7 @@ class StepResult(Wire, frozen=True):
 
 
 class RankSetup(Wire, frozen=True):
-    """The first message to a rank: the plan of its replica, and its own number in the plan."""
+    """The first message of an engine to a rank: the plan of its replica, and its own number in the plan."""
 
     wire_version: int
     incarnation: int
@@ -213,6 +214,9 @@ class RankReport(Wire, frozen=True):
 
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
 
+# The process of a rank first gets the credentials of its host, from the process that has started it.
+ToRankProcess = Credentials | ToRank
+
 FromRank = StepResult | RankReply | Heartbeat | RankReport
 
 
@@ -264,7 +268,7 @@ class RankStats(Wire, frozen=True):
     traffic: tuple[Traffic, ...] = ()
 
 
-to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+to_rank: msgspec.msgpack.Decoder[ToRankProcess] = msgspec.msgpack.Decoder(ToRankProcess)
 
 from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 

@@ -19,7 +19,8 @@ from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
-from shoal.wire.ranks import Heartbeat, ToRank, to_rank
+from shoal.wire.credentials import Credentials
+from shoal.wire.ranks import Heartbeat, ToRankProcess, to_rank
 
 _HEARTBEAT_S = 0.5
 
@@ -36,7 +37,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     configure_logging(f"(rank {number}) ")
     channel = Channel.from_fd(fd)
-    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToRankProcess] = queue.SimpleQueue()
     status = _Status(number)
     threading.Thread(target=_listen, args=(channel, inbox, status), daemon=True, name="listen").start()
 
@@ -44,8 +45,12 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     from shoal.worker.rank import Rank
 
     garbage_collector.freeze()
-    status.rank = rank = Rank(ProcessGroups(store, size))
+    groups = ProcessGroups(store, size)
+    status.rank = rank = Rank(groups)
     while not isinstance(message := inbox.get(), Stop):
+        if isinstance(message, Credentials):
+            groups.credentials = message
+            continue
         answer = rank.answer(message)
         if answer is not None:
             channel.send(encode(answer))
@@ -72,7 +77,7 @@ class _Status:
         return Heartbeat(self.number, self.rank.last_step, self.rank.doing)
 
 
-def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
+def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRankProcess]", status: _Status) -> None:
     next_heartbeat = time.monotonic()
     try:
         while True:

@@ -10,6 +10,7 @@ import torch
 
 from shoal.comm.base import Communicator
 from shoal.comm.torch_distributed import TorchComm, file_store
+from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.ranks import RankSetup
 from shoal.worker.rendezvous_store import RendezvousStore
 
@@ -24,6 +25,7 @@ class ProcessGroups:
     """
 
     def __init__(self, store: int, world_size: int) -> None:
+        self.credentials = NO_CREDENTIALS  # of this host; the owner sets them before ranks of other hosts are met
         self._own_store = store
         self._world_size = world_size
         self._own: Any = None
@@ -56,11 +58,11 @@ class ProcessGroups:
         if not set(ranks) <= set(replica):
             if self._shared is None:
                 place = setup.plan.place
-                self._shared = RendezvousStore(place.rendezvous, place.key, timeout_s=setup.plan.timeouts.comm_s)
+                self._shared = RendezvousStore(place.rendezvous, self.credentials, timeout_s=setup.plan.timeouts.comm_s)
             return self._shared
         if self._own is None:
             if setup.store:
-                self._own = RendezvousStore(setup.store, setup.plan.place.key, timeout_s=setup.plan.timeouts.comm_s)
+                self._own = RendezvousStore(setup.store, self.credentials, timeout_s=setup.plan.timeouts.comm_s)
             else:
                 self._own = file_store(self._own_store, self._world_size)
         return self._own

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.addresses import Address
+from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.headless import introduce_host
 from shoal.launch.node import Node
@@ -26,7 +27,7 @@ class NodeOrder:
     size: int  # how many nodes there are, and the leader
     ranks: int  # how many ranks its resources are for
     leader: str  # host:port where the leader awaits its nodes
-    key: str
+    key: str  # the shared key
     online: bool
 
 
@@ -52,7 +53,9 @@ class NodeActor:
         report, agreement = introduce_host(options, read)
         address = str(load("ray.util:get_node_ip_address")())
         report = replace_fields(report, address=address)
-        group = NodeGroup(order.size, order.number, 1, Address.parse(order.leader), order.key, leader_has_ranks=False)
+        leader = Address.parse(order.leader)
+        credentials = credentials_of_host(options.tls, leader.host, order.key)
+        group = NodeGroup(order.size, order.number, 1, leader, credentials, leader_has_ranks=False)
         with self._running:
             Node(group, options, report, agreement, self._stop).run(online=order.online)
 

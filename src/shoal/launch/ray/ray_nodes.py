@@ -10,6 +10,7 @@ from shoal import env
 from shoal.addresses import Address
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError, EngineError, ShoalError
+from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.open_model import OpenModel
 from shoal.launch.ray import cluster
@@ -58,14 +59,10 @@ class RayNodes:
         self._indices: list[dict[int, int]] = []  # for each replica: bundle of the given group -> number of ranks
         self._sizes = self._bundle_sizes()
         size = 1 + self._replicas * len(self._sizes)
-        self.group = NodeGroup(
-            size,
-            0,
-            self._replicas,
-            Address(cluster.own_address(), 0),
-            env.cluster_key() or secrets.token_hex(_KEY_BYTES),
-            leader_has_ranks=False,
-        )
+        address = cluster.own_address()
+        key = env.cluster_key() or secrets.token_hex(_KEY_BYTES)
+        credentials = credentials_of_host(options.tls, address, key)
+        self.group = NodeGroup(size, 0, self._replicas, Address(address, 0), credentials, leader_has_ranks=False)
         self._placed: dict[int, _Placed] = {}
 
     def _bundle_sizes(self) -> list[int]:
@@ -176,7 +173,7 @@ class RayNodes:
             size=self.group.size,
             ranks=len(ranks),
             leader=leader,
-            key=self.group.key,
+            key=self.group.credentials.key,
             online=self._model.online,
         )
         actor = (
