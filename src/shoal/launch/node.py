@@ -47,7 +47,12 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
     assert group is not None
     report, agreement = introduce_host(options, given)
     with SignalEvent() as signals:
-        Node(group, options, report, agreement, signals).run(online=online)
+        node = Node(group, options, report, agreement, signals)
+        try:
+            node.join()
+            node.obey_leaders(online=online)
+        finally:
+            node.close()
     return 0
 
 
@@ -70,17 +75,13 @@ class Node:
         self._leader: Channel | None = None
         self._agent: NodeAgent | None = None
 
-    def run(self, *, online: bool) -> None:
+    def obey_leaders(self, *, online: bool) -> None:
         """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
-        try:
-            self.join()
-            while self.serve():
-                if not online:
-                    raise EngineError(f"the leader at {self._group.address} has gone before the work was done")
-                log.warning("the leader at %s has gone: waiting for the next one", self._group.address)
-                self.join(returning=True)
-        finally:
-            self.close()
+        while self.serve():
+            if not online:
+                raise EngineError(f"the leader at {self._group.address} has gone before the work was done")
+            log.warning("the leader at %s has gone: waiting for the next one", self._group.address)
+            self.join(returning=True)
 
     def join(self, *, returning: bool = False) -> None:
         """Connect to the leader. Return without a connection if this node must stop.
@@ -124,10 +125,11 @@ class Node:
         """
         while self._leader is not None and not self._stop.arrived:
             sources: list[Any] = [self._stop, self._leader, *(self._agent.channels if self._agent else ())]
-            readable = wait(sources, _CHECK_S)
+            at_hand = self._leader.has_frame or (self._agent is not None and self._agent.has_frame)
+            readable = wait(sources, 0 if at_hand else _CHECK_S)
             if self._agent is not None and not self._agent.tick(readable):
                 self._end_ranks()
-            if self._leader in readable:
+            if self._leader in readable or self._leader.has_frame:
                 try:
                     for frame in self._leader.receive():
                         if not self._obey(leader_to_node.decode(frame)):

@@ -22,6 +22,7 @@ log = get_logger("nodes")
 _SLICE_S = 0.5  # how often a wait checks whether it was cancelled
 _REPORT_S = 10.0  # how often the log says which nodes are missing
 _FLUSH_S = 1.0
+_ADVICE = "run the same command on each host with its own --node-rank; each must be able to reach this address"
 _CALL_S = 60.0  # how long a node may try to connect to the engine that calls it
 
 
@@ -58,6 +59,7 @@ class NodePool:
 
     def __init__(self, group: NodeGroup, agreement: Mapping[str, str]) -> None:
         """Have no nodes yet. `agreement`: what a node must have in common with this host."""
+        self.address = str(group.address)  # where the nodes come, for messages
         self._group = group
         self._agreement = agreement
         self._name = f"node 0 ({socket.gethostname()})"
@@ -110,9 +112,17 @@ class NodePool:
     # --- what the leader does with them --------------------------------------------------------------------------
 
     def gather(
-        self, numbers: Iterable[int], timeout: float, cancelled: Callable[[], bool] = lambda: False
+        self,
+        numbers: Iterable[int],
+        timeout: float,
+        cancelled: Callable[[], bool] = lambda: False,
+        advice: Callable[[], str] = lambda: _ADVICE,
     ) -> dict[int, WaitingNode]:
         """Return nodes by number, as soon as all of them are here.
+
+        Args:
+            cancelled: is asked twice a second whether to give up. It may raise an error of its own.
+            advice: returns what could be done about missing nodes, for messages.
 
         Raises:
             ConfigError: not all have come within `timeout` seconds; or one was refused, and all have never been here.
@@ -128,10 +138,11 @@ class NodePool:
                 if self._refused and not self._ever_complete:
                     raise ConfigError(self._refused)
                 if now - begun > timeout:
-                    raise ConfigError(f"{self._describe(missing)} did not come within {timeout:g} s: {self._advice()}")
+                    raise ConfigError(f"{self._describe(missing)} did not come within {timeout:g} s: {advice()}")
                 if now - last_report >= _REPORT_S:
                     last_report = now
-                    log.info("waiting for %s, %.0f s of %g", self._describe(missing), now - begun, timeout)
+                    limit = "" if timeout == float("inf") else f" of {timeout:g}"
+                    log.info("waiting for %s, %.0f s%s: %s", self._describe(missing), now - begun, limit, advice())
                 self._changed.wait(_SLICE_S)
             self._ever_complete = True
             return {number: self._nodes[number] for number in wanted}
@@ -146,10 +157,7 @@ class NodePool:
 
     def _describe(self, missing: Iterable[int]) -> str:
         names = ", ".join(map(str, missing))
-        return f"node {names} of {self._group.size} at {self._group.address}"
-
-    def _advice(self) -> str:
-        return "run the same command on each host with its own --node-rank; each must be able to reach this address"
+        return f"node {names} at {self.address}"
 
     def call(self, numbers: Iterable[int], replica: int, address: str, start: str) -> None:
         """Have the nodes of a replica connect to its engine.
