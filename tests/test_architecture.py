@@ -101,6 +101,12 @@ LOADABLE = {
     "shoal.structured.matcher": {"text"},
     "shoal.models.transformers.trial": {"models"},
     "shoal.models.checkpoint.torch_files": {"models"},
+    "shoal.launch.ray.ray_nodes": {"launch"},
+    "ray": {"launch"},
+    "ray.util": {"launch"},
+    "ray.util.placement_group": {"launch"},
+    "ray.util.scheduling_strategies": {"launch"},
+    "ray._private.state": {"launch"},
     "huggingface_hub": {"launch"},
     "huggingface_hub.constants": {"launch"},
     "transformers": {"text", "models"},
@@ -133,6 +139,7 @@ CONFINED = {
     "torch": {"distributed", "comm", "parallel", "kernels", "models", "worker"},
     "numpy": {"worker", "kernels", "cluster"},
     "huggingface_hub": set[str](),
+    "ray": set[str](),
     "transformers": set[str](),
 }
 

@@ -63,6 +63,7 @@ def connect(options: EngineOptions) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
+    load("ray:put")(None)  # Ray loads modules for this, which must not happen on several threads at the same time
     log.info(
         "connected to Ray at %s",
         load("ray:get_runtime_context")().gcs_address if there != "local" else "a cluster of its own",
