@@ -107,6 +107,15 @@ def test_no_request_is_lost_when_a_host_is_killed_under_load(start: Start, two: 
         assert node.await_end() == 0, node.text
 
 
+def test_a_spare_host_takes_over_for_a_host_that_is_gone(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
+    with served(start, two, "-pp", "2", "--spare-hosts", "1") as (server, other, _):
+        spare = start(two[1], "serve", "bundled", *SMALL, "-pp", "2", "--spare-hosts", "1", *nodes(two, 2))
+        spare.await_text("node 2 of 2 is with its leader")
+        other.process.kill()
+        server.await_text("takes the place of node 1")
+        assert ask(two[0], "2 apples", 1)
+
+
 def test_a_rank_that_is_killed_on_another_host_is_named_with_its_host(
     start: Start, two: tuple[hosts.Host, hosts.Host]
 ) -> None:
