@@ -102,6 +102,12 @@ LOADABLE = {
     "shoal.structured.matcher": {"text"},
     "shoal.models.transformers.trial": {"models"},
     "shoal.models.checkpoint.torch_files": {"models"},
+    "shoal.launch.ray.ray_nodes": {"launch"},
+    "ray": {"launch"},
+    "ray.util": {"launch"},
+    "ray.util.placement_group": {"launch"},
+    "ray.util.scheduling_strategies": {"launch"},
+    "ray._private.state": {"launch"},
     "huggingface_hub": {"launch"},
     "huggingface_hub.constants": {"launch"},
     "transformers": {"text", "models"},
@@ -135,6 +141,7 @@ CONFINED = {
     "torch": {"distributed", "comm", "parallel", "kernels", "models", "worker"},
     "numpy": {"worker", "kernels", "cluster"},
     "huggingface_hub": set[str](),
+    "ray": set[str](),
     "transformers": set[str](),
 }
 

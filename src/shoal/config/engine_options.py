@@ -194,6 +194,11 @@ class NodeOptions:
         parse=parse_placement,
         metavar="PLACEMENT",
     )
+    spare_hosts: int = option(
+        0,
+        "hosts beyond --nnodes that wait, with the next node ranks, and take the place of one that is gone",
+        minimum=0,
+    )
     ray_address: str | None = option(
         None, "host:port of the Ray cluster; auto: RAY_ADDRESS, or the cluster of this host", local=True
     )

@@ -35,6 +35,7 @@ class NodeGroup:
     address: Address  # where node 0 awaits the others
     credentials: Credentials  # of this host
     leader_has_ranks: bool = True  # False: the host of the leader is no node, only its number is used
+    spares: int = 0  # nodes that wait to take the place of one that is gone; their numbers come after the others
 
     @property
     def per_replica(self) -> int:
@@ -53,11 +54,14 @@ class NodeGroup:
             ConfigError: options contradict each other.
         """
         nodes, replicas = options.nodes, options.parallel.data_parallel_size
-        if nodes.node_rank >= nodes.nnodes:
+        if nodes.node_rank >= nodes.nnodes + nodes.spare_hosts:
+            spares = f" and --spare-hosts {nodes.spare_hosts}" if nodes.spare_hosts else ""
             raise ConfigError(
-                f"--node-rank {nodes.node_rank} does not exist with --nnodes {nodes.nnodes}: ranks count from 0"
+                f"--node-rank {nodes.node_rank} does not exist with --nnodes {nodes.nnodes}{spares}: ranks count from 0"
             )
         if nodes.nnodes == 1:
+            if nodes.spare_hosts:
+                raise ConfigError("--spare-hosts replace a host of several: give --nnodes too")
             return None
         _check_layout_of_nodes(options)
         if nodes.master_addr is None:
@@ -68,7 +72,8 @@ class NodeGroup:
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
         credentials = credentials_of_host(options.tls, host)
-        return cls(nodes.nnodes, nodes.node_rank, replicas, Address(host, nodes.master_port), credentials)
+        address = Address(host, nodes.master_port)
+        return cls(nodes.nnodes, nodes.node_rank, replicas, address, credentials, spares=nodes.spare_hosts)
 
 
 def _flags_of_whole_replicas(hosts: HostOptions) -> list[str]:

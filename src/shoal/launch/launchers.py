@@ -14,11 +14,14 @@ from shoal.executors.table import thread_groups
 from shoal.launch.deployment import place_of
 from shoal.launch.leader import Leader
 from shoal.launch.open_model import OpenModel
+from shoal.log import get_logger
 from shoal.transport.channel import Channel
 from shoal.wire.base import replace_fields
 from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.engine import EngineStats, NoPlan
 from shoal.wire.plan import EnginePlan, ReplicaPlace
+
+log = get_logger("replicas")
 
 ENGINE_PROCESS = "shoal.engine.process"
 _START_PHASES = 5  # each of which may take --start-timeout
@@ -91,8 +94,11 @@ class ProcessLauncher:
         def plan() -> None:
             try:
                 found = leader.plan(place, patience, cancelled=lambda: engine.has_ended)
-            except ShoalError as error:
-                engine.give_plan(NoPlan(str(error), isinstance(error, UserError)))
+            except Exception as error:
+                why = str(error) if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
+                if not isinstance(error, ShoalError):
+                    log.exception("replica %d could not be planned", place.rank)
+                engine.give_plan(NoPlan(why, isinstance(error, UserError)))
             else:
                 engine.give_plan(found)
 

@@ -37,6 +37,9 @@ class NodeStarter(Protocol):
             ShoalError: one has; the error is its own.
         """
 
+    def describe(self, replica: int) -> str:
+        """Return the state of the nodes of a replica that have not come, for messages."""
+
     def release(self, replica: int) -> None:
         """End the nodes of a replica. Idempotent, never raises."""
 
@@ -72,14 +75,15 @@ class Leader:
         self._model = model
         self._group = group
         self._starter = starter
-        self._pool = NodePool(group, model.agreement)
         where = group.address
         log_protection(group.credentials, where.host)
         self._own_address = str(addresses.resolve(where.host)[0][1][0])
+        self._pool = NodePool(group, model.agreement)
         self._rendezvous = Rendezvous(
             where.host, where.port, credentials=group.credentials, doors={NODES_DOOR: self._pool}, reopen_rooms=True
         )
         self.rendezvous = self._rendezvous.address
+        self._pool.address = self.rendezvous
         self.credentials = group.credentials
         self.num_replicas = group.replicas
         self._logged = False
@@ -92,13 +96,15 @@ class Leader:
             EngineError: `cancelled` returned True.
         """
         numbers = self._group.of_replica(place.rank)
+        advice: dict[str, Callable[[], str]] = {}
         if self._starter is not None:
             self._starter.start(place.rank, self.rendezvous, timeout, cancelled)
             cancelled = functools.partial(self._check_nodes, self._starter, place.rank, cancelled)
-        nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled)
+            advice = {"advice": functools.partial(self._starter.describe, place.rank)}
+        nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled, **advice)
         place = replace_fields(place, local_rank=0, local_size=1, address=self._own_address)
         place = replace_fields(place, credentials=self._group.credentials)
-        hosts = [(nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers]
+        hosts = {n: (nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers}
         plan = self._model.plan_over(place, hosts)
         if not self._logged:
             self._logged = True

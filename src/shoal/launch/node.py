@@ -48,7 +48,12 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
     assert group is not None
     report, agreement = introduce_host(options, given)
     with SignalEvent() as signals:
-        Node(group, options, report, agreement, signals).run(online=online)
+        node = Node(group, options, report, agreement, signals)
+        try:
+            node.join()
+            node.obey_leaders(online=online)
+        finally:
+            node.close()
     return 0
 
 
@@ -71,18 +76,13 @@ class Node:
         self._leader: Channel | None = None
         self._agent: NodeAgent | None = None
 
-    def run(self, *, online: bool) -> None:
+    def obey_leaders(self, *, online: bool) -> None:
         """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
-        log_protection(self._group.credentials, self._group.address.host)
-        try:
-            self.join()
-            while self.serve():
-                if not online:
-                    raise EngineError(f"the leader at {self._group.address} has gone before the work was done")
-                log.warning("the leader at %s has gone: waiting for the next one", self._group.address)
-                self.join(returning=True)
-        finally:
-            self.close()
+        while self.serve():
+            if not online:
+                raise EngineError(f"the leader at {self._group.address} has gone before the work was done")
+            log.warning("the leader at %s has gone: waiting for the next one", self._group.address)
+            self.join(returning=True)
 
     def join(self, *, returning: bool = False) -> None:
         """Connect to the leader. Return without a connection if this node must stop.
@@ -93,6 +93,7 @@ class Node:
         Raises:
             ConfigError: the leader cannot be reached in time, or refuses this node.
         """
+        log_protection(self._group.credentials, self._group.address.host)
         deadline = time.monotonic() + self._options.parallel.start_timeout
         while not self._stop.arrived:
             patience = _RECONNECT_S if returning else deadline - time.monotonic()
@@ -126,10 +127,11 @@ class Node:
         """
         while self._leader is not None and not self._stop.arrived:
             sources: list[Any] = [self._stop, self._leader, *(self._agent.channels if self._agent else ())]
-            readable = wait(sources, _CHECK_S)
+            at_hand = self._leader.has_frame or (self._agent is not None and self._agent.has_frame)
+            readable = wait(sources, 0 if at_hand else _CHECK_S)
             if self._agent is not None and not self._agent.tick(readable):
                 self._end_ranks()
-            if self._leader in readable:
+            if self._leader in readable or self._leader.has_frame:
                 try:
                     for frame in self._leader.receive():
                         if not self._obey(leader_to_node.decode(frame)):

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
@@ -92,22 +92,22 @@ class OpenModel:
         plan = self._completed(planner.first_plan, report.tokenizer_folder)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan))
 
-    def plan_over(self, place: ReplicaPlace, nodes: Sequence[tuple[str, HostReport | None]]) -> EnginePlan:
+    def plan_over(self, place: ReplicaPlace, nodes: Mapping[int, tuple[str, HostReport | None]]) -> EnginePlan:
         """Return the plan of a replica over several hosts.
 
         Args:
             place: where its engine runs.
-            nodes: the address and the report of each host; the report of this host is None.
+            nodes: for each node, by its number, its address and its report; the report of this host is None.
 
         Raises:
             UserError: the hosts do not have enough memory or devices for it, or differ in the kind of their devices.
         """
         own = self._own_planner.hosts[0]
         hosts = [
-            dataclasses.replace(own, address=address, files=self._own_planner.files)
+            dataclasses.replace(own, address=address, files=self._own_planner.files, number=number)
             if report is None
-            else dataclasses.replace(self._reported_host(report), address=address, here=False)
-            for address, report in nodes
+            else dataclasses.replace(self._reported_host(report), address=address, here=False, number=number)
+            for number, (address, report) in nodes.items()
         ]
         plan = self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan)) if place.rendezvous else plan

@@ -277,7 +277,8 @@ class Planner:
         if len(self.hosts) == 1 and self.hosts[0].here:
             return ()
         return tuple(
-            NodePlan(host.facts.name, host.address, host.files or self.files, host.here) for host in self.hosts
+            NodePlan(host.number, host.facts.name, host.address, host.files or self.files, host.here)
+            for host in self.hosts
         )
 
     def _rank_plans(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from shoal.config.option_forms import Placement
 from shoal.errors import ConfigError
-from shoal.planner.placement import TP_ACROSS
+from shoal.planner.placement import TP_ACROSS, ranks_across
 from shoal.values import numbered
 
 Resources = Mapping[str, float]
@@ -51,7 +51,8 @@ def bundle_sizes(
     if largest == 0:
         raise ConfigError(f"no node of the Ray cluster has {shown(each)} for a rank: {_held(nodes)}")
     if wanted == TP_ACROSS:
-        return _divided(world, max(2, -(-world // largest)))
+        count = max(2, -(-world // largest))
+        return [len(ranks) for ranks in ranks_across(tp, stages, count)]
     if largest >= world:
         return [world]
     if largest >= tp:

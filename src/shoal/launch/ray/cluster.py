@@ -1,6 +1,8 @@
 """A Ray cluster as this process sees it: whether it is there, its nodes, and the placement group of this process."""
 
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ def connect(options: EngineOptions) -> None:
     if wanted and wanted not in ("auto", "local") and "://" not in wanted:
         _check_reachable(wanted)
     there = wanted or ("auto" if _LOCAL_CLUSTER.exists() else "local")
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         init(
             address=there,
@@ -57,6 +60,10 @@ def connect(options: EngineOptions) -> None:
     except Exception as error:  # noqa: BLE001 - Ray raises RuntimeError, ConnectionError, ValueError and others
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"Ray cannot be used at {there}: {' '.join(lines)}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
+    load("ray:put")(None)  # Ray loads modules for this, which must not happen on several threads at the same time
     log.info(
         "connected to Ray at %s",
         load("ray:get_runtime_context")().gcs_address if there != "local" else "a cluster of its own",

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.addresses import Address
+from shoal.errors import EngineError
 from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.headless import introduce_host
 from shoal.launch.node import Node
 from shoal.launch.open_model import read_options
 from shoal.lazy import load
-from shoal.log import configure_logging
+from shoal.log import configure_logging, get_logger
 from shoal.process.stop_event import StopEvent
 from shoal.wire.base import replace_fields
+
+log = get_logger("ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class NodeActor:
         """Run the ranks of this node until the leader dismisses it, or `stop` is called.
 
         Raises:
-            ShoalError: this node cannot work here; or the leader has failed.
+            UserError: this node cannot work here, or the leader refuses it.
         """
         order = self._order
         # Ray counts CPUs, and does not bind processes to them; of GPUs it shows this process those of its ranks.
@@ -57,7 +60,14 @@ class NodeActor:
         credentials = credentials_of_host(options.tls, leader.host, order.key)
         group = NodeGroup(order.size, order.number, 1, leader, credentials, leader_has_ranks=False)
         with self._running:
-            Node(group, options, report, agreement, self._stop).run(online=order.online)
+            node = Node(group, options, report, agreement, self._stop)
+            try:
+                node.join()
+                node.obey_leaders(online=False)
+            except EngineError as error:  # the leader has failed or gone, and knows why
+                log.info("this node ends: %s", error)
+            finally:
+                node.close()
 
     def stop(self) -> None:
         """End the ranks of this node, and wait until they have ended."""

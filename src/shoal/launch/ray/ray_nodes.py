@@ -219,6 +219,16 @@ class RayNodes:
             self.release(replica)
             raise EngineError("an actor of Ray has ended before its work was done")
 
+    def describe(self, replica: int) -> str:
+        """Return what Ray waits for, or that it has placed all nodes of a replica."""
+        placed = self._placed.get(replica)
+        if placed is None:
+            return "they were released"
+        table = load("ray.util:placement_group_table")(placed.group)
+        if table["state"] != "CREATED":
+            return f"Ray has no place for them: {self._describe_shortage(placed.group)}"
+        return "Ray has placed them, and starts them"
+
     def release(self, replica: int) -> None:
         """End the actors of a replica, and give their resources back. Idempotent, never raises."""
         placed = self._placed.pop(replica, None)
