@@ -36,10 +36,10 @@ _FILES = f"{CA_FILE}, {CERTIFICATE_FILE} and {KEY_FILE}"
     "certificates expire",
 )
 def cluster_keys(folder: Path, hosts: int | None, days: int, ca_folder: Path | None) -> None:
-    """Make certificates for --cluster-tls in the folder DIR, which must be new or empty.
+    """Make the certificates for --cluster-tls.
 
-    It gets the certificate of a CA (certificate authority), the key of the CA, and a certificate with its key for the
-    hosts. Nothing is overwritten.
+    The folder DIR must be new or empty. It gets the certificate of a CA (certificate authority), the key of the CA, and
+    a certificate with its key for the hosts.
     """
     write_set = _load_writer()
     _make_folder(folder)

@@ -242,7 +242,7 @@ class HostOptions:
 
 @dataclass(frozen=True, slots=True)
 class ClusterTlsOptions:
-    """Encryption between hosts"""
+    """Encryption"""
 
     cluster_tls: str | None = option(
         None,
