@@ -58,7 +58,7 @@ def test_files_are_checked_and_the_key_is_needed_too(tmp_path: Path, monkeypatch
 
 def test_the_log_says_once_how_connections_are_protected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "shoal")
-    for number in range(2):
+    for _ in range(2):
         log_protection(Credentials("secret"), ELSEWHERE)
         log_protection(Credentials("secret"), "127.0.0.1")
     (open_line,) = (record for record in caplog.records)

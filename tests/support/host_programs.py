@@ -61,9 +61,9 @@ def generation(folder: Path) -> list[str]:
     return ["generate", str(folder), "--prompts-file", str(prompts), *parameters, *SMALL]
 
 
-def ask(host: hosts.Host, prompt: str, seed: int) -> list[str]:
+def ask(host: hosts.Host, prompt: str, seed: int, model: str = "bundled") -> list[str]:
     """Return the texts of a stream of 48 sampled tokens."""
-    body = {"model": "bundled", "prompt": prompt, "max_tokens": 48, "seed": seed, "stream": True, "ignore_eos": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": 48, "seed": seed, "stream": True, "ignore_eos": True}
     with host.connect(("127.0.0.1", PORT), 30) as connection:
         connection.settimeout(WAIT_S)
         payload = json.dumps(body)
