@@ -71,10 +71,8 @@ class NodeGroup:
             )
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
-        key = env.cluster_key()
-        require_key(key, host)
         address = Address(host, nodes.master_port)
-        return cls(nodes.nnodes, nodes.node_rank, replicas, address, key, spares=nodes.spare_hosts)
+        return cls(nodes.nnodes, nodes.node_rank, replicas, address, env.cluster_key(), spares=nodes.spare_hosts)
 
 
 def _flags_of_whole_replicas(hosts: HostOptions) -> list[str]:
