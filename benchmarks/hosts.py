@@ -1,6 +1,6 @@
 """Compare ways to run ranks over hosts: by Ray and by hand, on one host and on two, over a fast and a slow link.
 
-`python benchmarks/hosts.py` prints JSON. It needs two cores, the right to make network namespaces (root), and Ray. The
+`PYTHONPATH=tests python benchmarks/hosts.py` prints JSON. It needs two cores, the right to make network namespaces (root), and Ray. The
 two hosts are namespaces of this machine, and each has one core. Variants run one after the other, `--rounds` times;
 figures are medians, and ratios are computed round by round.
 
