@@ -44,16 +44,13 @@ def test_incomplete_files_are_refused(options: ClusterTlsOptions, message: str) 
         tls_files(options)
 
 
-def test_files_are_checked_and_the_key_is_needed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Cluster(tmp_path).folder("host")
     monkeypatch.setenv("SHOAL_CLUSTER_KEY", "secret")
-    assert credentials_of_host(options_of(folder), ELSEWHERE) == Credentials("secret", files_in(folder))
+    assert credentials_of_host(options_of(folder)) == Credentials("secret", files_in(folder))
     os.chmod(folder / "key.pem", 0o604)
     with pytest.raises(ConfigError, match=r"key.pem may be read by users other than its owner \(mode 604\)"):
-        credentials_of_host(options_of(folder), ELSEWHERE)
-    monkeypatch.delenv("SHOAL_CLUSTER_KEY")
-    with pytest.raises(ConfigError, match="there is no shared key"):
-        credentials_of_host(options_of(folder), ELSEWHERE)
+        credentials_of_host(options_of(folder))
 
 
 def test_the_log_says_once_how_connections_are_protected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ from shoal.doctor.meeting import Peers, RoomPeers
 from shoal.doctor.settings import Settings
 from shoal.errors import ConfigError, ShoalError
 from shoal.launch.credentials import credentials_of_host, log_protection
+from shoal.transport.rendezvous import require_key
 from shoal.wire.doctor import DoctorReport, Finding, HostExamination, LayoutFit, Measurements
 from shoal.wire.hosts import HostFacts
 from shoal.wire.topology import ClusterTopology, D, HostTopology, decode_document, encode_document, with_fields
@@ -29,7 +30,8 @@ def run(settings: Settings) -> DoctorReport:
     """
     if not settings.several_hosts:
         return report_of_host(examine_host(settings))
-    credentials = credentials_of_host(settings.tls, settings.master)
+    credentials = credentials_of_host(settings.tls)
+    require_key(credentials.key, settings.master)
     log_protection(credentials, settings.master)
     own_port = ports.gather(settings.master, settings.master_port) if settings.node_rank == 0 else None
     outcomes = run_all(

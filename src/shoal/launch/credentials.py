@@ -10,7 +10,6 @@ from shoal.addresses import is_loopback
 from shoal.config.engine_options import ClusterTlsOptions
 from shoal.errors import ConfigError
 from shoal.log import get_logger
-from shoal.transport.rendezvous import require_key
 from shoal.transport.tls import check_files
 from shoal.wire.credentials import Credentials, TlsFiles
 
@@ -20,18 +19,16 @@ CA_FILE, CERTIFICATE_FILE, KEY_FILE, CA_KEY_FILE = "ca.pem", "cert.pem", "key.pe
 _SOON_DAYS = 30  # the log warns of a certificate that expires earlier
 
 
-def credentials_of_host(options: ClusterTlsOptions, address: str, key: str | None = None) -> Credentials:
-    """Return the credentials with which this host meets others at an address.
+def credentials_of_host(options: ClusterTlsOptions, key: str | None = None) -> Credentials:
+    """Return the credentials with which this host meets others.
 
     Args:
         key: the shared key; None: that of the environment.
 
     Raises:
-        ConfigError: other hosts can reach the address, but there is no shared key; or the files for TLS are incomplete
-            or cannot be used.
+        ConfigError: the key cannot be read; or the files for TLS are incomplete or cannot be used.
     """
     credentials = Credentials(env.cluster_key() if key is None else key, tls_files(options))
-    require_key(credentials.key, address)
     if credentials.tls is not None:
         check_files(credentials.tls)
     return credentials

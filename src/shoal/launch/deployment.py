@@ -9,6 +9,7 @@ from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.executors.table import EXECUTORS
 from shoal.launch.credentials import credentials_of_host
+from shoal.transport.rendezvous import require_key
 from shoal.values import numbered
 from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.plan import ReplicaPlace
@@ -71,8 +72,8 @@ class NodeGroup:
             )
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
-        credentials = credentials_of_host(options.tls, host)
         address = Address(host, nodes.master_port)
+        credentials = credentials_of_host(options.tls)
         return cls(nodes.nnodes, nodes.node_rank, replicas, address, credentials, spares=nodes.spare_hosts)
 
 
@@ -163,7 +164,9 @@ class Deployment:
         host = parse_host(hosts.data_parallel_address, "--data-parallel-address")
         refuse_loopback_name(host, "--data-parallel-address")
         address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
-        return cls(mode, size, local, address, credentials_of_host(options.tls, address.host))
+        credentials = credentials_of_host(options.tls)
+        require_key(credentials.key, address.host)
+        return cls(mode, size, local, address, credentials)
 
     @property
     def awaited(self) -> Sequence[int]:

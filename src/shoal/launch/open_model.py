@@ -112,6 +112,21 @@ class OpenModel:
         plan = self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan)) if place.rendezvous else plan
 
+    def plan_over_equal_hosts(self) -> EnginePlan:
+        """Return the plan of the first replica, if all nodes had the same devices and memory as this host.
+
+        Raises:
+            UserError: the hosts would not have enough memory or devices for it.
+        """
+        own, parallel = self._own_planner.hosts[0], self.options.parallel
+        count = max(self.options.nodes.nnodes // parallel.data_parallel_size, 1)
+        hosts = [
+            dataclasses.replace(own, address=f"host {number}", number=number, here=number == 0)
+            for number in range(count)
+        ]
+        place = ReplicaPlace(size=parallel.data_parallel_size)
+        return self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
+
     def _reported_host(self, report: HostReport) -> ReplicaHost:
         options = EngineOptions.from_flat(self.options.model, report.options)
         return ReplicaHost(options, report.facts, report.files)
@@ -328,7 +343,7 @@ def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
         local_rank=found.rank_local,
         local_size=found.size_local,
         rendezvous=join_host_port(found.master_ip, found.master_port),
-        credentials=credentials_of_host(options.tls, found.master_ip),
+        credentials=credentials_of_host(options.tls),
     )
 
 

@@ -68,7 +68,7 @@ class DataParallelRank:
         if place.size_local < place.size:
             refuse_loopback_name(place.master_ip, "SHOAL_DP_MASTER_IP")
         tls = ClusterTlsOptions(None if cluster_tls is None else os.fspath(cluster_tls))
-        credentials = credentials_of_host(tls, address.host, key)
+        credentials = credentials_of_host(tls, key)
         log_protection(credentials, address.host)
         self._rendezvous = Rendezvous(address.host, address.port, credentials=credentials) if self.rank == 0 else None
         self._total = 0

@@ -57,7 +57,7 @@ class NodeActor:
         address = str(load("ray.util:get_node_ip_address")())
         report = replace_fields(report, address=address)
         leader = Address.parse(order.leader)
-        credentials = credentials_of_host(options.tls, leader.host, order.key)
+        credentials = credentials_of_host(options.tls, order.key)
         group = NodeGroup(order.size, order.number, 1, leader, credentials, leader_has_ranks=False)
         with self._running:
             node = Node(group, options, report, agreement, self._stop)

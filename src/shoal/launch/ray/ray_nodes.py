@@ -61,7 +61,7 @@ class RayNodes:
         size = 1 + self._replicas * len(self._sizes)
         address = cluster.own_address()
         key = env.cluster_key() or secrets.token_hex(_KEY_BYTES)
-        credentials = credentials_of_host(options.tls, address, key)
+        credentials = credentials_of_host(options.tls, key)
         self.group = NodeGroup(size, 0, self._replicas, Address(address, 0), credentials, leader_has_ranks=False)
         self._placed: dict[int, _Placed] = {}
 
