@@ -169,6 +169,7 @@ class FakeLinks:
     def __init__(self, answers: Callable[[ToRank], Sequence[FromRank]]) -> None:
         self.world_size = 2
         self.closed: list[bool] = []
+        self.replaced: list[int] = []
         self.sent: list[ToRank] = []
         self._answers = answers
         self._inbox: list[FromRank] = []
@@ -182,6 +183,9 @@ class FakeLinks:
             time.sleep(min(timeout, 0.01))
         found, self._inbox = self._inbox, []
         return found
+
+    def replace(self, ranks: Sequence[int]) -> None:
+        self.replaced += ranks
 
     def describe(self, rank: int) -> str:
         return f"process 100{rank}"

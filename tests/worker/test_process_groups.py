@@ -23,7 +23,7 @@ def test_groups_of_a_second_start_ignore_the_addresses_of_the_first() -> None:
     with Rendezvous(key="key") as found, ThreadPoolExecutor(2) as pool:
 
         def run(rank: int, meeting: int) -> list[float]:
-            with closing(ProcessGroups(-1, 1)) as groups:
+            with closing(ProcessGroups(-1)) as groups:
                 comm = groups(setup_of(rank, found.address, meeting), "ep", [0, 1])
                 summed: list[float] = comm.all_reduce(torch.full((2,), float(rank + 1))).tolist()
                 if rank == 0:

@@ -107,16 +107,23 @@ class NodeRanks:
         """Start nothing yet. `channel` is the connection to the node."""
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
+        self.can_replace = True  # False: the node is lost
         self._name = f"node {number} ({node.host})"
         self._host = node.host
-        self._setups = setups
+        self._orders = {setup.rank: start_order(setup) for setup in setups}
         self._channel = channel
         self._pids: dict[int, int] = {}
         self._suspended: set[int] = set()
 
     def start(self) -> None:
-        for setup in self._setups:
-            self._send(encode(start_order(setup)))
+        for order in self._orders.values():
+            self._send(encode(order))
+
+    def replace(self, rank: int) -> None:
+        for known in (self.ended, self._pids):
+            known.pop(rank, None)
+        self._suspended.discard(rank)
+        self._send(encode(self._orders[rank]))
 
     @property
     def channels(self) -> list[Channel]:
@@ -151,6 +158,7 @@ class NodeRanks:
         return messages
 
     def _end_all(self, why: str) -> None:
+        self.can_replace = False
         for rank in self.ranks:
             self.ended.setdefault(rank, why)
 

@@ -176,6 +176,7 @@ class EngineStats(Wire, frozen=True):
     busy_before: Ids = ()  # by rank: microseconds of work before the last restart of this replica
     accepted_by_position: Ids = ()  # element i: how many drafts in position i of their sequence's drafts were accepted
     activity: Activity = Activity()
+    rank_replacements: int = 0  # ranks that were replaced alone, after their processes had died
 
 
 class Snapshot(Wire, frozen=True):
