@@ -211,7 +211,7 @@ class FakeExecutor:
         parts = set(payload.decode().split(","))
         match verb:
             case "stats":
-                return [encode(RankStats(0, 1, 2, 3, 4, 5))]
+                return [encode(RankStats(0, 1, 2, 3, 4, 5, busy_us=7))]
             case "sleep":
                 assert not self._results, "steps are in flight"
                 self.missing |= parts

@@ -33,6 +33,11 @@ class SharedFileStore(torch.distributed.Store):  # type: ignore[name-defined,mis
         self._values: dict[str, bytes] = {}
         self._known = 0  # bytes of the file that are in `_values`
         self._lock = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """End the waits of all threads for values. Idempotent."""
+        self._closed = True
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -69,12 +74,12 @@ class SharedFileStore(torch.distributed.Store):  # type: ignore[name-defined,mis
         """Wait until all keys have values.
 
         Raises:
-            CommTimeout: a key has no value in time.
+            CommTimeout: a key has no value in time, or before the store is closed.
         """
         seconds = self._timeout_s if timeout is None else timeout.total_seconds()
         deadline = time.monotonic() + seconds
         while not self.check(keys):
-            if time.monotonic() > deadline:
+            if self._closed or time.monotonic() > deadline:
                 raise CommTimeout(f"the store has no value of {', '.join(keys)} after {seconds:g} s")
             time.sleep(_POLL_S)
 

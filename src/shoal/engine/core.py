@@ -12,12 +12,12 @@ from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.scheduler import Scheduler
 from shoal.engine.scheduler.waiting_queue import PriorityPolicy
 from shoal.engine.speculation import Drafter
-from shoal.engine.step_counts import StepCounts
+from shoal.engine.step_counts import RankCounts, StepCounts
 from shoal.errors import CheckpointError, ClosedError, EngineError, RankFailed, RanksDied
 from shoal.log import get_logger
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
 from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
-from shoal.wire.ranks import RankStats, StepMask, StepPlan, StepResult, decode_rank_stats
+from shoal.wire.ranks import StepMask, StepPlan, StepResult, decode_rank_stats
 
 log = get_logger("engine")
 
@@ -98,8 +98,7 @@ class EngineCore:
         self._schedule_ns = 0
         self._counts = StepCounts()
         self._deaths = RankDeaths(clock)
-        self._replacements = 0  # ranks that were replaced
-        self._ranks: tuple[RankStats, ...] = ()  # as they answered last
+        self._ranks = RankCounts()
 
     def add(self, request: EngineRequest) -> None:
         self._check_open()
@@ -249,7 +248,7 @@ class EngineCore:
             self._executor.reform(self._incarnation, self._missing)
         except EngineError as another:
             self._fail(another)
-        self._replacements += len(error.ranks)
+        self._ranks.note_replacement(error.ranks)
 
     def _finish_reform(self) -> None:
         """Wait until ranks that are being replaced can compute."""
@@ -327,7 +326,7 @@ class EngineCore:
         if not self._executor.reforming:
             try:
                 ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
-                self._ranks = tuple(decode_rank_stats(answer) for answer in ranks)
+                self._ranks.note([decode_rank_stats(answer) for answer in ranks])
             except RanksDied as error:
                 self._replace_ranks(error)
         return self.snapshot()
@@ -368,13 +367,14 @@ class EngineCore:
             step_total_us=self._counts.total_us,
             step_forward_us=self._counts.forward_us,
             start_s=tuple(self._executor.start_times.items()),
-            ranks=self._ranks,
+            ranks=self._ranks.latest,
+            busy_before=self._ranks.busy_before,
             iteration_tokens=tuple(self._counts.iteration_tokens),
             step_tokens=self._counts.tokens,
             drafts=counters.drafts,
             accepted_by_position=tuple(counters.accepted_by_position),
             activity=self._activity,
-            rank_replacements=self._replacements,
+            rank_replacements=self._ranks.replacements,
         )
 
     def close(self) -> None:

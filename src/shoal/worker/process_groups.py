@@ -31,7 +31,7 @@ class ProcessGroups:
 
     def __init__(self, store: int) -> None:
         self._own_store = store
-        self._own: Any = None
+        self._own: RendezvousStore | SharedFileStore | None = None
         self._shared: RendezvousStore | None = None
         self._lock = threading.Lock()  # for what follows; `abort_before` is called on another thread
         self._comms: dict[str, TorchComm] = {}
@@ -89,14 +89,14 @@ class ProcessGroups:
             if setup.incarnation == self._incarnation:
                 return self._aborted
             self._incarnation, self._aborted = setup.incarnation, threading.Event()
-        self.close()  # a thread that was left alone may still use the connections
+        self.close()  # ends a thread that was left alone while it connected
         self._own = self._shared = None
         return self._aborted
 
     def close(self) -> None:
         """Close the connections to stores. Groups that were made can still be used."""
         for store in (self._shared, self._own):
-            if isinstance(store, RendezvousStore):
+            if store is not None:
                 store.close()
 
     def _store(self, setup: RankSetup, ranks: Sequence[int]) -> Any:
