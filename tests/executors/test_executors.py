@@ -171,6 +171,7 @@ class FakeLinks:
         self.world_size = 2
         self.closed: list[bool] = []
         self.replaced: list[int] = []
+        self.hanging: list[int] = []
         self.sent: list[ToRank] = []
         self._answers = answers
         self._inbox: list[FromRank] = []
@@ -187,6 +188,9 @@ class FakeLinks:
 
     def replace(self, ranks: Sequence[int]) -> None:
         self.replaced += ranks
+
+    def stuck(self, seconds: float) -> list[int]:
+        return self.hanging
 
     def describe(self, rank: int) -> str:
         return f"process 100{rank}"
