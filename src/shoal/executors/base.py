@@ -317,7 +317,8 @@ class RankExecutor:
         longest = self._durations.longest(tokens)
         usual = "" if longest is None else f" (steps like it took {longest:.2f} s at most)"
         others = [rank for rank in range(self._links.world_size) if rank not in ranks]
-        waiting = f"; {_names(others)} wait for that" if others else ""
+        wait = "wait" if len(others) > 1 else "waits"
+        waiting = f"; {_names(others)} {wait} for that" if others else ""
         hang = f"{self._describe(ranks)} does nothing in step {step}{usual}{waiting}"
         self._handle_death(RanksDied(hang, ranks))
 
