@@ -93,6 +93,7 @@ LOADABLE = {
     "shoal.client.top": {"cli"},
     "shoal.client.scale": {"cli"},
     "shoal.client.load.load_test": {"cli"},
+    "shoal.comm.torch_job": {"launch"},
     "shoal.executors.inprocess": {"executors"},
     "shoal.executors.threads": {"executors"},
     "shoal.executors.multiprocess": {"executors"},

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 
-from shoal import addresses
 from shoal.errors import UserError
 from shoal.launch.deployment import NodeGroup
+from shoal.launch.followers import Followers, NoFollowers
+from shoal.launch.host_network import leader_address, warn_of_kernel_ports
 from shoal.launch.node_pool import NodePool
 from shoal.launch.open_model import OpenModel, log_plan
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
+from shoal.wire.calls import FOLLOWERS_DOOR
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.rendezvous import NODES_DOOR
 
@@ -16,20 +18,20 @@ from shoal.wire.rendezvous import NODES_DOOR
 class Leader:
     """The leader of a group of nodes. `rendezvous` is the address where they come, and where replicas meet."""
 
-    def __init__(self, model: OpenModel, group: NodeGroup) -> None:
-        """Listen for nodes.
+    def __init__(self, model: OpenModel, group: NodeGroup, followers: Followers | None = None) -> None:
+        """Listen for nodes. `followers`: those of this process, which come to the same address.
 
         Raises:
-            ConfigError: this host does not have the address, or the port is in use.
+            ConfigError: this host does not have the address, the port is in use, or variables contradict the address.
         """
         self._model = model
         self._group = group
         self._pool = NodePool(group, model.agreement)
         where = group.address
-        self._own_address = str(addresses.resolve(where.host)[0][1][0])
-        self._rendezvous = Rendezvous(
-            where.host, where.port, key=group.key, doors={NODES_DOOR: self._pool}, reopen_rooms=True
-        )
+        self._own_address = leader_address(where.host)
+        warn_of_kernel_ports(model.options)
+        doors = {NODES_DOOR: self._pool, FOLLOWERS_DOOR: followers or NoFollowers()}
+        self._rendezvous = Rendezvous(where.host, where.port, key=group.key, doors=doors, reopen_rooms=True)
         self.rendezvous = str(where)
         self.key = group.key
         self._logged = False
@@ -43,7 +45,14 @@ class Leader:
         """
         numbers = self._group.of_replica(place.rank)
         nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled)
-        place = replace_fields(place, local_rank=0, local_size=1, address=self._own_address, key=self._group.key)
+        place = replace_fields(
+            place,
+            local_rank=0,
+            local_size=1,
+            address=self._own_address,
+            ports=self._model.options.nodes.port_range,
+            key=self._group.key,
+        )
         hosts = [(nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers]
         plan = self._model.plan_over(place, hosts)
         if not self._logged:

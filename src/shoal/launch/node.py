@@ -1,19 +1,22 @@
 """A host that runs ranks for engines elsewhere (`--node-rank 1` and above)."""
 
+import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.executors.node_agent import NodeAgent
 from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.headless import introduce_host
+from shoal.launch.host_network import warn_of_kernel_ports
 from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.process.signal_event import SignalEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.room_member import connect
+from shoal.transport.waker import Waker
 from shoal.wire.base import encode
 from shoal.wire.hosts import HostReport
 from shoal.wire.nodes import Dismissal, EngineCall, leader_to_node
@@ -22,6 +25,7 @@ from shoal.wire.rendezvous import NODES_DOOR
 log = get_logger("node")
 
 _CHECK_S = 1.0  # how often processes are checked, as they send nothing when they were stopped
+_CLOSE_S = 5.0
 _RECONNECT_S = 60.0  # how long one attempt to reach the next leader takes, and so how often the log mentions it
 
 
@@ -45,7 +49,8 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
     refuse_manual_place(options)
     group = Deployment.of(options).nodes
     assert group is not None
-    report, agreement = introduce_host(options, given)
+    warn_of_kernel_ports(options)
+    report, agreement = introduce_host(options, given, group.address.host)
     with SignalEvent() as signals:
         node = Node(group, options, report, agreement, signals)
         try:
@@ -60,6 +65,17 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
     return 0
 
 
+class EndEvent(Protocol):
+    """An event that ends a node, and that `wait` can include."""
+
+    arrived: bool
+
+    @property
+    def backlog(self) -> bool: ...
+
+    def fileno(self) -> int: ...
+
+
 class Node:
     """A node, from its first connection to a leader to its end."""
 
@@ -69,7 +85,7 @@ class Node:
         options: EngineOptions,
         report: HostReport,
         agreement: Mapping[str, str],
-        signals: SignalEvent,
+        signals: EndEvent,
     ) -> None:
         self._group = group
         self._options = options
@@ -161,3 +177,48 @@ class Node:
         if self._leader is not None:
             self._leader.close()
             self._leader = None
+
+
+class _Ending(Waker):
+    """An `EndEvent` that another thread sets."""
+
+    arrived = False
+
+    def end(self) -> None:
+        self.arrived = True
+        self.wake()
+
+
+class BackgroundNode:
+    """A node on a thread of its own, in a program that also makes calls."""
+
+    def __init__(
+        self, group: NodeGroup, options: EngineOptions, report: HostReport, agreement: Mapping[str, str]
+    ) -> None:
+        """Start nothing yet. Arguments are those of `Node`."""
+        self._ending = _Ending()
+        self._node = Node(group, options, report, agreement, self._ending)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="shoal-node")
+        self._failed: Callable[[ShoalError], object] = lambda _: None
+
+    def start(self, failed: Callable[[ShoalError], object]) -> None:
+        """Run the node. `failed` is called on its thread if it fails, or if its leader has gone."""
+        self._failed = failed
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._node.join()
+            if self._node.serve():
+                raise EngineError("the leader has gone before the work was done")
+        except ShoalError as error:
+            self._failed(error)
+        finally:
+            self._node.close()
+
+    def close(self) -> None:
+        """End the node and its ranks. Idempotent, never raises."""
+        self._ending.end()
+        if self._thread.is_alive():
+            self._thread.join(_CLOSE_S)
+        self._ending.close()

@@ -14,6 +14,7 @@ from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import AddressInUse, EngineError, ShoalError
 from shoal.executors.table import EXECUTORS
 from shoal.launch.deployment import NodeGroup, place_of
+from shoal.launch.followers import Followers
 from shoal.launch.launchers import (
     ENGINE_PROCESS,
     ProcessLauncher,
@@ -36,8 +37,11 @@ KEY_BYTES = 32
 _meetings = itertools.count()
 
 
-def start_engine(model: OpenModel) -> Engine:
+def start_engine(model: OpenModel, followers: Followers | None = None) -> Engine:
     """Start the engine, or the replicas, that the options ask for.
+
+    Args:
+        followers: those of this process, if it leads over several hosts.
 
     Raises:
         UserError, EngineError: it could not start; no process is left running.
@@ -45,9 +49,8 @@ def start_engine(model: OpenModel) -> Engine:
     model.log_plan()
     if model.manual_place is not None:
         return _start_manual_replica(model, model.manual_place)
-    group = NodeGroup.of(model.options)
-    if group is not None:
-        return _start_over_nodes(model, group)
+    if model.node_group is not None:
+        return _start_over_nodes(model, model.node_group, followers)
     if model.options.parallel.data_parallel_size > 1:
         return _start_replicas(model)
     return _start_alone(model, model.plan)
@@ -65,9 +68,9 @@ def _start_process(model: OpenModel, plan: EnginePlan) -> EngineProcess:
     return engine
 
 
-def _start_over_nodes(model: OpenModel, group: NodeGroup) -> Engine:
+def _start_over_nodes(model: OpenModel, group: NodeGroup, followers: Followers | None) -> Engine:
     """Start the engine, or the replicas, over several hosts. Their end dismisses the nodes."""
-    leader = Leader(model, group)
+    leader = Leader(model, group, followers)
     try:
         if group.replicas == 1 and not model.options.parallel.engine_process:
             plan = leader.plan(place_of(1, 0), model.plan.timeouts.start_s)
