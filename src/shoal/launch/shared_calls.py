@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from shoal import errors
 from shoal.errors import EngineError, ReplicasFailed, RequestError, ShoalError
 from shoal.outputs import BeamSearchOutput, RequestOutput
+from shoal.values import numbered
 from shoal.wire.calls import CallAnswer, CallError
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class Call:
     def __str__(self) -> str:
         name, first = next(iter(self.arguments.items()), ("", None))
         if isinstance(first, Sized) and not isinstance(first, str | bytes | dict):
-            return f"{self.name} with {len(first)} {name}"
+            return f"{self.name} with {numbered(len(first), name.removesuffix('s'))}"
         return self.name
 
     @property
