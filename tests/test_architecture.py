@@ -43,6 +43,7 @@ ALLOWED = {
         "protocols",
         "wire",
     },
+    "launch.torchrun": {"devices", "comm"},
     "text": {"structured", "transport", "wire"},
     "structured": {"transport", "wire"},
     "planner": {"models", "parallel", "devices", "wire"},

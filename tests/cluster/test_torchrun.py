@@ -2,12 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
 from support import hosts, processes
 from support.checkpoints import Reference
+from support.programs import Start, found_by, started_programs
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "torchrun_offline.py"
 PROMPT = [5, 17, 200, 33, 4, 90, 121]
@@ -90,56 +89,10 @@ tell()
 )
 
 
-class Program:
-    """A command with all that it prints."""
-
-    def __init__(self, command: Sequence[str], **environment: str) -> None:
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the program
-        self.process = subprocess.Popen(
-            command, stdout=self._output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
-
-    @property
-    def text(self) -> str:
-        return os.pread(self._output.fileno(), 1 << 22, 0).decode()
-
-    def has_ended(self, timeout: float) -> bool:
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout)
-        return self.process.poll() is not None
-
-    def await_end(self) -> int:
-        return self.process.wait(_WAIT_S)
-
-    @property
-    def found(self) -> list[dict[str, Any]]:
-        """What the processes of the program have told."""
-        decoder = json.JSONDecoder()
-        return [decoder.raw_decode(part)[0] for part in self.text.split("FOUND")[1:]]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._output.close()
-
-
-Start = Callable[..., Program]
-
-
 @pytest.fixture
 def start() -> Iterator[Start]:
-    started: list[Program] = []
-
-    def run(command: Sequence[str], **environment: str) -> Program:
-        started.append(Program(command, **environment))
-        return started[-1]
-
-    try:
+    with started_programs() as run:
         yield run
-    finally:
-        for program in started:
-            print(program.text, file=sys.stderr)  # if the test fails
-            program.close()
 
 
 def torchrun(*arguments: str) -> list[str]:
@@ -169,7 +122,7 @@ def test_all_processes_get_the_results_of_rank_0_and_end_together(
     while not job.has_ended(0.1) and time.monotonic() < deadline:
         ranks |= set(processes.descendants(job.process.pid))
     assert job.await_end() == 1, job.text  # as one process was killed
-    first, other = sorted(job.found, key=lambda each: each["rank"])
+    first, other = sorted(found_by(job), key=lambda each: each["rank"])
     expected = Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
     assert tokens(first["generate"]) == [expected, expected]
     assert other["generate"] == first["generate"]  # with all log-probabilities
@@ -219,7 +172,7 @@ def test_processes_on_two_hosts_with_unequal_numbers_of_ranks(start: Start, chec
     name = os.uname().nodename
     assert f"ranks 0-1 on {name} ({pair[0].address}), 2 on {name} ({pair[1].address}): " in jobs[0].text
     assert f"ranks of node 1 ({name}) get these variables unless they are set there: NCCL_DEBUG" in jobs[0].text
-    found = [*jobs[0].found, *jobs[1].found]
+    found = [*found_by(jobs[0]), *found_by(jobs[1])]
     assert [tokens(each["generate"]) for each in found] == [[Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]]] * 3
     assert found[0] == found[1] == found[2]
 
@@ -236,7 +189,7 @@ def test_the_same_program_on_each_host_without_torchrun(start: Start, checkpoint
             runs.append(start(command, SHOAL_CLUSTER_KEY="a key of the test"))
         assert [run.await_end() for run in runs] == [0, 0]
     expected = Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
-    assert [tokens(run.found[0]["generate"]) for run in runs] == [[expected], [expected]]
+    assert [tokens(found_by(run)[0]["generate"]) for run in runs] == [[expected], [expected]]
 
 
 @contextmanager
@@ -287,6 +240,6 @@ def test_a_variable_of_torchrun_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("kind", [{"online": True}, {"own_process": True}], ids=["server", "command"])
-def test_commands_and_servers_refuse_external_launcher(kind: dict[str, bool]) -> None:
-    with pytest.raises(ConfigError, match="is for programs with LLM.* that torchrun starts, not for commands"):
+def test_commands_and_servers_refuse_external_launcher(kind: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"is for programs with LLM.* that torchrun starts, not for commands"):
         open_model(None, {"distributed_executor_backend": "external_launcher"}, **kind)
