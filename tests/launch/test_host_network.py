@@ -1,5 +1,7 @@
 """The address of this host, as variables name it, and the ports that may be opened."""
 
+from functools import partial
+
 import pytest
 
 from shoal.config.engine_options import EngineOptions
@@ -36,7 +38,7 @@ def test_the_form_of_interfaces_of_nccl(value: str, allowed: bool) -> None:
 def test_a_variable_names_the_address_of_this_host(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "127.0.0.1")
     assert own_address("203.0.113.9") == "127.0.0.1"
-    assert leader_address("127.0.0.1") == "127.0.0.1"
+    assert leader_address("127.0.0.1", "--master-addr") == "127.0.0.1"
     monkeypatch.setenv(variable, "203.0.113.9")
     with pytest.raises(ConfigError, match=rf"{variable} 203.0.113.9 is no address of this host .*127.0.0.1 \(lo\)"):
         own_address("127.0.0.1")
@@ -46,7 +48,12 @@ def test_a_variable_that_contradicts_the_address_of_the_leader(monkeypatch: pyte
     other = next(address for address in interfaces() if address not in ("127.0.0.1", "::1"))
     monkeypatch.setenv("SHOAL_HOST_IP", other)
     with pytest.raises(ConfigError, match=r"SHOAL_HOST_IP is .*, but --master-addr 127.0.0.1 is 127.0.0.1, and both"):
-        leader_address("127.0.0.1")
+        leader_address("127.0.0.1", "--master-addr")
+
+
+def test_an_unknown_name_of_the_leader() -> None:
+    with pytest.raises(ConfigError, match=r"--master-addr shoal.invalid: .*; give an address of this host"):
+        leader_address("shoal.invalid", "--master-addr")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,7 @@ def test_a_variable_that_names_another_interface(
     monkeypatch: pytest.MonkeyPatch, variable: str, wrong: str, right: str
 ) -> None:
     monkeypatch.setenv(variable, wrong)
-    for address in (own_address, leader_address):
+    for address in (own_address, partial(leader_address, flag="--master-addr")):
         with pytest.raises(ConfigError) as caught:
             address("127.0.0.1")
         assert f"{variable}={wrong} does not allow lo, the interface with the address 127.0.0.1" in str(caught.value)

@@ -129,8 +129,8 @@ class FollowedEngine:
         self._closing = True
         if self._node is not None:
             self._node.close()
-        if self._thread is not threading.current_thread():
-            self._thread.join(_CLOSE_S)
+        self._channel.shut_down()  # so that the thread ends
+        self._thread.join(_CLOSE_S)
         self._channel.close()
 
     # --- what only the process that leads can do -------------------------------------------------------------------

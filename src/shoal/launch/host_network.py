@@ -39,25 +39,31 @@ def own_address(leader: str) -> str:
     return found
 
 
-def leader_address(master: str) -> str:
-    """Return the address of this host, which leads, from the value of --master-addr.
+def leader_address(host: str, flag: str) -> str:
+    """Return the address of this host, where the others come.
+
+    Args:
+        host, flag: the value of the option for that address, and its flag.
 
     Raises:
-        ConfigError: SHOAL_HOST_IP is another address; or a variable names a network interface that does not have it.
+        ConfigError: SHOAL_HOST_IP is another address, nothing is known about this one, or a variable names a network
+            interface that does not have it.
     """
+    try:
+        found = [str(there[0]) for _, there in resolve(host)]
+    except OSError as error:
+        raise ConfigError(f"{flag} {host}: {error.strerror}; give an address of this host") from None
     named = env.host_ip()
-    if named is not None:
-        own_address(master)
-        variable, address = named
-        found = [str(there[0]) for _, there in resolve(master)]
-        if address not in found:
-            raise ConfigError(
-                f"{variable} is {address}, but --master-addr {master} is {', '.join(found)}, and both are addresses of "
-                "this host: give the same address in both"
-            )
-        return address
-    address = str(resolve(master)[0][1][0])
-    _check_interfaces(address)
+    if named is None:
+        _check_interfaces(found[0])
+        return found[0]
+    variable, address = named
+    own_address(host)
+    if address not in found:
+        raise ConfigError(
+            f"{variable} is {address}, but {flag} {host} is {', '.join(found)}, and both are addresses of this host: "
+            "give the same address in both"
+        )
     return address
 
 

@@ -28,7 +28,7 @@ class Leader:
         self._group = group
         self._pool = NodePool(group, model.agreement)
         where = group.address
-        self._own_address = leader_address(where.host)
+        self._own_address = leader_address(where.host, "--master-addr")
         warn_of_kernel_ports(model.options)
         doors = {NODES_DOOR: self._pool, FOLLOWERS_DOOR: followers or NoFollowers()}
         self._rendezvous = Rendezvous(where.host, where.port, key=group.key, doors=doors, reopen_rooms=True)

@@ -8,9 +8,12 @@ from shoal.launch.node import BackgroundNode
 from shoal.launch.offline_engines import start_engine
 from shoal.launch.open_model import OpenModel
 from shoal.launch.shared_calls import OwnCalls, SharedCalls
+from shoal.log import get_logger
 from shoal.protocols import Engine
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.calls import FOLLOWERS_DOOR
+
+log = get_logger("program")
 
 
 def start_program(model: OpenModel) -> tuple[Engine, SharedCalls]:
@@ -41,6 +44,7 @@ def _place(model: OpenModel) -> tuple[int, int]:
 
 
 def _lead(model: OpenModel, size: int) -> tuple[Engine, SharedCalls]:
+    log.info("this is rank 0 of %d processes that make the same calls: it has the engine", size)
     followers = Followers(size, model.agreement)
     try:
         if model.job is not None and model.node_group is None:
@@ -63,6 +67,7 @@ def _lead(model: OpenModel, size: int) -> tuple[Engine, SharedCalls]:
 
 
 def _follow(model: OpenModel, rank: int, size: int) -> FollowedEngine:
+    log.info("this is rank %d of %d processes that make the same calls: it gets the outputs of rank 0", rank, size)
     group, job, timeout = model.node_group, model.job, model.options.parallel.start_timeout
     node = None
     if group is not None and (job is None or (job.place.local_rank == 0 and group.rank)):
