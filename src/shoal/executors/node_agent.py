@@ -57,6 +57,11 @@ class NodeAgent:
     def channels(self) -> list[Channel]:
         return [self._engine, *(child.channel for child in self._children.values())]
 
+    @property
+    def has_frame(self) -> bool:
+        """True if a frame of the engine has been read already, so that a wait for `channels` does not see it."""
+        return self._engine.has_frame
+
     def tick(self, readable: Sequence[Channel]) -> bool:
         """Handle what has arrived, and report processes that have ended or were stopped.
 
@@ -64,7 +69,8 @@ class NodeAgent:
             False if the engine has ended the ranks or has gone. Then `close` must be called.
         """
         try:
-            if self._engine in readable:
+            # The first frames may have been read together with the answer to the connection.
+            if self._engine in readable or self._engine.has_frame:
                 for frame in self._engine.receive():
                     if not self._obey(to_node.decode(frame)):
                         return False

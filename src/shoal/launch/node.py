@@ -137,10 +137,12 @@ class Node:
         """
         while self._leader is not None and not self._signals.arrived:
             sources: list[Any] = [self._signals, self._leader, *(self._agent.channels if self._agent else ())]
-            readable = wait(sources, _CHECK_S)
+            # The first message of a leader or an engine may have been read together with its answer to the connection.
+            pending = self._leader.has_frame or (self._agent is not None and self._agent.has_frame)
+            readable = wait(sources, 0 if pending else _CHECK_S)
             if self._agent is not None and not self._agent.tick(readable):
                 self._end_ranks()
-            if self._leader in readable:
+            if self._leader in readable or self._leader.has_frame:
                 try:
                     for frame in self._leader.receive():
                         if not self._obey(leader_to_node.decode(frame)):
