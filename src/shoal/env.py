@@ -49,6 +49,7 @@ SETTINGS: tuple[Variable, ...] = (
         "NCCL_SOCKET_IFNAME", "the network interfaces of ranks on GPUs; by default that of the address of this host"
     ),
     Variable("CUDA_VISIBLE_DEVICES", "the GPUs of this host that Shoal may use"),
+    Variable("RAY_ADDRESS", "host:port of the Ray cluster, if --ray-address is not given"),
     Variable("HF_HUB_OFFLINE", "1: download nothing from the hub"),
     Variable("HF_TOKEN", "the token for models on the hub that need a login"),
     Variable("HF_HOME", "the folder for models from the hub"),
@@ -73,7 +74,7 @@ SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SHARED_PREFIXES = ("NCCL_", "GLOO_", "HF_", "SHOAL_", "VLLM_", "TORCH_")
 _OF_ONE_HOST = ("_SOCKET_IFNAME", "_HOST_IP")
 _PER_PROCESS = ("SHOAL_DP_", "VLLM_DP_")
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 # vLLM's variables that mean the same as one of our options.
 OPTION_ALIASES = {
@@ -223,7 +224,7 @@ def shared_variables(options: Iterable[str]) -> dict[str, str]:
         if name.startswith(_SHARED_PREFIXES)
         and not name.startswith(_PER_PROCESS)
         and not name.endswith(_OF_ONE_HOST)
-        and not any(word in name for word in _SECRET_WORDS)
+        and not any(word in name for word in _SECRETS)
         and name not in of_options
     }
 
@@ -271,6 +272,27 @@ def _key_in(path: str) -> str:
 
 def visible_cuda_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+# The beginnings of variables that change how ranks compute and communicate. Hosts of one job should have the same.
+_COMMUNICATION = (
+    *("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "CUDA_", "HIP_", "ROCR_"),
+    *("TORCH_NCCL_", "TORCH_DISTRIBUTED_", PREFIX, "VLLM_"),
+)
+
+
+def communication_variables() -> dict[str, str]:
+    """Return the variables that change how ranks compute and communicate. Those with secrets are left out."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_COMMUNICATION) and not any(word in name for word in _SECRETS)
+    }
+
+
+def ray_address() -> str:
+    """Return RAY_ADDRESS, or "" if it is not set."""
+    return os.environ.get("RAY_ADDRESS", "").strip()
 
 
 def hub_offline() -> bool:

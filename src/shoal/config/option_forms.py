@@ -83,6 +83,19 @@ def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:
     return found
 
 
+def parse_resources(value: Any, flag: str) -> Mapping[str, float]:
+    """Read a mapping of names to positive numbers, or a text with such a JSON object: `{"GPU": 0.5}`.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    found = parse_overrides(value, flag)
+    numbers = [amount for amount in found.values() if type(amount) in (int, float) and amount > 0]
+    if not found or len(numbers) < len(found):
+        raise ConfigError(f'{flag} takes an amount for each resource, such as {{"GPU": 1}}, got {shown(value)}')
+    return {name: float(amount) for name, amount in found.items()}
+
+
 def parse_cores(value: Any, flag: str) -> Cores | None:
     """Read `0-3`, `0-3|4-7`, `0,2|1,3`, `nobind`, or lists of numbers; `auto` gives None.
 

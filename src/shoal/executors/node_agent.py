@@ -32,7 +32,8 @@ _END_S = 1.0
 class NodeAgent:
     """Starts the ranks that an engine asks for, and passes frames on between the engine and each of them.
 
-    It decodes no frame of a rank. The owner waits for `channels` and calls `tick`, at least once a second.
+    It decodes no frame of a rank. The owner waits for `channels`, unless `has_frame`, and calls `tick` at least once a
+    second.
     """
 
     def __init__(self, call: EngineCall, key: str) -> None:
@@ -59,7 +60,7 @@ class NodeAgent:
 
     @property
     def has_frame(self) -> bool:
-        """True if a frame of the engine has been read already, so that a wait for `channels` does not see it."""
+        """True if the engine has sent something that was read from its connection together with earlier messages."""
         return self._engine.has_frame
 
     def tick(self, readable: Sequence[Channel]) -> bool:
@@ -69,7 +70,6 @@ class NodeAgent:
             False if the engine has ended the ranks or has gone. Then `close` must be called.
         """
         try:
-            # The first frames may have been read together with the answer to the connection.
             if self._engine in readable or self._engine.has_frame:
                 for frame in self._engine.receive():
                     if not self._obey(to_node.decode(frame)):

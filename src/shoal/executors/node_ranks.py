@@ -61,7 +61,7 @@ class NodeListener:
         begun = time.monotonic()
         while missing := self._door.missing(_REPORT_S):
             waited = time.monotonic() - begun
-            names = ", ".join(f"node {number} ({self.nodes[number].host})" for number in missing)
+            names = ", ".join(self.nodes[number].name for number in missing)
             if waited > timeout:
                 raise RankFailed(f"{names} did not come to the engine at {self.address} within {timeout:g} s")
             log.info("waiting at %s for %s, %.0f s of %g", self.address, names, waited, timeout)
@@ -106,12 +106,11 @@ class _EngineDoor:
 class NodeRanks:
     """A `RankPart` of the ranks of one node."""
 
-    def __init__(self, number: int, node: NodePlan, channel: Channel, setups: Sequence[RankSetup]) -> None:
+    def __init__(self, node: NodePlan, channel: Channel, setups: Sequence[RankSetup]) -> None:
         """Start nothing yet. `channel` is the connection to the node."""
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
-        self._name = f"node {number} ({node.host})"
-        self._host = node.host
+        self._name = node.name
         self._setups = setups
         self._channel = channel
         self._pids: dict[int, int] = {}
@@ -165,7 +164,7 @@ class NodeRanks:
 
     def describe(self, rank: int) -> str:
         process = f"process {self._pids[rank]}" if rank in self._pids else "not started"
-        return f"{process} on {self._host}"
+        return f"{process} on {self._name}"
 
     def close(self, goodbye: bytes | None) -> None:
         """End the connection. The node ends its ranks, and waits for the next call of the leader."""

@@ -18,7 +18,7 @@ from shoal.launch.host_network import own_address
 from shoal.launch.open_model import locate_files, locate_tokenizer, read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.planner.host_devices import describe_host
-from shoal.process.signal_event import SignalEvent
+from shoal.process.stop_event import SignalEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, encode, replace_fields

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import Any
 
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError, EngineError, ShoalError
@@ -13,10 +14,9 @@ from shoal.launch.headless import introduce_host
 from shoal.launch.host_network import warn_of_kernel_ports
 from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
-from shoal.process.signal_event import SignalEvent
+from shoal.process.stop_event import SignalEvent, StopEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.room_member import connect
-from shoal.transport.waker import Waker
 from shoal.wire.base import encode
 from shoal.wire.hosts import HostReport
 from shoal.wire.nodes import Dismissal, EngineCall, leader_to_node
@@ -55,25 +55,10 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
         node = Node(group, options, report, agreement, signals)
         try:
             node.join()
-            while node.serve():
-                if not online:
-                    raise EngineError(f"the leader at {group.address} has gone before the work was done")
-                log.warning("the leader at %s has gone: waiting for the next one", group.address)
-                node.join(returning=True)
+            node.obey_leaders(online=online)
         finally:
             node.close()
     return 0
-
-
-class EndEvent(Protocol):
-    """An event that ends a node, and that `wait` can include."""
-
-    arrived: bool
-
-    @property
-    def backlog(self) -> bool: ...
-
-    def fileno(self) -> int: ...
 
 
 class Node:
@@ -85,18 +70,26 @@ class Node:
         options: EngineOptions,
         report: HostReport,
         agreement: Mapping[str, str],
-        signals: EndEvent,
+        stop: StopEvent,
     ) -> None:
         self._group = group
         self._options = options
         self._report = report
         self._agreement = agreement
-        self._signals = signals
+        self._stop = stop
         self._leader: Channel | None = None
         self._agent: NodeAgent | None = None
 
+    def obey_leaders(self, *, online: bool) -> None:
+        """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
+        while self.serve():
+            if not online:
+                raise EngineError(f"the leader at {self._group.address} has gone before the work was done")
+            log.warning("the leader at %s has gone: waiting for the next one", self._group.address)
+            self.join(returning=True)
+
     def join(self, *, returning: bool = False) -> None:
-        """Connect to the leader. Return without a connection if a signal has arrived.
+        """Connect to the leader. Return without a connection if this node must stop.
 
         Args:
             returning: there was a leader before, so its address is right: wait without a deadline.
@@ -105,7 +98,7 @@ class Node:
             ConfigError: the leader cannot be reached in time, or refuses this node.
         """
         deadline = time.monotonic() + self._options.parallel.start_timeout
-        while not self._signals.arrived:
+        while not self._stop.arrived:
             patience = _RECONNECT_S if returning else deadline - time.monotonic()
             try:
                 self._leader = connect(
@@ -118,7 +111,7 @@ class Node:
                     report=encode(self._report),
                     timeout=patience,
                     returning=returning,
-                    cancelled=lambda: self._signals.arrived,
+                    cancelled=lambda: self._stop.arrived,
                 )
             except EngineError:
                 if not returning:
@@ -135,11 +128,10 @@ class Node:
         Raises:
             UserError, EngineError: the leader has failed, with its reason.
         """
-        while self._leader is not None and not self._signals.arrived:
-            sources: list[Any] = [self._signals, self._leader, *(self._agent.channels if self._agent else ())]
-            # The first message of a leader or an engine may have been read together with its answer to the connection.
-            pending = self._leader.has_frame or (self._agent is not None and self._agent.has_frame)
-            readable = wait(sources, 0 if pending else _CHECK_S)
+        while self._leader is not None and not self._stop.arrived:
+            sources: list[Any] = [self._stop, self._leader, *(self._agent.channels if self._agent else ())]
+            at_hand = self._leader.has_frame or (self._agent is not None and self._agent.has_frame)
+            readable = wait(sources, 0 if at_hand else _CHECK_S)
             if self._agent is not None and not self._agent.tick(readable):
                 self._end_ranks()
             if self._leader in readable or self._leader.has_frame:
@@ -181,16 +173,6 @@ class Node:
             self._leader = None
 
 
-class _Ending(Waker):
-    """An `EndEvent` that another thread sets."""
-
-    arrived = False
-
-    def end(self) -> None:
-        self.arrived = True
-        self.wake()
-
-
 class BackgroundNode:
     """A node on a thread of its own, in a program that also makes calls."""
 
@@ -198,10 +180,12 @@ class BackgroundNode:
         self, group: NodeGroup, options: EngineOptions, report: HostReport, agreement: Mapping[str, str]
     ) -> None:
         """Start nothing yet. Arguments are those of `Node`."""
-        self._ending = _Ending()
-        self._node = Node(group, options, report, agreement, self._ending)
+        self._stack = ExitStack()
+        self._stop = self._stack.enter_context(StopEvent())
+        self._node = Node(group, options, report, agreement, self._stop)
         self._thread = threading.Thread(target=self._run, daemon=True, name="shoal-node")
         self._failed: Callable[[ShoalError], object] = lambda _: None
+        self._closed = False
 
     def start(self, failed: Callable[[ShoalError], object]) -> None:
         """Run the node. `failed` is called on its thread if it fails, or if its leader has gone."""
@@ -211,8 +195,7 @@ class BackgroundNode:
     def _run(self) -> None:
         try:
             self._node.join()
-            if self._node.serve():
-                raise EngineError("the leader has gone before the work was done")
+            self._node.obey_leaders(online=False)
         except ShoalError as error:
             self._failed(error)
         finally:
@@ -220,7 +203,10 @@ class BackgroundNode:
 
     def close(self) -> None:
         """End the node and its ranks. Idempotent, never raises."""
-        self._ending.end()
+        if self._closed:
+            return
+        self._closed = True
+        self._stop.set()
         if self._thread.is_alive():
             self._thread.join(_CLOSE_S)
-        self._ending.close()
+        self._stack.close()

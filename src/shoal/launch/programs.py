@@ -40,7 +40,8 @@ def _place(model: OpenModel) -> tuple[int, int]:
         return model.job.place.rank, model.job.place.size
     if model.own_process:  # a command, whose nodes follow no calls
         return 0, 1
-    return model.options.nodes.node_rank, model.options.nodes.nnodes
+    nodes = model.options.nodes
+    return nodes.node_rank, nodes.nnodes + nodes.spare_hosts
 
 
 def _lead(model: OpenModel, size: int) -> tuple[Engine, SharedCalls]:

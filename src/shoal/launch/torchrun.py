@@ -71,7 +71,7 @@ class TorchrunJob:
 
     def options(self) -> dict[str, Any]:
         """Return the options of this process as one of several nodes, by name."""
-        found: dict[str, Any] = {"distributed_executor_backend": "auto"}
+        found: dict[str, Any] = {"distributed_executor_backend": "mp" if self.place.size > 1 else "uni"}
         if len(self.hosts) > 1:
             found["nnodes"] = len(self.hosts)
             found["node_rank"] = self.place.group
@@ -104,6 +104,7 @@ def _check(options: EngineOptions, place: env.Torchrun) -> None:
         "--nnodes": nodes.nnodes > 1,
         "--node-rank": nodes.node_rank,
         "--master-addr": nodes.master_addr,
+        "--spare-hosts": nodes.spare_hosts,
         "--placement": nodes.placement != "auto",
     }
     if names := [flag for flag, value in given.items() if value]:

@@ -108,10 +108,15 @@ class RankPlan(Wire, frozen=True):
 class NodePlan(Wire, frozen=True):
     """A node: one of the hosts of a replica that has several, with some of its ranks (`RankPlan.node`)."""
 
+    number: int  # among the nodes of all replicas
     host: str
     address: str  # of the host, as the other hosts of the replica reach it
     files: ModelFiles  # where the models lie on this host
     here: bool  # it is the host of the engine, which starts the ranks of this node itself
+
+    @property
+    def name(self) -> str:
+        return f"node {self.number} ({self.host}, {self.address})"
 
 
 class Timeouts(Wire, frozen=True):
