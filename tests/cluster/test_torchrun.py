@@ -82,8 +82,13 @@ while True:
 ONE_CALL = (
     BEGIN
     + """
-with LLM(folder, dtype="float32", kv_cache_memory_bytes="16MiB", max_model_len=128, **options) as llm:
-    call("generate", lambda: llm.generate([prompt], greedy, use_tqdm=False))
+options = {"dtype": "float32", **options}
+try:
+    with LLM(folder, kv_cache_memory_bytes="16MiB", max_model_len=128, **options) as llm:
+        call("generate", lambda: llm.generate([prompt], greedy, use_tqdm=False))
+except ShoalError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 tell()
 """
 )
@@ -190,6 +195,23 @@ def test_the_same_program_on_each_host_without_torchrun(start: Start, checkpoint
         assert [run.await_end() for run in runs] == [0, 0]
     expected = Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
     assert [tokens(found_by(run)[0]["generate"]) for run in runs] == [[expected], [expected]]
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_all_processes_are_told_of_one_that_differs(start: Start, checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama")
+    with hosts.two_hosts() as pair:
+        runs = []
+        for rank, host in enumerate(pair):
+            options = {"nnodes": 2, "node_rank": rank, "master_addr": pair[0].address, "tensor_parallel_size": 2}
+            options |= {"block_size": 8} if rank else {}
+            command = [*host.inside, sys.executable, *write(folder, ONE_CALL, **options)]
+            runs.append(start(command, SHOAL_CLUSTER_KEY="a key of the test"))
+        assert [run.await_end() for run in runs] == [2, 2]
+    for run in runs:
+        (error,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
+        assert "its --block-size is 8, that of node 0" in error
 
 
 @contextmanager

@@ -53,7 +53,8 @@ class Followers:
             return JoinRefused(f"{self._name} has no follower {hello.rank} of {hello.size}, but 1 to {self._size - 1}")
         if hello.rank in self._channels:
             return JoinRefused(f"rank {hello.rank} is here already: give every process a rank of its own")
-        why = describe_difference(hello.agreement, self._agreement, self._name)
+        # A follower that runs a node has none here: the pool of nodes compares it, and tells all if it differs.
+        why = describe_difference(hello.agreement, self._agreement, self._name) if hello.agreement else ""
         return JoinRefused(why) if why else None
 
     def enter(self, hello: Hello, channel: Channel) -> None:

@@ -78,5 +78,11 @@ def _follow(model: OpenModel, rank: int, size: int) -> FollowedEngine:
     meeting = job or group
     assert meeting is not None
     return FollowedEngine(
-        meeting.address, meeting.key, rank=rank, size=size, agreement=model.agreement, timeout=timeout, node=node
+        meeting.address,
+        meeting.key,
+        rank=rank,
+        size=size,
+        agreement={} if node else model.agreement,
+        timeout=timeout,
+        node=node,
     )

@@ -36,7 +36,7 @@ class Call:
     @property
     def digest(self) -> str:
         """A digest of the arguments, as far as they are plain data."""
-        return hashlib.sha256(json.dumps(self.arguments, default=_plain).encode()).hexdigest()[:_DIGITS]
+        return hashlib.sha256(json.dumps(self.arguments, default=_plain, skipkeys=True).encode()).hexdigest()[:_DIGITS]
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal import env
-from shoal.addresses import Address, reserve_port
+from shoal.addresses import Address, refuse_loopback_name, reserve_port
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import network
 from shoal.errors import ConfigError
@@ -53,7 +53,7 @@ class TorchrunJob:
                 "with torchrun --nproc-per-node N program.py, or leave the option out"
             )
         _check(options, place)
-        address = own_address(place.master_addr) if place.num_groups > 1 else _LOOPBACK
+        address = _address(place) if place.num_groups > 1 else _LOOPBACK
         env.set_defaults({"GLOO_SOCKET_IFNAME": network.interface_of(address) or "lo"})  # of the program's own group
         open_store = load("shoal.comm.torch_job:TorchJobStore")
         store = open_store(f"shoal {next(_jobs)}", timeout_s=options.parallel.start_timeout)
@@ -109,6 +109,19 @@ def _check(options: EngineOptions, place: env.Torchrun) -> None:
     }
     if names := [flag for flag, value in given.items() if value]:
         raise ConfigError(f"{_FLAG}: torchrun says which ranks run where, so leave {', '.join(names)} out")
+
+
+def _address(place: env.Torchrun) -> str:
+    """Return the address of this host, as the other hosts of the job reach it."""
+    if env.host_ip() is None:
+        refuse_loopback_name(place.master_addr, "MASTER_ADDR")
+    found = own_address(place.master_addr)
+    if not found:
+        raise ConfigError(
+            f"this host has no way to MASTER_ADDR {place.master_addr}, where rank 0 is: give torchrun another "
+            "--master-addr, or name an address of this host in SHOAL_HOST_IP"
+        )
+    return found
 
 
 def _reserve(address: str, options: EngineOptions) -> socket.socket:
