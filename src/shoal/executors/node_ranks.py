@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 
+from shoal import env
+from shoal.config.engine_options import options
 from shoal.errors import RankFailed
 from shoal.executors.local_ranks import start_order
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.rendezvous import Rendezvous, describe_difference
-from shoal.wire.base import WireError, encode
+from shoal.wire.base import WireError, encode, replace_fields
 from shoal.wire.nodes import (
     ENGINE_DOOR,
     ENGINE_START,
@@ -42,11 +44,12 @@ class NodeListener:
             start: marks this start of the engine. A node that was called by another start is refused.
 
         Raises:
-            ConfigError: this host has no such address.
+            ConfigError: this host has no such address, or all of its ports are in use.
         """
         self.nodes: Mapping[int, NodePlan] = plan.nodes_elsewhere
         self._door = _EngineDoor(self.nodes, len(plan.nodes), start)
-        self._rendezvous = Rendezvous(plan.place.address, key=plan.place.key, doors={ENGINE_DOOR: self._door})
+        place = plan.place
+        self._rendezvous = Rendezvous(place.address, key=place.key, ports=place.ports, doors={ENGINE_DOOR: self._door})
         self.address = self._rendezvous.address
 
     def gather(self, timeout: float) -> dict[int, Channel]:
@@ -114,8 +117,11 @@ class NodeRanks:
         self._suspended: set[int] = set()
 
     def start(self) -> None:
+        variables = env.shared_variables(option.name for option in options())
+        if variables:
+            log.info("ranks of %s get these variables unless they are set there: %s", self._name, ", ".join(variables))
         for setup in self._setups:
-            self._send(encode(start_order(setup)))
+            self._send(encode(replace_fields(start_order(setup), variables=variables)))
 
     @property
     def channels(self) -> list[Channel]:
