@@ -110,8 +110,9 @@ class NodeRanks:
         """Start nothing yet. `channel` is the connection to the node."""
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
+        self.can_replace = True  # False: the node is lost
         self._name = node.name
-        self._setups = setups
+        self._orders = {setup.rank: start_order(setup) for setup in setups}
         self._channel = channel
         self._pids: dict[int, int] = {}
         self._suspended: set[int] = set()
@@ -120,8 +121,15 @@ class NodeRanks:
         variables = env.shared_variables(option.name for option in options())
         if variables:
             log.info("ranks of %s get these variables unless they are set there: %s", self._name, ", ".join(variables))
-        for setup in self._setups:
-            self._send(encode(replace_fields(start_order(setup), variables=variables)))
+        for rank, order in self._orders.items():
+            self._orders[rank] = replace_fields(order, variables=variables)
+            self._send(encode(self._orders[rank]))
+
+    def replace(self, rank: int) -> None:
+        for known in (self.ended, self._pids):
+            known.pop(rank, None)
+        self._suspended.discard(rank)
+        self._send(encode(self._orders[rank]))
 
     @property
     def channels(self) -> list[Channel]:
@@ -156,6 +164,7 @@ class NodeRanks:
         return messages
 
     def _end_all(self, why: str) -> None:
+        self.can_replace = False
         for rank in self.ranks:
             self.ended.setdefault(rank, why)
 
