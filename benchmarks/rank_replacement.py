@@ -30,7 +30,8 @@ def _the_engine(found: Any) -> int:
 
 
 def _measure(model: str | None, flags: tuple[str, ...], rounds: int, streams: int, tokens: int) -> dict[str, Any]:
-    alone, full = [], []
+    alone: list[float] = []
+    full: list[float] = []
     with start_server(model, *_SERVER, *flags) as server:
         for _ in range(rounds):
             for victim, pauses in ((_a_rank, alone), (_the_engine, full)):
