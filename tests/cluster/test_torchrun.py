@@ -176,7 +176,8 @@ def test_processes_on_two_hosts_with_unequal_numbers_of_ranks(start: Start, chec
         assert [job.await_end() for job in jobs] == [0, 0]
     name = os.uname().nodename
     assert f"ranks 0-1 on {name} ({pair[0].address}), 2 on {name} ({pair[1].address}): " in jobs[0].text
-    assert f"ranks of node 1 ({name}) get these variables unless they are set there: NCCL_DEBUG" in jobs[0].text
+    variables = f"ranks of node 1 ({name}, {pair[1].address}) get these variables unless they are set there: NCCL_DEBUG"
+    assert variables in jobs[0].text
     found = [*found_by(jobs[0]), *found_by(jobs[1])]
     assert [tokens(each["generate"]) for each in found] == [[Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]]] * 3
     assert found[0] == found[1] == found[2]
