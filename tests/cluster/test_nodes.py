@@ -4,103 +4,28 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support import hosts, processes
 from support.checkpoints import Reference
+from support.host_programs import NUM_TOKENS, PORT, PROMPT, SMALL, WAIT_S, Program, ask, generation
 
 pytestmark = [
     pytest.mark.slow,  # starts processes
     pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle()),
 ]
 
-KEY = "a key of the test"
-PROMPT = [5, 17, 200, 33, 4, 90, 121]
-NUM_TOKENS = 12
-SMALL = ["--kv-cache-memory-bytes", "16MiB", "--max-model-len", "128"]
-_WAIT_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[tuple[hosts.Host, hosts.Host]]:
-    with hosts.two_hosts() as found:
-        yield found
-
-
-class Program:
-    """A command of Shoal on one of the hosts, with everything that it prints."""
-
-    def __init__(self, host: hosts.Host, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        self.host = host
-        self.arguments = arguments
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the program
-        self.process = subprocess.Popen(
-            [*host.inside, sys.executable, "-m", "shoal", *arguments],
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "SHOAL_CLUSTER_KEY": KEY, **(environment or {})},
-        )
-
-    @property
-    def text(self) -> str:
-        return os.pread(self._output.fileno(), 1 << 20, 0).decode()
-
-    def await_text(self, *texts: str) -> None:
-        deadline = time.monotonic() + _WAIT_S
-        while not any(text in self.text for text in texts):
-            assert self.process.poll() is None, self.text
-            assert time.monotonic() < deadline, f"{texts} not in:\n{self.text}"
-            threading.Event().wait(0.02)
-
-    def await_end(self) -> int:
-        return self.process.wait(_WAIT_S)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._output.close()
-
 
 Start = Callable[..., Program]
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    started: list[Program] = []
-
-    def run(host: hosts.Host, *arguments: str, **rest: Any) -> Program:
-        started.append(Program(host, *arguments, **rest))
-        return started[-1]
-
-    try:
-        yield run
-    finally:
-        for program in started:
-            print(f"--- {program.arguments} on {program.host.netns}:\n{program.text}", file=sys.stderr)  # if it fails
-            program.close()
-
-
 def nodes(two: tuple[hosts.Host, hosts.Host], rank: int) -> list[str]:
     return ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", two[0].address]
-
-
-def generation(folder: Path) -> list[str]:
-    """Return the beginning of a command that generates tokens after PROMPT."""
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt_token_ids": PROMPT}) + "\n")
-    parameters = ["--temperature", "0", "--ignore-eos", "--max-tokens", str(NUM_TOKENS)]
-    return ["generate", str(folder), "--prompts-file", str(prompts), *parameters, *SMALL]
 
 
 def generate(
@@ -160,29 +85,9 @@ def served(
         return start(two[1], "serve", "bundled", *SMALL, *flags, *nodes(two, 1), "--headless")
 
     other = node()
-    server = start(two[0], "serve", "bundled", "--port", "8123", *SMALL, *flags, *nodes(two, 0))
+    server = start(two[0], "serve", "bundled", "--port", str(PORT), *SMALL, *flags, *nodes(two, 0))
     server.await_text("Shoal serves")
     yield server, other, node
-
-
-def ask(host: hosts.Host, prompt: str, seed: int) -> list[str]:
-    """Return the texts of a stream of 48 sampled tokens."""
-    body = {"model": "bundled", "prompt": prompt, "max_tokens": 48, "seed": seed, "stream": True, "ignore_eos": True}
-    with host.connect(("127.0.0.1", 8123), 30) as connection:
-        connection.settimeout(_WAIT_S)
-        payload = json.dumps(body)
-        connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n{payload}".encode()
-        )
-        answer = b""
-        while part := connection.recv(1 << 16):
-            answer += part
-    lines = [line[6:] for line in answer.decode().splitlines() if line.startswith("data: {")]
-    found = [json.loads(line) for line in lines]
-    assert all("choices" in each for each in found), found
-    assert "data: [DONE]" in answer.decode(), answer
-    return [each["choices"][0]["text"] for each in found if each["choices"]]
 
 
 def test_no_request_is_lost_when_a_host_is_killed_under_load(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
@@ -195,12 +100,21 @@ def test_no_request_is_lost_when_a_host_is_killed_under_load(start: Start, two: 
         other.process.kill()
         server.await_text("is lost: node 1", "was killed by SIGKILL")
         node = start_again()
-        assert ["".join(stream.result(_WAIT_S)) for stream in streams] == expected
+        assert ["".join(stream.result(WAIT_S)) for stream in streams] == expected
         server.process.send_signal(signal.SIGTERM)
         assert server.await_end() == 0, server.text
         node.await_text("waiting for the next one")
         node.process.send_signal(signal.SIGTERM)
         assert node.await_end() == 0, node.text
+
+
+def test_a_spare_host_takes_over_for_a_host_that_is_gone(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
+    with served(start, two, "-pp", "2", "--spare-hosts", "1") as (server, other, _):
+        spare = start(two[1], "serve", "bundled", *SMALL, "-pp", "2", "--spare-hosts", "1", *nodes(two, 2))
+        spare.await_text("node 2 of 2 is with its leader")
+        other.process.kill()
+        server.await_text("takes the place of node 1")
+        assert ask(two[0], "2 apples", 1)
 
 
 def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
@@ -213,10 +127,10 @@ def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.
             killed, kept = (theirs, ours) if bad else (ours, theirs)
             streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(4)]
             os.kill(killed, signal.SIGKILL)
-            assert ["".join(stream.result(_WAIT_S)) for stream in streams] == expected
-            host = f" on {os.uname().nodename}" if bad else ""
-            says = rf"rank {bad} \(process {killed}{host}, .*\) was killed by SIGKILL; it is replaced, the other"
-            assert re.search(says, server.text)
+            assert ["".join(stream.result(WAIT_S)) for stream in streams] == expected
+            host = f" on node 1 ({os.uname().nodename}, {two[1].address})" if bad else ""
+            named = rf"rank {bad} \(process {killed}{re.escape(host)}, .*\)"
+            assert re.search(rf"{named} was killed by SIGKILL; it is replaced, the other", server.text)
             assert f"rank {bad}: replaced in " in server.text
             assert Path(f"/proc/{kept}").exists()
         assert "started again" not in server.text

@@ -27,9 +27,9 @@ REPORT = HostReport(facts(), ModelFiles("/model"), "/model", {})
 class Meeting:
     """A leader's pool of two nodes besides itself, behind a rendezvous."""
 
-    def __init__(self) -> None:
+    def __init__(self, spares: int = 0) -> None:
         self.nodes: list[Channel] = []
-        self.pool = NodePool(NodeGroup(3, 0, 1, Address("127.0.0.1", 29501), ""), AGREEMENT)
+        self.pool = NodePool(NodeGroup(3, 0, 1, Address("127.0.0.1", 29501), "", spares=spares), AGREEMENT)
         self.rendezvous = Rendezvous(doors={NODES_DOOR: self.pool}, reopen_rooms=True)
 
     def come(self, rank: int, size: int = 3, agreement: dict[str, str] = AGREEMENT, timeout: float = 30) -> Channel:
@@ -48,8 +48,9 @@ class Meeting:
 
 
 @pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    found = Meeting()
+def meeting(request: pytest.FixtureRequest) -> Iterator[Meeting]:
+    """Yield a meeting. The parameter is the number of spare nodes."""
+    found = Meeting(getattr(request, "param", 0))
     yield found
     found.pool.close()
     found.rendezvous.close()
@@ -88,7 +89,7 @@ def test_called_nodes_get_their_numbers_in_the_replica(meeting: Meeting) -> None
 
 def test_a_node_that_ends_is_missed_and_another_may_take_its_place(meeting: Meeting) -> None:
     meeting.come(1).close()
-    with pytest.raises(ConfigError, match=r"node 1 of 3 at 127.0.0.1:29501 did not come within 0.1 s: run the same"):
+    with pytest.raises(ConfigError, match=r"node 1 at 127.0.0.1:29501 did not come within 0.1 s: run the same"):
         meeting.pool.gather([1], 0.1)
     meeting.come(1)
     assert list(meeting.pool.gather([1], 30)) == [1]
@@ -155,3 +156,45 @@ def test_dismissed_nodes_learn_the_reason(meeting: Meeting) -> None:
     assert wait([node], 30)
     with pytest.raises(ChannelClosed):
         node.receive()
+
+
+# --- spare nodes -------------------------------------------------------------------------------------------------
+
+
+def call_replica(meeting: Meeting, first: Channel, second: Channel) -> None:
+    """Check that the replica has these two nodes, in this order."""
+    meeting.pool.gather([1, 2], 30)
+    meeting.pool.call([1, 2], 0, "10.0.0.1:4000", "start")
+    calls = [receive(first), receive(second)]
+    assert [call.number for call in calls if isinstance(call, EngineCall)] == [0, 1]
+
+
+@pytest.mark.parametrize("meeting", [1], indirect=True)
+def test_a_spare_node_takes_the_place_of_one_that_is_gone(meeting: Meeting) -> None:
+    first, second, spare = meeting.come(1), meeting.come(2), meeting.come(3)
+    call_replica(meeting, first, second)
+    second.close()
+    call_replica(meeting, first, spare)
+
+
+@pytest.mark.parametrize("meeting", [1], indirect=True)
+def test_a_node_that_was_replaced_comes_back_as_the_spare_node(meeting: Meeting) -> None:
+    first, second, spare = meeting.come(1), meeting.come(2), meeting.come(3)
+    call_replica(meeting, first, second)
+    second.close()
+    call_replica(meeting, first, spare)
+    back = meeting.come(2)
+    call_replica(meeting, first, spare)
+    first.close()
+    call_replica(meeting, back, spare)
+    spare.close()
+    again = meeting.come(3)
+    call_replica(meeting, back, again)
+
+
+@pytest.mark.parametrize("meeting", [1], indirect=True)
+def test_a_spare_node_does_not_hide_a_host_that_was_never_started(meeting: Meeting) -> None:
+    meeting.come(1)
+    meeting.come(3)
+    with pytest.raises(ConfigError, match=r"node 2 at 127.0.0.1:29501 did not come within"):
+        meeting.pool.gather([1, 2], 0.1)

@@ -8,6 +8,7 @@ import click
 from shoal import __version__
 from shoal.cli.bench import bench
 from shoal.cli.completion import completion
+from shoal.cli.doctor import doctor
 from shoal.cli.download import download
 from shoal.cli.generate import Interrupted, generate
 from shoal.cli.options import unknown_flag
@@ -60,7 +61,7 @@ def cli() -> None:
 
 
 cli.add("Run models", generate, serve)
-cli.add("Decide", plan)
+cli.add("Decide", plan, doctor)
 cli.add("Measure", bench)
 cli.add("Operate", top, scale)
 cli.add("Set up", download, completion)

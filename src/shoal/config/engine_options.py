@@ -19,6 +19,8 @@ from shoal.config.option_forms import (
     parse_overrides,
     parse_partition,
     parse_placement,
+    parse_ports,
+    parse_resources,
     parse_speculative,
     parse_split,
 )
@@ -28,8 +30,9 @@ from shoal.values import closest
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
-Executor = Literal["uni", "threads", "mp"]
-Backend = Literal["auto", Executor]
+Executor = Literal["uni", "threads", "mp", "ray"]
+Backend = Literal["auto", Executor, "external_launcher"]
+DataParallelBackend = Literal["mp", "ray"]
 ExpertPlacement = Literal["linear", "round_robin"]
 All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
 SchedulingPolicy = Literal["priority", "fcfs"]
@@ -112,7 +115,15 @@ class ParallelOptions:
     )
     distributed_executor_backend: Backend = option(
         "auto",
-        "uni: one rank in this process; threads: a thread for each rank; mp: a process for each rank; auto: uni or mp",
+        "uni: one rank in this process; threads: a thread for each rank; mp: a process for each rank; ray: processes "
+        "in a Ray cluster; external_launcher: torchrun has started a process for each rank; auto: uni or mp, or ray in "
+        "a placement group or if this host has too few devices",
+        local=True,
+    )
+    data_parallel_backend: DataParallelBackend = option(
+        "mp",
+        "mp: replicas on this host and on headless hosts; ray: replicas in a Ray cluster",
+        short="-dpb",
         local=True,
     )
     device: Device = option("auto", "the device of each rank; auto: cuda if there is one")
@@ -184,6 +195,28 @@ class NodeOptions:
         "hosts; 0=0-3|1=4-7: the ranks of each host",
         parse=parse_placement,
         metavar="PLACEMENT",
+    )
+    port_range: tuple[int, int] | None = option(
+        None,
+        "the only ports that may be opened for other hosts; --master-port must be one of them",
+        parse=parse_ports,
+        metavar="FIRST-LAST",
+        local=True,
+    )
+    spare_hosts: int = option(
+        0,
+        "hosts beyond --nnodes that wait, with the next node ranks, and take the place of one that is gone",
+        minimum=0,
+    )
+    ray_address: str | None = option(
+        None, "host:port of the Ray cluster; auto: RAY_ADDRESS, or the cluster of this host", local=True
+    )
+    ray_resources: Mapping[str, float] | None = option(
+        None,
+        'what each rank takes of Ray\'s resources: {"GPU": 1, "my-accelerator": 0.5}; auto: 1 GPU or 1 CPU',
+        parse=parse_resources,
+        metavar="JSON",
+        local=True,
     )
 
 

@@ -83,6 +83,19 @@ def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:
     return found
 
 
+def parse_resources(value: Any, flag: str) -> Mapping[str, float]:
+    """Read a mapping of names to positive numbers, or a text with such a JSON object: `{"GPU": 0.5}`.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    found = parse_overrides(value, flag)
+    numbers = [amount for amount in found.values() if type(amount) in (int, float) and amount > 0]
+    if not found or len(numbers) < len(found):
+        raise ConfigError(f'{flag} takes an amount for each resource, such as {{"GPU": 1}}, got {shown(value)}')
+    return {name: float(amount) for name, amount in found.items()}
+
+
 def parse_cores(value: Any, flag: str) -> Cores | None:
     """Read `0-3`, `0-3|4-7`, `0,2|1,3`, `nobind`, or lists of numbers; `auto` gives None.
 
@@ -142,6 +155,20 @@ def _cores(given: Any) -> tuple[int, ...] | None:
             return None
         found += range(first, last + 1)
     return tuple(found)
+
+
+def parse_ports(value: Any, flag: str) -> tuple[int, int]:
+    """Read a range of ports, `31000-31099`, or a pair of numbers.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    parts = value.split("-") if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and len(parts) == 2:
+        first, last = (whole_number(part.strip(" ")) if isinstance(part, str) else part for part in parts)
+        if type(first) is int and type(last) is int and 0 < first <= last < 1 << 16:
+            return first, last
+    raise ConfigError(f"{flag} takes the first and the last port, such as 31000-31099, got {shown(value)}")
 
 
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:

@@ -90,8 +90,6 @@ TABLE: tuple[Accepted, ...] = (
         "--max-restarts 0 switches restarts off"),
     Accepted("data_parallel_external_lb", ON, "--data-parallel-rank serves one replica at an address of its own",
         "leave --data-parallel-rank out to serve all replicas at one address", True, "data_parallel_rank"),
-    Accepted("data_parallel_backend", ("mp",), "replicas are processes",
-        "start a `shoal serve --headless` on each host"),
     Accepted("trust_remote_code", EITHER, "code beside a checkpoint is never run; a model that needs it is refused",
         "leave it out"),
     Accepted("swap_space", ANY_NUMBER, "a preempted request is computed again, nothing is swapped", "leave it out"),
@@ -154,7 +152,6 @@ _NO_IMAGES = "leave it out; Shoal reads and writes text only"
 _NO_POOLING = f"leave it out; {_TEXT_ONLY}"
 _MERGE = "merge the adapter into the weights"
 _MORE_RANKS = "use more ranks (--tensor-parallel-size, --pipeline-parallel-size)"
-_HOSTS = "start a `shoal serve --headless` on each of the other hosts; each replica runs on one host"
 _DRAFT = 'use --speculative-config \'{"model": DRAFT, "num_speculative_tokens": 5}\''
 _NGRAM = 'use --speculative-config \'{"method": "ngram", "prompt_lookup_max": 4}\''
 _EXACT = "leave it out; a drafted token is kept if the model would have drawn it"
@@ -227,9 +224,9 @@ LACKING: Mapping[str, str] = {
         _NO_CAPTURE,
     ),
     # Ranks, replicas and hosts
-    "worker_use_ray": _HOSTS,
-    "engine_use_ray": _HOSTS,
-    "ray_workers_use_nsight": "leave it out; there are no Ray workers",
+    "worker_use_ray": "use --distributed-executor-backend ray",
+    "engine_use_ray": "use --distributed-executor-backend ray",
+    "ray_workers_use_nsight": "leave it out",
     "distributed_timeout_seconds": "use --start-timeout and --step-timeout",
     "cpu_distributed_timeout_seconds": "use --start-timeout and --step-timeout",
     "decode_context_parallel_size": NOT_YET,
@@ -351,7 +348,7 @@ _SERVER_FLAGS = ("max_logprobs", "served_model_name", "shutdown_timeout")
 _SHORT = {"-q": "quantization", "-O": "optimization_level", "-ac": "attention_config", "-cc": "compilation_config",
           "-dcp": "decode_context_parallel_size",
           "-pcp": "prefill_context_parallel_size", "-dpe": "data_parallel_external_lb",
-          "-dpb": "data_parallel_backend", "-dpm": "data_parallel_multi_port_external_lb",
+          "-dpm": "data_parallel_multi_port_external_lb",
           "-spec-draft-tp": "speculative_draft_tensor_parallel_size"}  # fmt: skip
 
 

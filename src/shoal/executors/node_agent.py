@@ -32,7 +32,8 @@ _END_S = 1.0
 class NodeAgent:
     """Starts the ranks that an engine asks for, and passes frames on between the engine and each of them.
 
-    It decodes no frame of a rank. The owner waits for `channels` and calls `tick`, at least once a second.
+    It decodes no frame of a rank. The owner waits for `channels`, unless `has_frame`, and calls `tick` at least once a
+    second.
     """
 
     def __init__(self, call: EngineCall, key: str) -> None:
@@ -57,6 +58,11 @@ class NodeAgent:
     def channels(self) -> list[Channel]:
         return [self._engine, *(child.channel for child in self._children.values())]
 
+    @property
+    def has_frame(self) -> bool:
+        """True if the engine has sent something that was read from its connection together with earlier messages."""
+        return self._engine.has_frame
+
     def tick(self, readable: Sequence[Channel]) -> bool:
         """Handle what has arrived, and report processes that have ended or were stopped.
 
@@ -64,7 +70,7 @@ class NodeAgent:
             False if the engine has ended the ranks or has gone. Then `close` must be called.
         """
         try:
-            if self._engine in readable:
+            if self._engine in readable or self._engine.has_frame:
                 for frame in self._engine.receive():
                     if not self._obey(to_node.decode(frame)):
                         return False

@@ -23,6 +23,7 @@ EXECUTORS = {
     "uni": ExecutorKind("shoal.executors.inprocess:InProcessLinks", in_this_process=True),
     "threads": ExecutorKind("shoal.executors.threads:ThreadLinks", in_this_process=True, replicas_are_threads=True),
     "mp": ExecutorKind("shoal.executors.multiprocess:ProcessLinks", in_this_process=False),
+    "ray": ExecutorKind("shoal.executors.multiprocess:ProcessLinks", in_this_process=False),
 }
 
 

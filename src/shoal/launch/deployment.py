@@ -9,6 +9,7 @@ from shoal.addresses import Address, parse_host, refuse_loopback_name
 from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.executors.table import EXECUTORS
+from shoal.launch.host_network import check_ports
 from shoal.transport.rendezvous import require_key
 from shoal.values import numbered
 from shoal.wire.plan import ReplicaPlace
@@ -29,33 +30,42 @@ class Mode(Enum):
 class NodeGroup:
     """The nodes of a deployment whose replicas have several hosts each (`--nnodes`), seen from this host."""
 
-    size: int  # nodes of all replicas
+    size: int  # nodes of all replicas, and the leader
     rank: int  # the number of this host; number 0 leads
     replicas: int
     address: Address  # where node 0 awaits the others
     key: str  # the shared key
+    leader_has_ranks: bool = True  # False: the host of the leader is no node, only its number is used
+    spares: int = 0  # nodes that wait to take the place of one that is gone; their numbers come after the others
 
     @property
     def per_replica(self) -> int:
-        return self.size // self.replicas
+        return (self.size - (not self.leader_has_ranks)) // self.replicas
 
     def of_replica(self, number: int) -> range:
-        """Return the numbers of the nodes of a replica."""
-        return range(number * self.per_replica, (number + 1) * self.per_replica)
+        """Return the numbers of the nodes of a replica, which may have been added later."""
+        first = number * self.per_replica + (not self.leader_has_ranks)
+        return range(first, first + self.per_replica)
 
     @classmethod
-    def of(cls, options: EngineOptions) -> "NodeGroup | None":
+    def of(cls, options: EngineOptions, key: str | None = None) -> "NodeGroup | None":
         """Return the group that the options describe; None if each replica runs on one host.
+
+        Args:
+            key: the shared key; None: the one in the environment.
 
         Raises:
             ConfigError: options contradict each other.
         """
         nodes, replicas = options.nodes, options.parallel.data_parallel_size
-        if nodes.node_rank >= nodes.nnodes:
+        if nodes.node_rank >= nodes.nnodes + nodes.spare_hosts:
+            spares = f" and --spare-hosts {nodes.spare_hosts}" if nodes.spare_hosts else ""
             raise ConfigError(
-                f"--node-rank {nodes.node_rank} does not exist with --nnodes {nodes.nnodes}: ranks count from 0"
+                f"--node-rank {nodes.node_rank} does not exist with --nnodes {nodes.nnodes}{spares}: ranks count from 0"
             )
         if nodes.nnodes == 1:
+            if nodes.spare_hosts:
+                raise ConfigError("--spare-hosts replace a host of several: give --nnodes too")
             return None
         _check_layout_of_nodes(options)
         if nodes.master_addr is None:
@@ -65,22 +75,38 @@ class NodeGroup:
             )
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
-        key = env.cluster_key()
-        require_key(key, host)
-        return cls(nodes.nnodes, nodes.node_rank, replicas, Address(host, nodes.master_port), key)
+        address = Address(host, nodes.master_port)
+        key = env.cluster_key() if key is None else key
+        check_ports(options, "--master-port", nodes.master_port, 1 if nodes.node_rank else 1 + replicas)
+        return cls(nodes.nnodes, nodes.node_rank, replicas, address, key, spares=nodes.spare_hosts)
 
 
-def _check_layout_of_nodes(options: EngineOptions) -> None:
-    nodes, hosts, parallel = options.nodes, options.hosts, options.parallel
-    ranks, replicas = parallel.tensor_parallel_size * parallel.pipeline_parallel_size, parallel.data_parallel_size
-    others = {
+def _flags_of_whole_replicas(hosts: HostOptions) -> list[str]:
+    """Return the given flags that place whole replicas on hosts."""
+    values = {
         "--data-parallel-size-local": hosts.data_parallel_size_local,
         "--data-parallel-start-rank": hosts.data_parallel_start_rank,
         "--data-parallel-rank": hosts.data_parallel_rank,
         "--data-parallel-address": hosts.data_parallel_address,
         "--data-parallel-hybrid-lb": hosts.data_parallel_hybrid_lb or None,
     }
-    if given := [flag for flag, value in others.items() if value is not None]:
+    return [flag for flag, value in values.items() if value is not None]
+
+
+def _check_no_hosts(options: EngineOptions) -> None:
+    given = _flags_of_whole_replicas(options.hosts) + (["--headless"] if options.hosts.headless else [])
+    if given:
+        raise ConfigError(f"Ray places all replicas, but {given[0]} places some of them by hand: leave one of them out")
+
+
+def _check_layout_of_nodes(options: EngineOptions) -> None:
+    nodes, hosts, parallel = options.nodes, options.hosts, options.parallel
+    ranks, replicas = parallel.tensor_parallel_size * parallel.pipeline_parallel_size, parallel.data_parallel_size
+    if parallel.distributed_executor_backend == "ray":
+        raise ConfigError(
+            f"--nnodes {nodes.nnodes} and --distributed-executor-backend ray: Ray places ranks itself; leave one out"
+        )
+    if given := _flags_of_whole_replicas(hosts):
         raise ConfigError(
             f"--nnodes {nodes.nnodes} spreads each replica over hosts, but {given[0]} places whole replicas on hosts: "
             "leave one of them out"
@@ -109,18 +135,25 @@ class Deployment:
     address: Address | None = None  # of the rendezvous; None: there is no other host
     key: str = ""  # the shared key of the rendezvous
     nodes: NodeGroup | None = None  # the hosts that share the ranks of each replica; None: each replica is on one host
+    by_ray: bool = False  # the ranks of all replicas run where Ray places them
 
     @classmethod
-    def of(cls, options: EngineOptions) -> "Deployment":
+    def of(cls, options: EngineOptions, key: str | None = None) -> "Deployment":
         """Return the deployment that the options describe.
+
+        Args:
+            key: the shared key of hosts that share the ranks of a replica; None: the one in the environment.
 
         Raises:
             ConfigError: options contradict each other.
         """
         hosts, size = options.hosts, options.parallel.data_parallel_size
-        nodes = NodeGroup.of(options)
+        nodes = NodeGroup.of(options, key)
         if nodes is not None:
             return cls(Mode.ALONE, size, range(size), nodes=nodes)
+        if options.parallel.distributed_executor_backend == "ray":
+            _check_no_hosts(options)
+            return cls(Mode.ALONE, size, range(size), by_ray=True)
         mode = _mode(hosts, size)
         local = _local(hosts, mode, size)
         if mode is Mode.ALONE or (len(local) == size and mode is not Mode.HEADLESS):
@@ -140,6 +173,7 @@ class Deployment:
         address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
         key = env.cluster_key()
         require_key(key, address.host)
+        check_ports(options, "--data-parallel-rpc-port", address.port, 1)
         return cls(mode, size, local, address, key)
 
     @property
@@ -164,7 +198,7 @@ class Deployment:
         If there is none (`local_size` is 0), it is the place of replica 0 on another host, because checking prompts
         needs some plan. The same holds for a replica over several hosts, which are not known yet.
         """
-        if self.nodes is not None:
+        if self.nodes is not None or self.by_ray:
             return ReplicaPlace(size=self.size, local_size=0)
         if self.mode is Mode.ALONE:
             return ReplicaPlace(size=self.size, local_size=self.size)

@@ -14,10 +14,13 @@ from shoal.executors.table import thread_groups
 from shoal.launch.deployment import place_of
 from shoal.launch.leader import Leader
 from shoal.launch.open_model import OpenModel
+from shoal.log import get_logger
 from shoal.transport.channel import Channel
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineStats, NoPlan
 from shoal.wire.plan import EnginePlan, ReplicaPlace
+
+log = get_logger("replicas")
 
 ENGINE_PROCESS = "shoal.engine.process"
 _START_PHASES = 5  # each of which may take --start-timeout
@@ -82,6 +85,7 @@ class ProcessLauncher:
             place=place,
             answer_timeout=answer_timeout(self._model),
             on_nodes_awaited=lambda awaited: leader.call(place.rank, awaited.address, awaited.start),
+            on_dismissed=lambda: leader.release(place.rank),
         )
         # Nodes that were there before come back; for the first start of a replica, a missing node is a mistake.
         patience = float("inf") if place.returning else self._model.plan.timeouts.start_s
@@ -89,8 +93,11 @@ class ProcessLauncher:
         def plan() -> None:
             try:
                 found = leader.plan(place, patience, cancelled=lambda: engine.has_ended)
-            except ShoalError as error:
-                engine.give_plan(NoPlan(str(error), isinstance(error, UserError)))
+            except Exception as error:
+                why = str(error) if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
+                if not isinstance(error, ShoalError):
+                    log.exception("replica %d could not be planned", place.rank)
+                engine.give_plan(NoPlan(why, isinstance(error, UserError)))
             else:
                 engine.give_plan(found)
 

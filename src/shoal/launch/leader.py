@@ -1,37 +1,107 @@
 """The leader of the nodes of a deployment: it awaits them, plans replicas over them, and sends them to engines."""
 
+import functools
 from collections.abc import Callable
+from typing import Protocol
 
-from shoal import addresses
 from shoal.errors import UserError
 from shoal.launch.deployment import NodeGroup
+from shoal.launch.followers import Followers, NoFollowers
+from shoal.launch.host_network import leader_address, warn_of_kernel_ports
 from shoal.launch.node_pool import NodePool
 from shoal.launch.open_model import OpenModel, log_plan
+from shoal.lazy import load
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
+from shoal.wire.calls import FOLLOWERS_DOOR
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.rendezvous import NODES_DOOR
+
+
+class NodeStarter(Protocol):
+    """Starts nodes elsewhere, where nobody starts them by hand."""
+
+    group: NodeGroup
+
+    def start(self, replica: int, leader: str, timeout: float, cancelled: Callable[[], bool]) -> None:
+        """Start the nodes of a replica, if they do not run. They come to `leader`, host:port.
+
+        Raises:
+            ConfigError: they cannot be started within `timeout` seconds.
+            EngineError: `cancelled` returned True.
+        """
+
+    def check(self, replica: int) -> None:
+        """Check that no node of a replica has given up.
+
+        Raises:
+            ShoalError: one has; the error is its own.
+        """
+
+    def describe(self, replica: int) -> str:
+        """Return the state of the nodes of a replica that have not come, for messages."""
+
+    def release(self, replica: int) -> None:
+        """End the nodes of a replica. Idempotent, never raises."""
+
+    def close(self) -> None:
+        """End all nodes. Idempotent, never raises."""
+
+
+def make_leader(model: OpenModel, followers: Followers | None = None) -> "Leader | None":
+    """Return the leader of the nodes of a model; None if each replica is on this host, or on one headless host.
+
+    Args:
+        followers: see `Leader`.
+
+    Raises:
+        ConfigError: the nodes cannot be started with these options, or this host cannot listen for them.
+    """
+    if model.options.parallel.distributed_executor_backend == "ray":
+        nodes: NodeStarter = load("shoal.launch.ray.ray_nodes:RayNodes")(model)
+        return Leader(model, nodes.group, nodes)
+    group = model.node_group
+    return None if group is None else Leader(model, group, followers=followers)
 
 
 class Leader:
     """The leader of a group of nodes. `rendezvous` is the address where they come, and where replicas meet."""
 
-    def __init__(self, model: OpenModel, group: NodeGroup) -> None:
+    def __init__(
+        self,
+        model: OpenModel,
+        group: NodeGroup,
+        starter: NodeStarter | None = None,
+        followers: Followers | None = None,
+    ) -> None:
         """Listen for nodes.
 
+        Args:
+            starter: starts the nodes of a replica when it is planned; None: they are started by hand.
+            followers: those of this process, which come to the same address; None: it has none.
+
         Raises:
-            ConfigError: this host does not have the address, or the port is in use.
+            ConfigError: this host does not have the address, the port is in use, or variables contradict the address.
         """
         self._model = model
         self._group = group
-        self._pool = NodePool(group, model.agreement)
+        self._starter = starter
         where = group.address
-        self._own_address = str(addresses.resolve(where.host)[0][1][0])
+        self._own_address = leader_address(where.host, "--master-addr")
+        warn_of_kernel_ports(model.options)
+        self._pool = NodePool(group, model.agreement)
         self._rendezvous = Rendezvous(
-            where.host, where.port, key=group.key, doors={NODES_DOOR: self._pool}, reopen_rooms=True
+            where.host,
+            where.port,
+            key=group.key,
+            ports=model.options.nodes.port_range,
+            doors={NODES_DOOR: self._pool, FOLLOWERS_DOOR: followers or NoFollowers()},
+            reopen_rooms=True,
         )
-        self.rendezvous = str(where)
+        self.rendezvous = self._rendezvous.address
+        self._pool.address = self.rendezvous
         self.key = group.key
+        self.num_replicas = group.replicas
         self._logged = False
 
     def plan(self, place: ReplicaPlace, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> EnginePlan:
@@ -42,14 +112,35 @@ class Leader:
             EngineError: `cancelled` returned True.
         """
         numbers = self._group.of_replica(place.rank)
-        nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled)
-        place = replace_fields(place, local_rank=0, local_size=1, address=self._own_address, key=self._group.key)
-        hosts = [(nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers]
+        advice: dict[str, Callable[[], str]] = {}
+        if self._starter is not None:
+            self._starter.start(place.rank, self.rendezvous, timeout, cancelled)
+            cancelled = functools.partial(self._check_nodes, self._starter, place.rank, cancelled)
+            advice = {"advice": functools.partial(self._starter.describe, place.rank)}
+        nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled, **advice)
+        place = replace_fields(
+            place,
+            local_rank=0,
+            local_size=1,
+            address=self._own_address,
+            ports=self._model.options.nodes.port_range,
+            key=self._group.key,
+        )
+        hosts = {n: (nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers}
         plan = self._model.plan_over(place, hosts)
         if not self._logged:
             self._logged = True
             log_plan(plan)
         return plan
+
+    def _check_nodes(self, starter: NodeStarter, replica: int, cancelled: Callable[[], bool]) -> bool:
+        starter.check(replica)
+        return cancelled()
+
+    def release(self, replica: int) -> None:
+        """End the nodes of a replica that was taken out, unless they are started by hand. Idempotent, never raises."""
+        if self._starter is not None:
+            self._starter.release(replica)
 
     def call(self, replica: int, address: str, start: str) -> None:
         """Send the nodes of a replica to its engine, which awaits them at an address."""
@@ -58,9 +149,14 @@ class Leader:
     def dismiss(self, error: Exception | None = None) -> None:
         """End all nodes, and stop listening. `error`: the reason, if the work is not done. Idempotent."""
         self._pool.dismiss("" if error is None else str(error), user_error=isinstance(error, UserError))
-        self._rendezvous.close()
+        self._end()
 
     def close(self) -> None:
         """Stop listening. The nodes wait for the next leader. Idempotent."""
         self._pool.close()
+        self._end()
+
+    def _end(self) -> None:
+        if self._starter is not None:
+            self._starter.close()
         self._rendezvous.close()

@@ -1,7 +1,9 @@
 """A host that runs ranks for engines elsewhere (`--node-rank 1` and above)."""
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from shoal.config.engine_options import EngineOptions
@@ -9,9 +11,10 @@ from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.executors.node_agent import NodeAgent
 from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.headless import introduce_host
+from shoal.launch.host_network import warn_of_kernel_ports
 from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
-from shoal.process.signal_event import SignalEvent
+from shoal.process.stop_event import SignalEvent, StopEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.room_member import connect
 from shoal.wire.base import encode
@@ -22,6 +25,7 @@ from shoal.wire.rendezvous import NODES_DOOR
 log = get_logger("node")
 
 _CHECK_S = 1.0  # how often processes are checked, as they send nothing when they were stopped
+_CLOSE_S = 5.0
 _RECONNECT_S = 60.0  # how long one attempt to reach the next leader takes, and so how often the log mentions it
 
 
@@ -45,16 +49,13 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
     refuse_manual_place(options)
     group = Deployment.of(options).nodes
     assert group is not None
-    report, agreement = introduce_host(options, given)
+    warn_of_kernel_ports(options)
+    report, agreement = introduce_host(options, given, group.address.host)
     with SignalEvent() as signals:
         node = Node(group, options, report, agreement, signals)
         try:
             node.join()
-            while node.serve():
-                if not online:
-                    raise EngineError(f"the leader at {group.address} has gone before the work was done")
-                log.warning("the leader at %s has gone: waiting for the next one", group.address)
-                node.join(returning=True)
+            node.obey_leaders(online=online)
         finally:
             node.close()
     return 0
@@ -69,18 +70,26 @@ class Node:
         options: EngineOptions,
         report: HostReport,
         agreement: Mapping[str, str],
-        signals: SignalEvent,
+        stop: StopEvent,
     ) -> None:
         self._group = group
         self._options = options
         self._report = report
         self._agreement = agreement
-        self._signals = signals
+        self._stop = stop
         self._leader: Channel | None = None
         self._agent: NodeAgent | None = None
 
+    def obey_leaders(self, *, online: bool) -> None:
+        """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
+        while self.serve():
+            if not online:
+                raise EngineError(f"the leader at {self._group.address} has gone before the work was done")
+            log.warning("the leader at %s has gone: waiting for the next one", self._group.address)
+            self.join(returning=True)
+
     def join(self, *, returning: bool = False) -> None:
-        """Connect to the leader. Return without a connection if a signal has arrived.
+        """Connect to the leader. Return without a connection if this node must stop.
 
         Args:
             returning: there was a leader before, so its address is right: wait without a deadline.
@@ -89,7 +98,7 @@ class Node:
             ConfigError: the leader cannot be reached in time, or refuses this node.
         """
         deadline = time.monotonic() + self._options.parallel.start_timeout
-        while not self._signals.arrived:
+        while not self._stop.arrived:
             patience = _RECONNECT_S if returning else deadline - time.monotonic()
             try:
                 self._leader = connect(
@@ -102,7 +111,7 @@ class Node:
                     report=encode(self._report),
                     timeout=patience,
                     returning=returning,
-                    cancelled=lambda: self._signals.arrived,
+                    cancelled=lambda: self._stop.arrived,
                 )
             except EngineError:
                 if not returning:
@@ -119,12 +128,13 @@ class Node:
         Raises:
             UserError, EngineError: the leader has failed, with its reason.
         """
-        while self._leader is not None and not self._signals.arrived:
-            sources: list[Any] = [self._signals, self._leader, *(self._agent.channels if self._agent else ())]
-            readable = wait(sources, _CHECK_S)
+        while self._leader is not None and not self._stop.arrived:
+            sources: list[Any] = [self._stop, self._leader, *(self._agent.channels if self._agent else ())]
+            at_hand = self._leader.has_frame or (self._agent is not None and self._agent.has_frame)
+            readable = wait(sources, 0 if at_hand else _CHECK_S)
             if self._agent is not None and not self._agent.tick(readable):
                 self._end_ranks()
-            if self._leader in readable:
+            if self._leader in readable or self._leader.has_frame:
                 try:
                     for frame in self._leader.receive():
                         if not self._obey(leader_to_node.decode(frame)):
@@ -161,3 +171,42 @@ class Node:
         if self._leader is not None:
             self._leader.close()
             self._leader = None
+
+
+class BackgroundNode:
+    """A node on a thread of its own, in a program that also makes calls."""
+
+    def __init__(
+        self, group: NodeGroup, options: EngineOptions, report: HostReport, agreement: Mapping[str, str]
+    ) -> None:
+        """Start nothing yet. Arguments are those of `Node`."""
+        self._stack = ExitStack()
+        self._stop = self._stack.enter_context(StopEvent())
+        self._node = Node(group, options, report, agreement, self._stop)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="shoal-node")
+        self._failed: Callable[[ShoalError], object] = lambda _: None
+        self._closed = False
+
+    def start(self, failed: Callable[[ShoalError], object]) -> None:
+        """Run the node. `failed` is called on its thread if it fails, or if its leader has gone."""
+        self._failed = failed
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._node.join()
+            self._node.obey_leaders(online=False)
+        except ShoalError as error:
+            self._failed(error)
+        finally:
+            self._node.close()
+
+    def close(self) -> None:
+        """End the node and its ranks. Idempotent, never raises."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(_CLOSE_S)
+        self._stack.close()

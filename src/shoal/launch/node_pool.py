@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.errors import ConfigError, EngineError
 from shoal.launch.deployment import NodeGroup
@@ -22,6 +22,7 @@ log = get_logger("nodes")
 _SLICE_S = 0.5  # how often a wait checks whether it was cancelled
 _REPORT_S = 10.0  # how often the log says which nodes are missing
 _FLUSH_S = 1.0
+_ADVICE = "run the same command on each host with its own --node-rank; each must be able to reach this address"
 _CALL_S = 60.0  # how long a node may try to connect to the engine that calls it
 
 
@@ -58,11 +59,13 @@ class NodePool:
 
     def __init__(self, group: NodeGroup, agreement: Mapping[str, str]) -> None:
         """Have no nodes yet. `agreement`: what a node must have in common with this host."""
+        self.address = str(group.address)  # where the nodes come, for messages
         self._group = group
         self._agreement = agreement
         self._name = f"node 0 ({socket.gethostname()})"
         self._nodes: dict[int, WaitingNode] = {}
         self._reports: dict[int, HostReport] = {}  # of nodes that are about to enter
+        self._replaced: dict[int, int] = {}  # rank of a node -> number that it has now; for those that spares replace
         self._refused = ""  # why an awaited node was refused; "": none was
         self._ever_complete = False
         self._changed = threading.Condition()
@@ -75,9 +78,10 @@ class NodePool:
                 f"it expects {hello.size} nodes, but {self._name} expects {self._group.size}: give all hosts the same "
                 "--nnodes"
             )
-        if not 0 < hello.rank < self._group.size:
-            return JoinRefused(f"{self._name} awaits nodes 1 to {self._group.size - 1}: see --node-rank")
-        present = self._nodes.get(hello.rank)
+        last = self._group.size + self._group.spares - 1
+        if not 0 < hello.rank <= last and (hello.rank < 1 or self._group.leader_has_ranks):
+            return JoinRefused(f"{self._name} awaits nodes 1 to {last}: see --node-rank")
+        present = self._nodes.get(self._number_of(hello))
         if present is not None and not present.is_gone():
             # It may have lost its connection without this process having noticed yet.
             return JoinRefused(f"{present.name} is here already: give every host a --node-rank of its own", again=True)
@@ -97,22 +101,34 @@ class NodePool:
             self._changed.notify_all()
         return JoinRefused(why)
 
+    def _number_of(self, hello: Hello) -> int:
+        """Return the number of a node that comes: its own, or that of the spare node that has taken its place."""
+        return self._replaced.get(hello.rank, hello.rank)
+
     def enter(self, hello: Hello, channel: Channel) -> None:
-        report = self._reports.pop(hello.rank)
-        node = WaitingNode(hello.rank, hello.host, hello.pid, report.address or channel.peer_address, report, channel)
+        report, number = self._reports.pop(hello.rank), self._number_of(hello)
+        node = WaitingNode(number, hello.host, hello.pid, report.address or channel.peer_address, report, channel)
         log.info("%s has come from %s", node.name, node.address)
         with self._changed:
-            if former := self._nodes.get(hello.rank):
+            if former := self._nodes.get(number):
                 former.channel.close()
-            self._nodes[hello.rank] = node
+            self._nodes[number] = node
             self._changed.notify_all()
 
     # --- what the leader does with them --------------------------------------------------------------------------
 
     def gather(
-        self, numbers: Iterable[int], timeout: float, cancelled: Callable[[], bool] = lambda: False
+        self,
+        numbers: Iterable[int],
+        timeout: float,
+        cancelled: Callable[[], bool] = lambda: False,
+        advice: Callable[[], str] = lambda: _ADVICE,
     ) -> dict[int, WaitingNode]:
         """Return nodes by number, as soon as all of them are here.
+
+        Args:
+            cancelled: is asked twice a second whether to give up. It may raise an error of its own.
+            advice: returns what could be done about missing nodes, for messages.
 
         Raises:
             ConfigError: not all have come within `timeout` seconds; or one was refused, and all have never been here.
@@ -128,10 +144,11 @@ class NodePool:
                 if self._refused and not self._ever_complete:
                     raise ConfigError(self._refused)
                 if now - begun > timeout:
-                    raise ConfigError(f"{self._describe(missing)} did not come within {timeout:g} s: {self._advice()}")
+                    raise ConfigError(f"{self._describe(missing)} did not come within {timeout:g} s: {advice()}")
                 if now - last_report >= _REPORT_S:
                     last_report = now
-                    log.info("waiting for %s, %.0f s of %g", self._describe(missing), now - begun, timeout)
+                    limit = "" if timeout == float("inf") else f" of {timeout:g}"
+                    log.info("waiting for %s, %.0f s%s: %s", self._describe(missing), now - begun, limit, advice())
                 self._changed.wait(_SLICE_S)
             self._ever_complete = True
             return {number: self._nodes[number] for number in wanted}
@@ -142,14 +159,27 @@ class NodePool:
                 log.warning("%s has gone", node.name)
                 node.channel.close()
                 del self._nodes[number]
-        return [number for number in wanted if number not in self._nodes]
+        missing = [number for number in wanted if number not in self._nodes]
+        return [number for number in missing if not self._replace(number)]
+
+    def _replace(self, number: int) -> bool:
+        """Put a spare node in the place of one that was here and is gone. Return whether there is a spare node."""
+        first_spare = self._group.size
+        spare = next((n for n in range(first_spare, first_spare + self._group.spares) if n in self._nodes), None)
+        if spare is None or not self._ever_complete:
+            return False
+        node = self._nodes.pop(spare)
+        log.warning("%s takes the place of node %d", node.name, number)
+        self._nodes[number] = replace(node, number=number)
+        # The spare node may have to come again, and so may the node that it replaces: they have changed places.
+        numbers = self._replaced
+        owners = {now: rank for rank, now in numbers.items()}
+        numbers[owners.get(number, number)], numbers[owners.get(spare, spare)] = spare, number
+        return True
 
     def _describe(self, missing: Iterable[int]) -> str:
         names = ", ".join(map(str, missing))
-        return f"node {names} of {self._group.size} at {self._group.address}"
-
-    def _advice(self) -> str:
-        return "run the same command on each host with its own --node-rank; each must be able to reach this address"
+        return f"node {names} at {self.address}"
 
     def call(self, numbers: Iterable[int], replica: int, address: str, start: str) -> None:
         """Have the nodes of a replica connect to its engine.

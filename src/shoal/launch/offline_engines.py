@@ -13,7 +13,8 @@ from shoal.engine.build import build_engine
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import AddressInUse, EngineError, ShoalError
 from shoal.executors.table import EXECUTORS
-from shoal.launch.deployment import NodeGroup, place_of
+from shoal.launch.deployment import place_of
+from shoal.launch.followers import Followers
 from shoal.launch.launchers import (
     ENGINE_PROCESS,
     ProcessLauncher,
@@ -22,7 +23,7 @@ from shoal.launch.launchers import (
     capacity_of,
     start_timeout,
 )
-from shoal.launch.leader import Leader
+from shoal.launch.leader import Leader, make_leader
 from shoal.launch.open_model import OpenModel
 from shoal.protocols import Engine
 from shoal.transport.rendezvous import Rendezvous
@@ -36,8 +37,11 @@ KEY_BYTES = 32
 _meetings = itertools.count()
 
 
-def start_engine(model: OpenModel) -> Engine:
+def start_engine(model: OpenModel, followers: Followers | None = None) -> Engine:
     """Start the engine, or the replicas, that the options ask for.
+
+    Args:
+        followers: those of this process, if it leads over several hosts.
 
     Raises:
         UserError, EngineError: it could not start; no process is left running.
@@ -45,9 +49,9 @@ def start_engine(model: OpenModel) -> Engine:
     model.log_plan()
     if model.manual_place is not None:
         return _start_manual_replica(model, model.manual_place)
-    group = NodeGroup.of(model.options)
-    if group is not None:
-        return _start_over_nodes(model, group)
+    leader = make_leader(model, followers)
+    if leader is not None:
+        return _start_over_nodes(model, leader)
     if model.options.parallel.data_parallel_size > 1:
         return _start_replicas(model)
     return _start_alone(model, model.plan)
@@ -65,11 +69,10 @@ def _start_process(model: OpenModel, plan: EnginePlan) -> EngineProcess:
     return engine
 
 
-def _start_over_nodes(model: OpenModel, group: NodeGroup) -> Engine:
-    """Start the engine, or the replicas, over several hosts. Their end dismisses the nodes."""
-    leader = Leader(model, group)
+def _start_over_nodes(model: OpenModel, leader: Leader) -> Engine:
+    """Start the engine, or the replicas, over several nodes. Their end dismisses the nodes."""
     try:
-        if group.replicas == 1 and not model.options.parallel.engine_process:
+        if leader.num_replicas == 1 and not model.options.parallel.engine_process:
             plan = leader.plan(place_of(1, 0), model.plan.timeouts.start_s)
             return build_engine(plan, await_nodes=functools.partial(leader.call, 0), on_close=leader.dismiss)
         return _start_replicas(model, leader)

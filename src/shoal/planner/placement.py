@@ -24,6 +24,7 @@ class ReplicaHost:
     files: ModelFiles | None = None  # where the models lie on it; None: where the planner reads them
     address: str = ""  # as the other hosts of the replica reach it; "": there are no others
     here: bool = True  # it is the host of the engine
+    number: int = 0  # among the nodes of all replicas
 
     @property
     def devices(self) -> int:
@@ -128,8 +129,13 @@ def _across(hosts: Sequence[ReplicaHost], tp: int, stages: int) -> tuple[Ids, ..
         raise ConfigError(
             f"--placement tp-across: {numbered(tp, 'tensor-parallel rank')} cannot be spread over {len(hosts)} hosts"
         )
-    host_of = [rank % tp * len(hosts) // tp for rank in range(tp * stages)]
-    return tuple(tuple(rank for rank, host in enumerate(host_of) if host == i) for i in range(len(hosts)))
+    return ranks_across(tp, stages, len(hosts))
+
+
+def ranks_across(tp: int, stages: int, hosts: int) -> tuple[Ids, ...]:
+    """Return the ranks of each host, where each tensor-parallel group is spread over all hosts."""
+    host_of = [rank % tp * hosts // tp for rank in range(tp * stages)]
+    return tuple(tuple(rank for rank, host in enumerate(host_of) if host == i) for i in range(hosts))
 
 
 def _as_listed(hosts: Sequence[ReplicaHost], wanted: Sequence[tuple[str, Ids]], world: int) -> tuple[Ids, ...]:

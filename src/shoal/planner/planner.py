@@ -22,6 +22,7 @@ from shoal.planner.budgets import budgets_of_added_replica, kv_budgets, num_bloc
 from shoal.planner.context_length import context_length
 from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.host_devices import check_devices, rank_cores, restrict_cores
+from shoal.planner.host_traffic import describe_traffic
 from shoal.planner.layout import plan_layout
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.planner.model_reader import ModelReader
@@ -56,21 +57,27 @@ class Planner:
     `first_plan` is the plan of the first replica, `hosts` are those that share its ranks.
     """
 
-    def __init__(self, reader: ModelReader, hosts: Sequence[ReplicaHost], place: ReplicaPlace) -> None:
+    def __init__(
+        self,
+        reader: ModelReader,
+        hosts: Sequence[ReplicaHost],
+        place: ReplicaPlace,
+        options: EngineOptions | None = None,
+    ) -> None:
         """Plan the first replica.
 
         Args:
             reader: the models, as this process reads them.
-            hosts: the hosts that share the ranks of each replica, before any replica is started there. The options of
-                the first one count, except for those that each host chooses for itself.
+            hosts: the hosts that share the ranks of each replica, before any replica is started there.
             place: the place of the first replica. If its `local_size` is 0, the plans are for a front end without
                 replicas of its own: they need no devices and no memory, and have no size of a KV cache.
+            options: those that count, except for what each host chooses for itself; None: those of the first host.
 
         Raises:
             UserError: the models cannot be read, or options, models and hardware do not fit together.
         """
         first = hosts[0]
-        self.options = options = first.options
+        self.options = options = options or first.options
         self.hardware = first.facts.hardware
         self._reader = reader
         self._local_size = place.local_size
@@ -84,7 +91,7 @@ class Planner:
         if place.local_size:
             for host in hosts:
                 self._reasons += host.facts.hardware.limits
-        elif options.nodes.nnodes == 1:
+        elif options.nodes.nnodes == 1 and options.parallel.distributed_executor_backend != "ray":
             self._reasons.append("no replica runs on this host: its memory and devices are not planned")
         self._placed = place_ranks(
             hosts,
@@ -107,17 +114,25 @@ class Planner:
         self._reasons += [f"draft model: {note}" for note in self.draft.notes] if self.draft else []
         self._dtype = _dtype(options, self.model.spec, self._reasons)
         self._add_model_reasons()
+        if len(hosts) > 1:
+            describe_traffic(
+                *(self.model.spec, self._dtype, self._layout.tp, self._layout.stages, self._placed),
+                reasons=self._reasons,
+                warnings=self._warnings,
+            )
         self._all2all = _all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
         self.files = first.files or opened.files
         self.first_plan = self.plan(place)
 
-    def for_hosts(self, hosts: Sequence[ReplicaHost], place: ReplicaPlace) -> "Planner":
+    def for_hosts(
+        self, hosts: Sequence[ReplicaHost], place: ReplicaPlace, options: EngineOptions | None = None
+    ) -> "Planner":
         """Return a planner of replicas on other hosts, which have the same models (see `__init__`).
 
         Raises:
             UserError: options, models and hardware do not fit together.
         """
-        return Planner(self._reader, hosts, place)
+        return Planner(self._reader, hosts, place, options)
 
     def _restricted(self, host: ReplicaHost, ranks: Ids) -> ReplicaHost:
         """Return the host with the cores that its options allow for `ranks` of each replica."""
@@ -269,7 +284,8 @@ class Planner:
         if len(self.hosts) == 1 and self.hosts[0].here:
             return ()
         return tuple(
-            NodePlan(host.facts.name, host.address, host.files or self.files, host.here) for host in self.hosts
+            NodePlan(host.number, host.facts.name, host.address, host.files or self.files, host.here)
+            for host in self.hosts
         )
 
     def _rank_plans(
@@ -348,7 +364,7 @@ def _executor(
     options: EngineOptions, layout: Layout, hardware: Hardware, reasons: list[str], *, hosts: int
 ) -> Executor:
     wanted, ranks = options.parallel.distributed_executor_backend, layout.num_ranks
-    if hosts > 1 and wanted not in ("auto", "mp"):
+    if hosts > 1 and wanted not in ("auto", "mp", "ray"):
         raise ConfigError(
             f"--distributed-executor-backend {wanted} runs all ranks of a replica on one host, but there are {hosts}: "
             "use mp, or leave it out"
@@ -359,6 +375,8 @@ def _executor(
         raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {count}: use mp or threads")
     if wanted == "threads" and together > 1 and hardware.device == "cuda":
         raise ConfigError(f"--distributed-executor-backend threads can't move tensors between {together} GPUs: use mp")
+    if wanted == "external_launcher":
+        raise ConfigError("--distributed-executor-backend external_launcher: torchrun has not started this process")
     if wanted != "auto":
         return wanted
     chosen: Executor = "uni" if together == 1 else "mp"

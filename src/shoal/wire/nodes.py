@@ -37,6 +37,9 @@ class StartRank(Wire, frozen=True):
 
     rank: int
     cores: Ids  # the CPU cores to which the process is bound; (): it is not bound
+    address: str = ""  # of the rank's host, as other hosts reach it; "": there are no others
+    # Environment variables that the process gets, unless they are set on its host.
+    variables: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class ForRank(Wire, frozen=True):

@@ -329,12 +329,14 @@ class EngineProcess(Replica):
         answer_timeout: float,
         place: ReplicaPlace | None = None,
         on_nodes_awaited: Callable[[NodesAwaited], object] = lambda _: None,
+        on_dismissed: Callable[[], object] = lambda: None,
     ) -> None:
         """Start `python -m module`, which serves an engine on its channel.
 
         Args:
             plan, on_nodes_awaited: see `Replica`.
             place: the place of the replica; needed if there is no plan yet.
+            on_dismissed: is called when the replica was told to end because it is not needed any more, and has ended.
         """
         place = place if plan is None else plan.place
         assert place is not None
@@ -349,6 +351,18 @@ class EngineProcess(Replica):
             on_nodes_awaited=on_nodes_awaited,
         )
         self.pid = child.pid
+        self._on_dismissed = on_dismissed
+        self._dismissed = False
+
+    def dismiss(self) -> None:
+        super().dismiss()
+        self._dismissed = True
+
+    def abandon(self) -> None:
+        super().abandon()
+        if self._dismissed:
+            self._dismissed = False
+            self._on_dismissed()
 
 
 class EngineThread(Replica):

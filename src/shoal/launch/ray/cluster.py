@@ -1,0 +1,135 @@
+"""A Ray cluster as this process sees it: whether it is there, its nodes, and the placement group of this process."""
+
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal import addresses, env
+from shoal.addresses import Address
+from shoal.config.engine_options import EngineOptions
+from shoal.errors import ConfigError
+from shoal.launch.ray.bundles import ClusterNode, Resources, own_share
+from shoal.lazy import load
+from shoal.log import get_logger
+
+log = get_logger("ray")
+
+_CONNECT_S = 5.0
+_LOCAL_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # written by `ray start` on this host
+_INSTALL = "it needs Ray: pip install 'shoal[ray]'"
+
+
+@dataclass(frozen=True, slots=True)
+class GivenGroup:
+    """The placement group in which this process runs, such as that of a Ray job or of Ray Serve."""
+
+    group: Any
+    bundles: tuple[Resources, ...]
+    own: Mapping[int, Resources]  # what this process uses of each bundle
+
+
+def connect(options: EngineOptions) -> None:
+    """Connect this process to the Ray cluster that the options name or that is found, unless it is connected.
+
+    Raises:
+        ConfigError: Ray is not installed; the cluster cannot be reached, or has another version of Ray.
+    """
+    try:
+        is_initialized, init = load("ray:is_initialized"), load("ray:init")
+    except ImportError:
+        raise ConfigError(f"--distributed-executor-backend ray: {_INSTALL}") from None
+    if is_initialized():
+        return
+    wanted = options.nodes.ray_address or env.ray_address()
+    if wanted and wanted not in ("auto", "local") and "://" not in wanted:
+        _check_reachable(wanted)
+    there = wanted or ("auto" if _LOCAL_CLUSTER.exists() else "local")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        init(
+            address=there,
+            log_to_driver=True,
+            configure_logging=False,
+            include_dashboard=False if there == "local" else None,
+        )
+    except Exception as error:  # noqa: BLE001 - Ray raises RuntimeError, ConnectionError, ValueError and others
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"Ray cannot be used at {there}: {' '.join(lines)}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
+    load("ray:put")(None)  # Ray loads modules for this, which must not happen on several threads at the same time
+    log.info(
+        "connected to Ray at %s",
+        load("ray:get_runtime_context")().gcs_address if there != "local" else "a cluster of its own",
+    )
+
+
+def _check_reachable(address: str) -> None:
+    try:
+        addresses.connect(Address.parse(address), _CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--ray-address {address}: no answer ({error.strerror or error}); start Ray there with `ray start --head`, "
+            "or give the address that it has printed"
+        ) from None
+
+
+def is_reachable(options: EngineOptions) -> bool:
+    """Return whether a Ray cluster seems to be there for this process: connected, named, or started on this host."""
+    ray = sys.modules.get("ray")
+    connected = ray is not None and bool(getattr(ray, "is_initialized", lambda: False)())
+    return connected or bool(options.nodes.ray_address or env.ray_address()) or _LOCAL_CLUSTER.exists()
+
+
+def given_group() -> GivenGroup | None:
+    """Return the placement group in which this process runs; None if it runs in none, or not in Ray."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    group = load("ray.util:get_current_placement_group")()
+    if group is None:
+        return None
+    assigned: dict[str, float] = {}
+    with suppress(Exception):  # a driver has no resources
+        assigned = ray.get_runtime_context().get_assigned_resources()
+    return GivenGroup(group, tuple(group.bundle_specs), own_share(assigned))
+
+
+def nodes() -> list[ClusterNode]:
+    """Return the nodes of the cluster that are alive."""
+    free = load("ray._private.state:available_resources_per_node")()
+    return [
+        ClusterNode(each["NodeID"], each["NodeManagerAddress"], each["Resources"], free.get(each["NodeID"], {}))
+        for each in load("ray:nodes")()
+        if each["Alive"]
+    ]
+
+
+def own_address() -> str:
+    """Return the address of this host that Ray uses."""
+    return str(load("ray.util:get_node_ip_address")())
+
+
+def holders() -> str:
+    """Return who holds resources of the cluster, as far as placement groups tell."""
+    table = load("ray.util:placement_group_table")()
+    held = [
+        f"{entry.get('name') or entry['placement_group_id'][:8]} has {_total(entry['bundles'])}"
+        for entry in table.values()
+        if entry["state"] == "CREATED"
+    ]
+    return "; ".join(held) or "no placement group"
+
+
+def _total(bundles: Mapping[Any, Mapping[str, float]]) -> str:
+    total: dict[str, float] = {}
+    for bundle in bundles.values():
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0) + amount
+    return ", ".join(f"{amount:g} {name}" for name, amount in total.items())

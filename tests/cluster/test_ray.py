@@ -1,0 +1,160 @@
+"""Ranks and replicas in a real Ray cluster of two hosts (network namespaces)."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from support import hosts
+from support.checkpoints import Reference
+from support.host_programs import NUM_TOKENS, PORT, PROMPT, SMALL, WAIT_S, Program, ask, generation
+from support.ray_cluster import ENVIRONMENT, RayNode, ray_cluster
+
+pytestmark = [
+    pytest.mark.slow,  # starts processes
+    pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle()),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+    pytest.mark.timeout(300),
+]
+
+Two = tuple[hosts.Host, hosts.Host]
+Start = Callable[..., Program]
+
+
+@pytest.fixture(scope="module")
+def cluster(two: Two) -> Iterator[tuple[RayNode, RayNode]]:
+    with ray_cluster(two) as nodes:
+        yield nodes
+
+
+def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[list[int], Program]:
+    output = folder / "answers.jsonl"
+    output.unlink(missing_ok=True)
+    command = [*generation(folder), "--output", str(output), "--dtype", "float32", "--ray-address", node.address]
+    program = start(node.host, *command, *flags, environment=ENVIRONMENT)
+    assert program.await_end() == 0, program.text
+    (line,) = output.read_text().splitlines()
+    return json.loads(line)["outputs"][0]["token_ids"], program
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (["-tp", "2", "-pp", "2"], "2 + 2"),  # Ray is chosen, because one host has two cores
+        (["-tp", "2", "--placement", "tp-across", "--distributed-executor-backend", "ray"], "1 + 1"),
+        (["-tp", "3", "--distributed-executor-backend", "ray"], "2 + 1"),
+    ],
+    ids=["tp x pp", "tp across", "tp 3"],
+)
+def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
+    start: Start,
+    two: Two,
+    cluster: tuple[RayNode, RayNode],
+    checkpoint: Callable[[str], Path],
+    flags: list[str],
+    sizes: str,
+) -> None:
+    folder = checkpoint("llama")
+    before = hosts.sent_bytes(two[0])
+    tokens, program = generate(start, cluster[0], folder, *flags)
+    assert tokens == Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
+    assert f"2 bundles of {sizes} ranks" in program.text
+    addresses = set(re.findall(r"has come from (\S+)", program.text))
+    assert addresses == {host.address for host in two}
+    assert hosts.sent_bytes(two[0]) > before
+
+
+def serve(start: Start, node: RayNode, *flags: str) -> Program:
+    server = start(
+        node.host, "serve", "bundled", *SMALL, "--port", str(PORT), "--ray-address", node.address, *flags,
+        environment=ENVIRONMENT,
+    )  # fmt: skip
+    server.await_text("Shoal serves")
+    return server
+
+
+def test_no_request_is_lost_when_a_host_of_the_cluster_ends_under_load(
+    start: Start, two: Two, cluster: tuple[RayNode, RayNode]
+) -> None:
+    server = serve(start, cluster[0], "-tp", "2", "-pp", "2")
+    with ThreadPoolExecutor(32) as pool:
+        expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(32)))
+        streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(32)]
+        cluster[1].kill()
+        server.await_text("is lost: node ", "was killed by SIGKILL")
+        cluster[1].start()
+        assert ["".join(stream.result(WAIT_S)) for stream in streams] == expected
+    server.process.send_signal(signal.SIGTERM)
+    assert server.await_end() == 0, server.text
+
+
+def test_replicas_over_the_cluster_are_added_removed_and_restarted(
+    start: Start, two: Two, cluster: tuple[RayNode, RayNode]
+) -> None:
+    server = serve(start, cluster[0], "--data-parallel-backend", "ray", "-dp", "2")
+    with ThreadPoolExecutor(8) as pool:
+        expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(8)))
+        assert scale(start, two[0], 3) == 0
+        server.await_text("replica 2 is ready")
+        assert scale(start, two[0], 1) == 0
+        (actor,) = re.findall(r"node 1 \(\S+, process (\d+)\) has come from", server.text)
+        streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(8)]
+        os.kill(int(actor), signal.SIGKILL)
+        assert ["".join(stream.result(WAIT_S)) for stream in streams] == expected
+    server.process.send_signal(signal.SIGTERM)
+    assert server.await_end() == 0, server.text
+
+
+def scale(start: Start, host: hosts.Host, count: int) -> int:
+    return start(host, "scale", f"http://127.0.0.1:{PORT}", str(count)).await_end()
+
+
+def test_resources_that_never_come_are_named_with_their_holders(
+    start: Start, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path]
+) -> None:
+    """The totals would be enough, but a server holds them."""
+    server = serve(start, cluster[0], "-tp", "2", "-pp", "2")
+    command = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2", "--start-timeout", "12"]
+    late = start(
+        cluster[0].host, *command, "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray",
+        environment=ENVIRONMENT,
+    )  # fmt: skip
+    assert late.await_end() == 2, late.text
+    (error,) = [line for line in late.text.splitlines() if line.startswith("error: ")]
+    assert "Ray has not placed the ranks within 12 s: it asks for 2 CPU; " in error
+    assert "10.213.77.1 has 0 CPU free of 2 CPU" in error
+    assert "held by shoal-replica-0 has 4 CPU" in error
+    server.process.send_signal(signal.SIGTERM)
+    assert server.await_end() == 0, server.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["-tp", "5", "--distributed-executor-backend", "ray"], "5 ranks need 5 CPU in bundles of 2 + 2 + 1 ranks"),
+        (
+            ["--distributed-executor-backend", "ray", "--ray-resources", '{"TPU": 1}'],
+            "no node of the Ray cluster has 1 TPU for a rank",
+        ),
+        (
+            ["--distributed-executor-backend", "ray", "--ray-address", "10.213.77.1:6380"],
+            "no answer (Connection refused)",
+        ),
+        (["--distributed-executor-backend", "ray", "--nnodes", "2", "-tp", "2"], "Ray places ranks itself"),
+    ],
+    ids=["too small", "unknown resource", "no cluster", "nodes by hand"],
+)
+def test_what_ray_cannot_do_is_one_clear_line(
+    start: Start, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path], flags: list[str], told: str
+) -> None:
+    command = [*generation(checkpoint("llama")), "--output", "-", "--ray-address", cluster[0].address, *flags]
+    program = start(cluster[0].host, *command, environment=ENVIRONMENT)
+    assert program.await_end() == 2, program.text
+    (error,) = [line for line in program.text.splitlines() if line.startswith("error: ")]
+    assert told in error
