@@ -107,6 +107,7 @@ LOADABLE = {
     "ray.util.placement_group": {"launch"},
     "ray.util.scheduling_strategies": {"launch"},
     "ray._private.state": {"launch"},
+    "ray._private.worker": {"launch"},
     "huggingface_hub": {"launch"},
     "huggingface_hub.constants": {"launch"},
     "transformers": {"text", "models"},

@@ -95,10 +95,18 @@ def given_group() -> GivenGroup | None:
     group = load("ray.util:get_current_placement_group")()
     if group is None:
         return None
-    assigned: dict[str, float] = {}
+    return GivenGroup(group, tuple(group.bundle_specs), own_share(_own_resources()))
+
+
+def _own_resources() -> dict[str, float]:
+    """Return the resources that Ray counts for this process, by the names of its placement group.
+
+    The public `get_assigned_resources` does not tell from which bundles they are.
+    """
     with suppress(Exception):  # a driver has no resources
-        assigned = ray.get_runtime_context().get_assigned_resources()
-    return GivenGroup(group, tuple(group.bundle_specs), own_share(assigned))
+        ids = load("ray._private.worker:global_worker").core_worker.resource_ids()
+        return {name: sum(amount for _, amount in parts) for name, parts in ids.items()}
+    return {}
 
 
 def nodes() -> list[ClusterNode]:
