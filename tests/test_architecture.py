@@ -104,6 +104,7 @@ LOADABLE = {
     "shoal.launch.ray.ray_nodes": {"launch"},
     "ray": {"launch"},
     "ray.util": {"launch"},
+    "ray.util.metrics": {"launch"},
     "ray.util.placement_group": {"launch"},
     "ray.util.scheduling_strategies": {"launch"},
     "ray._private.state": {"launch"},

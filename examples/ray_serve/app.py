@@ -20,6 +20,7 @@ from shoal.launch.open_model import open_model
 from shoal.llm.async_llm import AsyncLLM
 from shoal.log import configure_logging
 from shoal.server.app import make_app
+from shoal.server.operations.ray_export import export_to_ray
 from shoal.server.settings import ServerSettings
 from shoal.server.start_llm import start_llm
 
@@ -35,6 +36,8 @@ class Arguments(BaseModel):
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 1
     target_ongoing_requests: PositiveFloat = 32  # of a replica, on average; with more, Serve starts another one
+    upscale_delay_s: NonNegativeFloat = 30  # how long there must be more requests before a replica is added
+    downscale_delay_s: NonNegativeFloat = 600  # how long there must be fewer requests before one is taken out
     max_ongoing_requests: PositiveInt = 256  # of a replica; with more, requests wait for a replica in Serve
     shutdown_timeout: NonNegativeFloat = 60  # seconds that requests have to finish when a replica is taken out
     engine: dict[str, Any] = {}  # further options of the engine: {"max_model_len": 4096, ...}
@@ -67,6 +70,7 @@ class ShoalReplica:
 
     api: ASGIApp
     _llm: AsyncLLM | None = None
+    _exporting: asyncio.Task[None] | None = None
 
     async def __init__(self, arguments: Arguments, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start the engine, and wait until it is ready: Serve sends requests only then.
@@ -89,6 +93,7 @@ class ShoalReplica:
         try:
             await self._llm.ready()
             self.api = make_app(self._llm, settings)
+            self._exporting = asyncio.create_task(export_to_ray(self._llm, settings.name_of(model)))
         except BaseException:
             await self._close()
             raise
@@ -109,6 +114,8 @@ class ShoalReplica:
         await self._close()
 
     async def _close(self) -> None:
+        if self._exporting is not None:
+            self._exporting.cancel()
         if self._llm is not None:
             await asyncio.to_thread(self._llm.close)
 
@@ -125,6 +132,8 @@ def build(arguments: Arguments) -> Application:
             "min_replicas": arguments.min_replicas,
             "max_replicas": max(arguments.min_replicas, arguments.max_replicas),
             "target_ongoing_requests": arguments.target_ongoing_requests,
+            "upscale_delay_s": arguments.upscale_delay_s,
+            "downscale_delay_s": arguments.downscale_delay_s,
         },
         graceful_shutdown_timeout_s=arguments.shutdown_timeout,
     )

@@ -22,6 +22,7 @@ from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
 from shoal.server.backend import Backend
 from shoal.server.http.listening import LAST_BYTES_S, Listening, make_server
+from shoal.server.operations.ray_export import export_to_ray
 from shoal.server.operations.request_metrics import RequestMetrics
 from shoal.server.settings import ServerSettings
 from shoal.server.start_llm import start_llm
@@ -121,6 +122,7 @@ async def _serve(
     signals.listen()
     metrics = RequestMetrics(model.served.max_model_len)
     llm = start_llm(model, settings, metrics)
+    exporting = asyncio.create_task(export_to_ray(llm, settings.name_of(model)))
     try:
         front: Front = (
             _OwnServer(llm, settings, listening, sockets)
@@ -129,6 +131,7 @@ async def _serve(
         )
         code = await serve_until_end(llm, front, signals, listening.url(sockets), shutdown_timeout)
     finally:
+        exporting.cancel()
         await _apart(llm.close)
     _leave_soon(code)
     return code
