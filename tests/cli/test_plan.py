@@ -66,3 +66,13 @@ def test_the_printed_plan_is_the_one_that_replicas_get(checkpoint: Checkpoint, m
 def test_a_plan_that_does_not_fit_is_refused_as_by_serve(checkpoint: Checkpoint) -> None:
     with pytest.raises(Exception, match="too small for rank 0"):
         run(str(checkpoint("llama")), "--device-memory", "1MiB")
+
+
+def test_the_plan_over_hosts_says_what_crosses_them_and_what_would_be_less(checkpoint: Checkpoint) -> None:
+    told = run(str(checkpoint("llama")), "-tp", "2", "--nnodes", "2", *CACHE)
+    assert "- ranks 0 on " in told
+    assert "- between hosts: 3.50 KiB per token in 7 exchanges per step" in told
+    assert "with --tensor-parallel-size 1 --pipeline-parallel-size 2 it would be 256 bytes per token" in told
+    told = run(str(checkpoint("llama")), "-pp", "2", "--nnodes", "2", *CACHE)
+    assert "- between hosts: 256 bytes per token in 1 exchange per step" in told
+    assert "warning: tensor-parallel" not in told

@@ -94,6 +94,17 @@ def join(host: Host) -> None:
         _ip("-n", host.netns, "link", "set", link["ifname"], "up")
 
 
+def limit_rate(host: Host, mbits: int | None) -> None:
+    """Limit what a host can send to `mbits` Mbit/s; None: no limit any more."""
+    for link in _links(host):
+        where = ["-n", host.netns, "qdisc"]
+        subprocess.run(["tc", *where, "del", "dev", link["ifname"], "root"], capture_output=True, check=False)
+        if mbits is not None:
+            rate = ["tbf", "rate", f"{mbits}mbit", "burst", "256kbit", "latency", "50ms"]
+            command = ["tc", *where, "add", "dev", link["ifname"], "root", *rate]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+
+
 def sent_bytes(host: Host) -> int:
     """Return how many bytes the host has sent to other hosts."""
     return sum(int(link["stats64"]["tx"]["bytes"]) for link in _links(host))

@@ -18,7 +18,7 @@ from shoal.cli.bench_serve import serve
 from shoal.cli.numbers import DecimalFloat, IntRange
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
-from shoal.launch import hub
+from shoal.launch import hub, node
 from shoal.launch.open_model import open_model
 from shoal.llm.llm import LLM
 from shoal.process import import_path
@@ -101,6 +101,9 @@ def _batches(
     **flags: Any,
 ) -> None:
     options = {"max_model_len": input_len + output_len, **engine_values(flags)}
+    if options.get("node_rank"):
+        node.run(model, options, online=False)
+        return
     with LLM(open_model(model, options, own_process=True)) as llm:
         meter = SpeedMeter(llm.engine, llm.vocab_size, temperature=temperature)
         results = []

@@ -27,9 +27,13 @@ def plan(model: str | None, as_objects: bool, **flags: Any) -> None:
     """Show how MODEL would be run on this host, and start nothing.
 
     The plan of each replica lists its ranks with their devices, layers, heads, experts and bytes. It also says how many
-    KV blocks there are, how many requests of the greatest length they hold at a time, and why this was decided.
+    KV blocks there are, how many requests of the greatest length they hold at a time, and why this was decided. With
+    --nnodes, the other hosts are taken to be like this one; the plan also says what crosses hosts.
     """
-    opened = open_model(model, engine_values(flags), online=True)
+    values = engine_values(flags)
+    if values.get("nnodes"):
+        values.setdefault("master_addr", "127.0.0.1")  # nothing listens there
+    opened = open_model(model, values, online=True)
     plans = plans_of(opened)
     if as_objects:
         click.echo(json.dumps({"model": opened.name, "replicas": [_public(each) for each in plans]}, indent=2))
@@ -38,7 +42,12 @@ def plan(model: str | None, as_objects: bool, **flags: Any) -> None:
 
 
 def plans_of(model: OpenModel) -> list[EnginePlan]:
-    """Return the plan of every replica of this host; of a front end without replicas, the one that it goes by."""
+    """Return the plan of every replica of this host; of a front end without replicas, the one that it goes by.
+
+    If each replica has several hosts, the plan of the first one is returned, for hosts that are all like this one.
+    """
+    if model.options.nodes.nnodes > 1:
+        return [model.plan_over_equal_hosts()]
     local = Deployment.of(model.options).local
     return [model.plan_at(place_of(model.num_replicas, number, local)) for number in local] or [model.plan]
 

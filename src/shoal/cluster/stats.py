@@ -52,7 +52,7 @@ def add_past_counters(past: EngineStats, now: EngineStats) -> EngineStats:
         **{name: getattr(past, name) + getattr(now, name) for name in _COUNTERS},
         iteration_tokens=_sum_elements([past.iteration_tokens, now.iteration_tokens]),
         accepted_by_position=_sum_elements([past.accepted_by_position, now.accepted_by_position]),
-        busy_before=past.busy_before,
+        busy_before=_sum_elements([past.busy_before, now.busy_before]),
     )
 
 

@@ -40,6 +40,9 @@ class InProcessLinks:
                     return [answer]
         return []
 
+    def replace(self, ranks: Sequence[int]) -> None:
+        raise RankFailed("a rank that is part of this process can't be replaced")
+
     def describe(self, rank: int) -> str:
         return f"this process, {os.getpid()}, after step {self._rank.last_step}"
 

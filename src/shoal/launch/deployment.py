@@ -9,6 +9,7 @@ from shoal.addresses import Address, parse_host, refuse_loopback_name
 from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.executors.table import EXECUTORS
+from shoal.launch.host_network import check_ports
 from shoal.transport.rendezvous import require_key
 from shoal.values import numbered
 from shoal.wire.plan import ReplicaPlace
@@ -47,8 +48,11 @@ class NodeGroup:
         return range(first, first + self.per_replica)
 
     @classmethod
-    def of(cls, options: EngineOptions) -> "NodeGroup | None":
+    def of(cls, options: EngineOptions, key: str | None = None) -> "NodeGroup | None":
         """Return the group that the options describe; None if each replica runs on one host.
+
+        Args:
+            key: the shared key; None: the one in the environment.
 
         Raises:
             ConfigError: options contradict each other.
@@ -71,9 +75,9 @@ class NodeGroup:
             )
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
-        key = env.cluster_key()
-        require_key(key, host)
         address = Address(host, nodes.master_port)
+        key = env.cluster_key() if key is None else key
+        check_ports(options, "--master-port", nodes.master_port, 1 if nodes.node_rank else 1 + replicas)
         return cls(nodes.nnodes, nodes.node_rank, replicas, address, key, spares=nodes.spare_hosts)
 
 
@@ -134,14 +138,17 @@ class Deployment:
     by_ray: bool = False  # the ranks of all replicas run where Ray places them
 
     @classmethod
-    def of(cls, options: EngineOptions) -> "Deployment":
+    def of(cls, options: EngineOptions, key: str | None = None) -> "Deployment":
         """Return the deployment that the options describe.
+
+        Args:
+            key: the shared key of hosts that share the ranks of a replica; None: the one in the environment.
 
         Raises:
             ConfigError: options contradict each other.
         """
         hosts, size = options.hosts, options.parallel.data_parallel_size
-        nodes = NodeGroup.of(options)
+        nodes = NodeGroup.of(options, key)
         if nodes is not None:
             return cls(Mode.ALONE, size, range(size), nodes=nodes)
         if options.parallel.distributed_executor_backend == "ray":
@@ -166,6 +173,7 @@ class Deployment:
         address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
         key = env.cluster_key()
         require_key(key, address.host)
+        check_ports(options, "--data-parallel-rpc-port", address.port, 1)
         return cls(mode, size, local, address, key)
 
     @property

@@ -17,8 +17,9 @@ from shoal.config.engine_options import EngineOptions, refuse_online
 from shoal.errors import ConfigError
 from shoal.launch import hub
 from shoal.launch.agreement import host_agreement, replica_agreement
-from shoal.launch.deployment import Deployment
+from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.ray.choice import choose_executor
+from shoal.launch.torchrun import EXTERNAL_LAUNCHER, TorchrunJob
 from shoal.log import get_logger
 from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
@@ -56,6 +57,7 @@ class OpenModel:
     own_process: bool = False  # this process has no other purpose, so it may be bound to cores
     online: bool = False  # for a server
     manual_place: ReplicaPlace | None = None  # the place of this process, if the user starts each replica in a process
+    job: TorchrunJob | None = None  # the processes that torchrun has started, if this is one of them
 
     @property
     def name(self) -> str:
@@ -111,6 +113,21 @@ class OpenModel:
         plan = self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan)) if place.rendezvous else plan
 
+    def plan_over_equal_hosts(self) -> EnginePlan:
+        """Return the plan of the first replica, if all nodes had the same devices and memory as this host.
+
+        Raises:
+            UserError: the hosts would not have enough memory or devices for it.
+        """
+        own, parallel = self._own_planner.hosts[0], self.options.parallel
+        count = max(self.options.nodes.nnodes // parallel.data_parallel_size, 1)
+        hosts = [
+            dataclasses.replace(own, address=f"host {number}", number=number, here=number == 0)
+            for number in range(count)
+        ]
+        place = ReplicaPlace(size=parallel.data_parallel_size)
+        return self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
+
     def _reported_host(self, report: HostReport) -> ReplicaHost:
         options = EngineOptions.from_flat(self.options.model, report.options)
         return ReplicaHost(options, report.facts, report.files)
@@ -129,6 +146,11 @@ class OpenModel:
     def num_replicas(self) -> int:
         """The number of replicas on all hosts, as the options say."""
         return self.options.parallel.data_parallel_size
+
+    @property
+    def node_group(self) -> NodeGroup | None:
+        """The hosts over which each replica is spread by hand or by torchrun; None: there are none."""
+        return NodeGroup.of(self.options, None if self.job is None else self.job.key)
 
     @property
     def has_nodes(self) -> bool:
@@ -218,12 +240,18 @@ def open_model(
     Raises:
         UserError: model, options and host do not fit together; the message says why, and what to do.
     """
-    options, given = read_options(model, given, online=online)
+    options, given = read_options(model, given, online=online, program=not (online or own_process))
+    job = None
+    if options.parallel.distributed_executor_backend == EXTERNAL_LAUNCHER:
+        job = TorchrunJob.join(options)
+        given = {**given, **job.options()}
+        options = EngineOptions.from_flat(model, given)
     options = choose_executor(options)
     if online:
         refuse_manual_place(options)
     manual_place = _read_manual_place(options)
-    planner = plan_host(options, manual_place or Deployment.of(options).place, files)
+    place = manual_place or Deployment.of(options, None if job is None else job.key).place
+    planner = plan_host(options, place, files)
     plan = planner.first_plan
     served = ServedModel(
         folder=plan.model.folder,
@@ -237,7 +265,7 @@ def open_model(
     found = _open_served(options, given, served)
     _warn_of_small_tokenizer(found)
     return dataclasses.replace(
-        found, planner=planner, own_process=own_process, online=online, manual_place=manual_place
+        found, planner=planner, own_process=own_process, online=online, manual_place=manual_place, job=job
     )
 
 
@@ -254,9 +282,12 @@ def open_served_model(model: str | None, given: Mapping[str, Any], served: Serve
 
 
 def read_options(
-    model: str | None, given: Mapping[str, Any], *, online: bool
+    model: str | None, given: Mapping[str, Any], *, online: bool, program: bool = False
 ) -> tuple[EngineOptions, Mapping[str, Any]]:
     """Return the options, and those of them that the user gave, in Shoal's own names and forms.
+
+    Args:
+        program: this is a program of the user's, which torchrun may have started.
 
     Raises:
         ConfigError: an option is unknown, or has an impossible value; or options contradict each other.
@@ -271,6 +302,11 @@ def read_options(
         log.info("%s", note)
     if not online:
         refuse_online(given)
+    if options.parallel.distributed_executor_backend == EXTERNAL_LAUNCHER and not program:
+        raise ConfigError(
+            f"--distributed-executor-backend {EXTERNAL_LAUNCHER} is for programs with LLM(...) that torchrun starts, "
+            "not for commands and servers: over several hosts, use --nnodes, --node-rank and --master-addr"
+        )
     return options, given
 
 

@@ -8,6 +8,7 @@ from shoal.cluster.limits import FleetLimits
 from shoal.cluster.replicas.rendezvous_doors import FleetDoor, PeersDoor
 from shoal.executors.table import EXECUTORS
 from shoal.launch.deployment import Deployment, Mode
+from shoal.launch.host_network import leader_address, own_address
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
 from shoal.launch.leader import Leader, make_leader
 from shoal.launch.offline_engines import KEY_BYTES
@@ -104,7 +105,10 @@ def _open_rendezvous(
             return "", ""
         key = secrets.token_hex(KEY_BYTES)
         return stack.enter_context(Rendezvous(key=key, reopen_rooms=True)).address, key
-    if deployment.listens:
+    if not deployment.listens:
+        own_address(deployment.address.host)
+    else:
+        leader_address(deployment.address.host, "--data-parallel-address")
         if deployment.mode is Mode.PEERS:
             doors[PEERS_DOOR] = PeersDoor(size=deployment.size, agreement=model.agreement)
         host, port, key = deployment.address.host, deployment.address.port, deployment.key

@@ -22,6 +22,7 @@ from shoal.planner.budgets import budgets_of_added_replica, kv_budgets, num_bloc
 from shoal.planner.context_length import context_length
 from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.host_devices import check_devices, rank_cores, restrict_cores
+from shoal.planner.host_traffic import describe_traffic
 from shoal.planner.layout import plan_layout
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.planner.model_reader import ModelReader
@@ -113,6 +114,12 @@ class Planner:
         self._reasons += [f"draft model: {note}" for note in self.draft.notes] if self.draft else []
         self._dtype = _dtype(options, self.model.spec, self._reasons)
         self._add_model_reasons()
+        if len(hosts) > 1:
+            describe_traffic(
+                *(self.model.spec, self._dtype, self._layout.tp, self._layout.stages, self._placed),
+                reasons=self._reasons,
+                warnings=self._warnings,
+            )
         self._all2all = _all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
         self.files = first.files or opened.files
         self.first_plan = self.plan(place)
@@ -368,6 +375,8 @@ def _executor(
         raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {count}: use mp or threads")
     if wanted == "threads" and together > 1 and hardware.device == "cuda":
         raise ConfigError(f"--distributed-executor-backend threads can't move tensors between {together} GPUs: use mp")
+    if wanted == "external_launcher":
+        raise ConfigError("--distributed-executor-backend external_launcher: torchrun has not started this process")
     if wanted != "auto":
         return wanted
     chosen: Executor = "uni" if together == 1 else "mp"

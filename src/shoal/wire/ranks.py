@@ -147,13 +147,18 @@ class StepResult(Wire, frozen=True):
 
 
 class RankSetup(Wire, frozen=True):
-    """The first message to a rank: the plan of its replica, and its own number in the plan."""
+    """The first message to a rank: the plan of its replica, and its own number in the plan.
+
+    A rank that gets another setup, with a larger incarnation, is a survivor: other ranks of its replica were replaced.
+    It drops all messages before, forgets its sequences, keeps its weights, and connects to the others again.
+    """
 
     wire_version: int
     incarnation: int
     rank: int
     plan: EnginePlan
     store: str = ""  # host:port of the store where ranks of several hosts find each other; "": all are on one host
+    num_blocks: int = 0  # KV blocks that the ranks of the replica have agreed on before; 0: not yet
 
     @property
     def address(self) -> str:
@@ -209,6 +214,7 @@ class RankReport(Wire, frozen=True):
     error: str
     user_error: bool = False  # True: the user can correct it
     communication: bool = False  # True: it was waiting for other ranks, one of which may be the cause
+    incarnation: int = 0  # the one of its last RankSetup
 
 
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
@@ -231,6 +237,7 @@ class LoadInfo(Wire, frozen=True):
     kernels: str  # the name of the attention kernels
     linear: str  # how linear layers are computed
     comm: str  # the name of the communicator
+    weights_kept: bool = False  # True: it had its weights already, and has read none
 
 
 class Capacity(Wire, frozen=True):
@@ -262,6 +269,7 @@ class RankStats(Wire, frozen=True):
     stage: int = 0
     busy_us: int = 0  # microseconds in steps, including waits for ranks of the same stage in any replica
     traffic: tuple[Traffic, ...] = ()
+    loads: int = 0  # how many times the rank has read its weights
 
 
 to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

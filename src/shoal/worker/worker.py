@@ -11,7 +11,7 @@ from shoal.devices import cpu
 from shoal.errors import EngineError, UserError
 from shoal.kernels.reference import GATHER_BYTES
 from shoal.log import get_logger
-from shoal.parallel.mesh import make_mesh
+from shoal.parallel.mesh import Mesh, make_mesh
 from shoal.parallel.pipeline import Pipeline
 from shoal.parallel.topology import Topology
 from shoal.wire.base import WIRE_VERSION, encode
@@ -64,13 +64,8 @@ class Worker:
         self.device = torch.device("cuda", mine.device_index) if mine.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        topology = Topology.of(dp=plan.layout.replicas, pp=plan.layout.num_stages, tp=plan.layout.tp)
-        self.mesh = make_mesh(
-            topology,
-            setup.global_rank,
-            lambda axis, ranks: connect(setup, axis, ranks),
-            expert_parallel=bool(plan.layout.experts),
-        )
+        self._connect = connect
+        self.mesh = self._make_mesh()
         self._model = RankModel(setup, self.mesh)
         width, dtype = self._model.stream
         self._pipeline = Pipeline(
@@ -86,7 +81,8 @@ class Worker:
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
         self._runner: Runner | None = None
         self._kv: list[KVMemory] = []
-        self._num_blocks = 0
+        self._num_blocks = setup.num_blocks
+        self._loads = 0  # how many times it has read its weights
         self._busy_ns = 0  # time spent on steps by earlier runners
         self._verbs: dict[str, Callable[[bytes], bytes]] = {
             "connect": lambda _: b"",  # the constructor has connected
@@ -98,6 +94,32 @@ class Worker:
             "sleep": self._sleep,
             "wake_up": self._wake_up,
         }
+
+    def _make_mesh(self) -> Mesh:
+        """Connect to the other ranks."""
+        setup, layout = self.setup, self.setup.plan.layout
+        return make_mesh(
+            Topology.of(dp=layout.replicas, pp=layout.num_stages, tp=layout.tp),
+            setup.global_rank,
+            lambda axis, ranks: self._connect(setup, axis, ranks),
+            expert_parallel=bool(layout.experts),
+        )
+
+    def rejoin(self, setup: RankSetup) -> None:
+        """Connect again to the other ranks, some of which were replaced, and forget all sequences.
+
+        Weights and the memory of the KV cache stay. The layers keep their communicators, which have new groups then.
+        """
+        self.setup = setup
+        self._handling = False
+        self._drop_runner()
+        self._pipeline.drop_pending()
+        self.mesh = self._make_mesh()
+
+    def _drop_runner(self) -> None:
+        if self._runner is not None:
+            self._busy_ns += self._runner.busy_ns
+            self._runner = None
 
     @property
     def doing(self) -> str:
@@ -145,8 +167,9 @@ class Worker:
         return result if self._pipeline.last and self.mesh.tp.rank == 0 else None
 
     def _load(self, _: bytes) -> bytes:
-        for each in self._models:
-            each.load(self.device)
+        kept = self._loaded
+        if not kept:
+            self._load_weights()
         model = self._model
         info = LoadInfo(
             rank=self.setup.rank,
@@ -161,8 +184,18 @@ class Worker:
             kernels=model.kernels,
             linear=model.linear,
             comm=type(next(iter(self.mesh.axes), self.mesh.tp).comm).__name__,
+            weights_kept=kept,
         )
         return encode(info)
+
+    def _load_weights(self) -> None:
+        for each in self._models:
+            each.load(self.device)
+        self._loads += 1
+
+    @property
+    def _loaded(self) -> bool:
+        return all(each.loaded for each in self._models)
 
     @property
     def _weight_bytes(self) -> int:
@@ -200,8 +233,12 @@ class Worker:
         return min(int(total * setup.plan.memory_utilization), reachable) - peak
 
     def _allocate(self, payload: bytes) -> bytes:
-        self._allocate_kv(int.from_bytes(payload, "little"))
-        self._make_runner()
+        """Allocate the KV cache, unless the rank has it already."""
+        num_blocks = int.from_bytes(payload, "little")
+        if not self._kv or num_blocks != self._num_blocks:
+            self._allocate_kv(num_blocks)
+        if self._loaded:
+            self._make_runner()
         return b""
 
     def _allocate_kv(self, num_blocks: int) -> None:
@@ -237,8 +274,7 @@ class Worker:
         """Give parts of the memory back to the system. The rank forgets all its sequences."""
         if self._runner is not None:
             self._runner.settle()
-            self._busy_ns += self._runner.busy_ns
-            self._runner = None
+        self._drop_runner()
         parts = payload.decode().split(",")
         if KV_CACHE in parts:
             self._kv = []
@@ -257,8 +293,7 @@ class Worker:
         parts = payload.decode().split(",")
         try:
             if WEIGHTS in parts:
-                for each in self._models:
-                    each.load(self.device)
+                self._load_weights()
             if KV_CACHE in parts:
                 self._allocate_kv(self._num_blocks)
         except Exception as error:
@@ -266,7 +301,7 @@ class Worker:
             if why is None:
                 raise
             return why.encode()
-        if self._kv and all(each.loaded for each in self._models):
+        if self._kv and self._loaded:
             self._make_runner()
         return b""
 
@@ -322,5 +357,6 @@ class Worker:
                 for axis in self.mesh.axes
                 for operation, total in axis.comm.progress.totals.items()
             ),
+            loads=self._loads,
         )
         return encode(stats)

@@ -9,6 +9,7 @@ from typing import Any
 from shoal import env
 from shoal.addresses import Address
 from shoal.config.engine_options import EngineOptions
+from shoal.config.engine_options import options as engine_options
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.open_model import OpenModel
@@ -62,7 +63,7 @@ class RayNodes:
             size,
             0,
             self._replicas,
-            Address(cluster.own_address(), 0),
+            Address(named[1] if (named := env.host_ip()) else cluster.own_address(), 0),
             env.cluster_key() or secrets.token_hex(_KEY_BYTES),
             leader_has_ranks=False,
         )
@@ -190,7 +191,7 @@ class RayNodes:
                 max_restarts=-1,
                 max_task_retries=-1,
                 max_concurrency=2,
-                runtime_env={"env_vars": env.shared_variables()},
+                runtime_env={"env_vars": env.shared_variables(option.name for option in engine_options())},
             )
             .remote(order)
         )
