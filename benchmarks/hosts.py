@@ -1,8 +1,8 @@
 """Compare ways to run ranks over hosts: by Ray and by hand, on one host and on two, over a fast and a slow link.
 
-`PYTHONPATH=tests python benchmarks/hosts.py` prints JSON. It needs two cores, the right to make network namespaces (root), and Ray. The
-two hosts are namespaces of this machine, and each has one core. Variants run one after the other, `--rounds` times;
-figures are medians, and ratios are computed round by round.
+`PYTHONPATH=tests python benchmarks/hosts.py` prints JSON. It needs two cores, the right to make network namespaces
+(root), and Ray. The two hosts are namespaces of this machine, and each has one core. Variants run one after the other,
+`--rounds` times; figures are medians, and ratios are computed round by round.
 
 - `executors`: ranks as processes of this host, and the same in a Ray cluster of this host. The second has one more
   process between engine and rank, as on any other host.

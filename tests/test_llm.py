@@ -535,7 +535,7 @@ def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(llm_module, "start_engine", refuse)
+    monkeypatch.setattr(llm_module, "start_program", refuse)
 
 
 @pytest.mark.usefixtures("_no_engine")

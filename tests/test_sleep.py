@@ -180,9 +180,13 @@ def test_sleep_frees_weights_and_cache_and_ten_rounds_leak_nothing(large: LLM) -
             assert found[-1][i].anonymous < found[0][i].anonymous + 0.1 * bytes_
 
 
-def test_the_death_of_a_sleeping_rank_ends_the_engine(checkpoint: Checkpoint) -> None:
+def test_a_rank_that_dies_asleep_is_replaced_by_a_sleeping_one(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama"), **SIZE, tensor_parallel_size=2) as llm:
         llm.sleep()
         os.kill(ranks(llm)[1].pid, signal.SIGKILL)
-        with pytest.raises(Exception, match=r"rank 1 .*SIGKILL"):
-            llm.wake_up()
+        llm.wake_up(["kv_cache"])
+        found = ranks(llm)
+        assert [rank.weight_bytes for rank in found] == [0, 0]
+        assert [rank.loads for rank in found] == [1, 0]
+        llm.wake_up()
+        assert [rank.loads for rank in ranks(llm)] == [2, 1]

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from shoal.activity import PARTS, Activity, ActivityState
 from shoal.config.option_forms import SpeculativeConfig
 from shoal.devices.hardware import Hardware
+from shoal.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
 from shoal.wire.base import Stop, Wire, encode
+from shoal.wire.calls import CallError, ToFollower, to_follower
 from shoal.wire.credentials import Credentials, TlsFiles, credentials_decoder
 from shoal.wire.engine import (
     EngineRequest,
@@ -102,6 +104,17 @@ from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
 from support.fakes import steady
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
+FLOATS = st.floats(allow_nan=False)
+LOGPROBS = st.dictionaries(
+    st.integers(0, 9), st.builds(Logprob, FLOATS, st.integers(1, 9), st.text(max_size=3), st.binary(max_size=3))
+)
+COMPLETIONS = st.builds(
+    CompletionOutput,
+    *(INTEGERS, st.text(max_size=5), st.lists(INTEGERS, max_size=3).map(tuple), st.sampled_from(["stop", None])),
+    cumulative_logprob=FLOATS | st.none(),
+    logprobs=st.lists(LOGPROBS, max_size=2) | st.none(),
+    stop_reason=INTEGERS | st.text(max_size=3) | st.none(),
+)
 PLAIN = {
     int: INTEGERS,
     float: st.floats(allow_nan=False),
@@ -119,6 +132,18 @@ PLAIN = {
         host_memory_available=INTEGERS,
         device_memory=INTEGERS | st.none(),
         visible=st.just(("3", "GPU-ab")),
+    ),
+    RequestOutput: st.builds(
+        RequestOutput,
+        *(st.text(max_size=3), st.text(max_size=5) | st.none(), st.lists(INTEGERS, max_size=3).map(tuple)),
+        st.lists(COMPLETIONS, max_size=2).map(tuple),
+        prompt_logprobs=st.lists(LOGPROBS | st.none(), max_size=2) | st.none(),
+    ),
+    BeamSearchOutput: st.builds(
+        BeamSearchOutput,
+        st.lists(st.builds(BeamSearchSequence, st.just((1, 2)), st.text(max_size=3), FLOATS, st.just("stop"))).map(
+            tuple
+        ),
     ),
     Any: st.none() | st.booleans() | INTEGERS | st.text(max_size=5) | st.floats(allow_nan=False),
 }
@@ -149,6 +174,7 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
 UNIONS = {
     "to_rank": ToRankProcess,
     "from_rank": FromRank,
+    "to_follower": ToFollower,
     "to_node": ToNode,
     "from_node": FromNode,
     "leader_to_node": LeaderToNode,
@@ -166,6 +192,7 @@ UNIONS = {
 DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "to_rank": to_rank,
     "from_rank": from_rank,
+    "to_follower": to_follower,
     "to_node": to_node,
     "from_node": from_node,
     "leader_to_node": leader_to_node,
@@ -219,7 +246,7 @@ def test_every_payload_is_decoded_as_it_was_sent(message: type[Wire], data: st.D
 def test_every_message_is_covered() -> None:
     parts = {
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
-        *(SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
+        *(CallError, SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
         *(TlsFiles, ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
         *(Layout, ShardPlan, ModelPlan, NodePlan, RankPlan, Timeouts, ServedModel),
     }

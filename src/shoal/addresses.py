@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,56 @@ def listen(host: str, port: int, backlog: int = BACKLOG) -> list[socket.socket]:
     if not found:
         raise failure or OSError(f"{host} has no address")
     return found
+
+
+def listen_within(host: str, ports: Sequence[int], backlog: int = BACKLOG) -> list[socket.socket]:
+    """Listen at every address of the host, with the first of the ports that is free. See `listen`.
+
+    Raises:
+        OSError: no address can be used, or all ports are in use.
+    """
+    for port in ports:
+        try:
+            return listen(host, port, backlog)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, f"all {len(ports)} ports from {ports[0]} to {ports[-1]} are in use")
+
+
+def reserve_port(host: str, ports: Sequence[int] = (0,)) -> socket.socket:
+    """Return a socket that keeps a port of a host for a later `listen`, until it is closed. It does not listen.
+
+    Args:
+        ports: those to choose from; 0 stands for any free one.
+
+    Raises:
+        OSError: the address is not of this host, or all ports are in use.
+    """
+    family, there = resolve(host, passive=True)[0]
+    failure: OSError | None = None
+    for port in ports:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `listen` does: so both may have the port
+        try:
+            sock.bind((there[0], port, *there[2:]))
+        except OSError as error:
+            sock.close()
+            failure = error
+        else:
+            return sock
+    raise failure or OSError(f"{host} has no ports to choose from")
+
+
+def address_towards(host: str) -> str:
+    """Return the address of this host from which it connects to another host; "" if there is no way to that host."""
+    try:
+        family, there = resolve(host, 1)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(there)  # sends nothing, but chooses the network interface
+            return str(sock.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def _listener(family: socket.AddressFamily, there: tuple[Any, ...], backlog: int, *, only_v6: bool) -> socket.socket:

@@ -26,13 +26,6 @@ API_KEY = ("SHOAL_API_KEY", "VLLM_API_KEY")  # flags read them; child processes 
 _CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 _MAX_GIB = 1 << 20
 
-_SHARED = ("NCCL_", "GLOO_", "HF_", PREFIX, "VLLM_")  # beginnings of names of variables that all hosts need
-_OF_ONE_HOST = (
-    *API_KEY,
-    *("HF_TOKEN", "SHOAL_CLUSTER_KEY", "SHOAL_CLUSTER_KEY_FILE", "SHOAL_HOST_IP", "VLLM_HOST_IP"),
-    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
-)
-
 SETTINGS: tuple[Variable, ...] = (
     Variable(
         API_KEY[0],
@@ -44,6 +37,17 @@ SETTINGS: tuple[Variable, ...] = (
     Variable("SHOAL_LOG_LEVEL", f"lowest level in the log on stderr: {', '.join(_LEVELS)}", "VLLM_LOGGING_LEVEL"),
     Variable("SHOAL_CLUSTER_KEY", "a secret that processes on different hosts share, so that no others can join them"),
     Variable("SHOAL_CLUSTER_KEY_FILE", "a file with that secret, which only its owner may read"),
+    Variable(
+        "SHOAL_HOST_IP",
+        "the address of this host as other hosts reach it; by default the one from which it connects to the first host",
+        "VLLM_HOST_IP",
+    ),
+    Variable(
+        "GLOO_SOCKET_IFNAME", "the network interface of ranks on CPUs; by default that of the address of this host"
+    ),
+    Variable(
+        "NCCL_SOCKET_IFNAME", "the network interfaces of ranks on GPUs; by default that of the address of this host"
+    ),
     Variable("CUDA_VISIBLE_DEVICES", "the GPUs of this host that Shoal may use"),
     Variable("RAY_ADDRESS", "host:port of the Ray cluster, if --ray-address is not given"),
     Variable("HF_HUB_OFFLINE", "1: download nothing from the hub"),
@@ -60,6 +64,17 @@ _DATA_PARALLEL = {
     "MASTER_PORT": "the port at which rank 0 listens",
 }
 SETTINGS += tuple(Variable(f"SHOAL_DP_{name}", text, f"VLLM_DP_{name}") for name, text in _DATA_PARALLEL.items())
+
+# torchrun sets these for each process that it starts.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+
+SOCKET_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+# The variables of the leader that ranks on other hosts get too, except those of one host, and secrets.
+_SHARED_PREFIXES = ("NCCL_", "GLOO_", "HF_", "SHOAL_", "VLLM_", "TORCH_")
+_OF_ONE_HOST = ("_SOCKET_IFNAME", "_HOST_IP")
+_PER_PROCESS = ("SHOAL_DP_", "VLLM_DP_")
+_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 # vLLM's variables that mean the same as one of our options.
 OPTION_ALIASES = {
@@ -146,6 +161,79 @@ def _dp_number(name: str, lowest: int, highest: int, default: int | None = None)
     return number
 
 
+@dataclass(frozen=True, slots=True)
+class Torchrun:
+    """The place of this process among those that torchrun has started. A group is the processes of one host."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    group: int
+    num_groups: int
+    master_addr: str
+
+
+def torchrun() -> Torchrun | None:
+    """Read the variables of torchrun. Return None if neither RANK nor WORLD_SIZE is set.
+
+    Raises:
+        ConfigError: a variable is missing, or is not a number in its range.
+    """
+    if not _first("RANK", "WORLD_SIZE"):
+        return None
+    numbers = {}
+    for name in _TORCHRUN:
+        _, text = _first(name) or ("", "")
+        number = whole_number(text) if text else None
+        if number is None or number < 0:
+            raise ConfigError(f"{name} must be a number that torchrun has set, got {text!r}: start this with torchrun")
+        numbers[name] = number
+    _, master = _first("MASTER_ADDR") or ("", "")
+    if not master:
+        raise ConfigError("MASTER_ADDR is not set: start this with torchrun")
+    rank, size, local_rank, local_size, group, groups = numbers.values()
+    return Torchrun(rank, size, local_rank, local_size, group, groups, parse_host(master, "MASTER_ADDR"))
+
+
+def host_ip() -> tuple[str, str] | None:
+    """Return the address that the user has named for this host, after the name of the variable; None: there is none.
+
+    Raises:
+        ConfigError: it is not the form of an address.
+    """
+    found = _first("SHOAL_HOST_IP", "VLLM_HOST_IP")
+    return found and (found[0], parse_host(found[1], found[0]))
+
+
+def socket_interfaces() -> dict[str, str]:
+    """Return the variables that name the network interfaces of ranks, as far as they are set."""
+    return {name: found[1] for name in SOCKET_INTERFACES if (found := _first(name))}
+
+
+def shared_variables(options: Iterable[str]) -> dict[str, str]:
+    """Return the variables of this process that ranks on other hosts get too.
+
+    Args:
+        options: the names of engine options. Their variables are not among them, as the plan has their values.
+    """
+    of_options = {option_variable(name) for name in options} | set(OPTION_ALIASES.values())
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_SHARED_PREFIXES)
+        and not name.startswith(_PER_PROCESS)
+        and not name.endswith(_OF_ONE_HOST)
+        and not any(word in name for word in _SECRETS)
+        and name not in of_options
+    }
+
+
+def not_set_here(variables: dict[str, str]) -> dict[str, str]:
+    """Return those of the variables that this process does not have itself."""
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
 def cluster_key() -> str:
     """Return the secret that processes on different hosts share, or "" if there is none.
 
@@ -191,7 +279,6 @@ _COMMUNICATION = (
     *("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "CUDA_", "HIP_", "ROCR_"),
     *("TORCH_NCCL_", "TORCH_DISTRIBUTED_", PREFIX, "VLLM_"),
 )
-_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 def communication_variables() -> dict[str, str]:
@@ -206,11 +293,6 @@ def communication_variables() -> dict[str, str]:
 def ray_address() -> str:
     """Return RAY_ADDRESS, or "" if it is not set."""
     return os.environ.get("RAY_ADDRESS", "").strip()
-
-
-def shared_variables() -> dict[str, str]:
-    """Return the variables of this process that processes on other hosts need too. Secrets are not among them."""
-    return {name: value for name, value in os.environ.items() if name.startswith(_SHARED) and name not in _OF_ONE_HOST}
 
 
 def hub_offline() -> bool:

@@ -8,6 +8,7 @@ ShoalError
 |   `-- RequestError        a prompt or a parameter of a request; also a ValueError
 `-- EngineError             the engine could not continue; the command line exits with 1
     |-- RankFailed          a rank died, hung or reported an error; names rank, process and step
+    |   `-- RanksDied       ... whose process has ended or stands still, and which can be replaced
     |-- ReplicasFailed      no replica is left; has the outputs that had finished
     |-- Unavailable           a request is not accepted or finished now; `retry_after` says when to try again
     |   |-- QueueFull         ... because too many requests wait
@@ -18,6 +19,7 @@ ShoalError
     `-- ClosedError         a call on an engine that was closed or had failed before
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -96,6 +98,18 @@ class EngineError(ShoalError):
 
 class RankFailed(EngineError):
     pass
+
+
+class RanksDied(RankFailed):
+    """The processes of some ranks have ended or stand still. The other ranks can go on with new processes for them.
+
+    Args:
+        ranks: the numbers of the ranks that died.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class ReplicasFailed(EngineError):

@@ -1,6 +1,6 @@
 """The seams of the engine, without implementations."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from shoal.activity import Activity
@@ -11,7 +11,10 @@ from shoal.wire.ranks import StepMask, StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Starts ranks and carries messages to and from them. tests/support/fakes.py has a fake of a few lines."""
+    """Starts ranks and carries messages to and from them. tests/support/fakes.py has a fake of a few lines.
+
+    After a `RanksDied` the owner calls `reform`, `fail` or `close`; all other methods raise the error again.
+    """
 
     num_blocks: int  # KV blocks that every rank holds, agreed on at start
     start_times: dict[str, float]  # start phase -> seconds
@@ -38,7 +41,31 @@ class Executor(Protocol):
         """
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
-        """Have every rank do `verb` after all plans launched so far. Return the answers in the order of the ranks."""
+        """Have every rank do `verb` after all plans launched so far. Return the answers in the order of the ranks.
+
+        Raises:
+            EngineError: a rank died, stood still or reported an error.
+        """
+
+    def reform(self, incarnation: int, missing: Collection[str]) -> None:
+        """Begin to replace the ranks named by a `RanksDied` that a method here has raised; `poll` goes on with it.
+
+        Steps and calls that are not answered are lost. The other ranks forget all sequences and keep their memory.
+
+        Args:
+            incarnation: the one of all plans from now on; it is larger than the one before.
+            missing: the parts of memory (`shoal.activity`) that no rank has when this is done.
+
+        Raises:
+            EngineError: the ranks cannot be replaced.
+        """
+
+    @property
+    def reforming(self) -> bool:
+        """Return whether ranks are being replaced. Until this is done no plan may be launched."""
+
+    def fail(self, why: str) -> None:
+        """End every rank immediately, and refuse all later calls with this reason. Never raises."""
 
     def close(self) -> None:
         """End every rank. Idempotent, never raises."""

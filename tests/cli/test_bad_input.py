@@ -46,7 +46,7 @@ def refused(
     def no_engine(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(llm_module, "start_engine", no_engine)
+    monkeypatch.setattr(llm_module, "start_program", no_engine)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object, command: str = "generate") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,17 +117,24 @@ def test_a_spare_host_takes_over_for_a_host_that_is_gone(start: Start, two: tupl
         assert ask(two[0], "2 apples", 1)
 
 
-def test_a_rank_that_is_killed_on_another_host_is_named_with_its_host(
-    start: Start, two: tuple[hosts.Host, hosts.Host]
-) -> None:
-    with served(start, two, "-tp", "2") as (server, other, _):
-        (rank,) = processes.children(other.process.pid)
-        os.kill(rank, signal.SIGKILL)
-        server.await_text(
-            f"rank 1 (process {rank} on node 1 ({os.uname().nodename}, {two[1].address}), before its first step"
-        )
-        server.await_text("was killed by SIGKILL")
-        assert ask(two[0], "2 apples", 1)
+def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
+    """First a rank on the node, then the one beside the engine. Streams go on, and the other rank keeps its process."""
+    with served(start, two, "-tp", "2") as (server, other, _), ThreadPoolExecutor(4) as pool:
+        expected = ["".join(ask(two[0], f"{seed} apples", seed)) for seed in range(4)]
+        for bad in (1, 0):
+            (theirs,) = processes.children(other.process.pid)
+            (ours,) = (rank for engine in processes.children(server.process.pid) for rank in processes.children(engine))
+            killed, kept = (theirs, ours) if bad else (ours, theirs)
+            streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(4)]
+            os.kill(killed, signal.SIGKILL)
+            assert ["".join(stream.result(WAIT_S)) for stream in streams] == expected
+            host = f" on node 1 ({os.uname().nodename}, {two[1].address})" if bad else ""
+            named = rf"rank {bad} \(process {killed}{re.escape(host)}, .*\)"
+            assert re.search(rf"{named} was killed by SIGKILL; it is replaced, the other", server.text)
+            assert f"rank {bad}: replaced in " in server.text
+            assert Path(f"/proc/{kept}").exists()
+        assert "started again" not in server.text
+        assert "the engine has gone" not in other.text
 
 
 def test_a_host_that_is_cut_off_is_found_within_30_seconds(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:

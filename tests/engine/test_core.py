@@ -41,7 +41,8 @@ class Engine:
         prefix_caching: bool = True,
         delays: Mapping[int, int] | Callable[[int], int] = {},  # noqa: B006 (never written)
         drop: int | None = None,
-        dies_at: int | None = None,
+        dies_at: int | Sequence[int] | None = None,
+        replaceable: bool = False,
         speculative: SpeculativeConfig | None = None,
         stages: int = 1,
     ) -> None:
@@ -55,8 +56,9 @@ class Engine:
         self.depth = depth
         self.clock = FakeClock()
         self.outcomes = Outcomes()
+        self.executor = FaultyExecutor(self.ranks, delays=delays, drop=drop, dies_at=dies_at, replaceable=replaceable)
         self.core = EngineCore(
-            FaultyExecutor(self.ranks, delays=delays, drop=drop, dies_at=dies_at),
+            self.executor,
             SchedulerLimits(max_num_seqs, budget, MAX_MODEL_LEN, stages=stages),
             block_size=block_size,
             prefix_caching=prefix_caching,
@@ -170,7 +172,7 @@ def test_stats_add_up() -> None:
     assert stats.steps == len(engine.ranks.plans)
     assert (stats.step_total_us, stats.step_forward_us) == (20 * stats.steps, 10 * stats.steps)
     assert stats.start_s == (("load", 0.25),)
-    assert stats.ranks == (RankStats(0, 1, 2, 3, 4, 5),)
+    assert stats.ranks == (RankStats(0, 1, 2, 3, 4, 5, busy_us=7),)
 
 
 def test_a_dead_rank_fails_the_engine_for_good() -> None:
@@ -186,6 +188,50 @@ def test_a_dead_rank_fails_the_engine_for_good() -> None:
     engine.abort(1)
     engine.core.close()
     assert engine.outcomes.tokens[1] == alone(engine.outcomes.specs[1])[:2]
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_rank_that_dies_is_replaced_and_requests_go_on(stages: int) -> None:
+    engine = Engine(dies_at=[1, 9], replaceable=True, stages=stages, depth=stages + 1)
+    for seq in range(5):
+        engine.add(request(seq, [seq, 1, 2], 12))
+    engine.drain()
+    stats = engine.core.stats()
+    assert (stats.rank_replacements, engine.ranks.incarnation) == (2, 2)
+    assert {plan.incarnation for plan in engine.ranks.plans} == {0, 1, 2}
+    assert stats.generated_tokens == 5 * 12  # tokens that were in flight are lost and drawn again, and count once
+    assert engine.ranks.closed == 0
+
+
+def test_a_rank_that_dies_with_every_step_is_not_replaced_for_ever() -> None:
+    engine = Engine(dies_at=range(9), replaceable=True)
+    engine.add(request(1, [1], 9))
+    with pytest.raises(RankFailed, match=r"SIGKILL after step .; ranks have died 3 times in a row before any step"):
+        engine.drain()
+    with pytest.raises(ClosedError, match="SIGKILL"):
+        engine.core.updates(0)
+    assert engine.ranks.closed == 1
+    assert engine.core.snapshot().rank_replacements == 2
+
+
+def test_a_request_that_ranks_die_with_ends_the_engine() -> None:
+    """Others make progress between the deaths, so ranks have worked. The fleet finds out which request it is."""
+    engine = Engine(budget=4, dies_at=[3, 8, 13], replaceable=True)
+    for seq in range(2):
+        engine.add(request(seq, [seq] * 9, 9))
+    with pytest.raises(RankFailed, match=r"SIGKILL after step .*; ranks have died 3 times with the same request"):
+        engine.drain()
+
+
+def test_work_of_ranks_that_were_replaced_still_counts() -> None:
+    engine = Engine(replaceable=True)
+    before = engine.core.stats()
+    engine.executor.kill()
+    engine.core.check()
+    engine.drain()
+    after = engine.core.stats()
+    assert [rank.busy_us for rank in after.ranks] == [rank.busy_us for rank in before.ranks]
+    assert after.busy_before == tuple(rank.busy_us for rank in before.ranks)
 
 
 def test_an_unexpected_error_fails_the_engine() -> None:
@@ -642,7 +688,10 @@ def test_a_given_policy_decides_the_order() -> None:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests with common prefixes, small caches, late results and aborts get the tokens that they would get alone."""
+    """Requests with common prefixes, small caches, late results, aborts and deaths of ranks.
+
+    They get the tokens that they would get alone.
+    """
 
     @initialize(
         block_size=st.integers(1, 4),
@@ -675,9 +724,11 @@ class EngineMachine(RuleBasedStateMachine):
             depth=depth,
             prefix_caching=prefix_caching,
             delays=lambda step: delays[step % len(delays)],
+            replaceable=True,
             speculative=speculative,
             stages=stages,
         )
+        self.deaths = 0
         self.slowest = 1 + max(delays)
 
     @rule(
@@ -707,6 +758,12 @@ class EngineMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         self.engine.abort(data.draw(st.integers(0, len(self.engine.outcomes.specs))))
 
+    @precondition(lambda self: self.deaths < 2)  # after more deaths a request could be the cause
+    @rule()
+    def kill_a_rank(self) -> None:
+        self.deaths += 1
+        self.engine.executor.kill()
+
     @invariant()
     def within_limits(self) -> None:
         assert self.engine.ranks.most_in_flight <= self.engine.depth
@@ -715,7 +772,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             count = len(self.engine.outcomes.open)
-            self.engine.drain(10 + self.slowest * (self.engine.depth + (count + 1) ** 2 * MAX_MODEL_LEN))
+            self.engine.drain(20 + self.slowest * (self.engine.depth + (count + 1) ** 2 * MAX_MODEL_LEN))
 
 
 TestEngine = EngineMachine.TestCase

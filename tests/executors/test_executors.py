@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
-from shoal.errors import ClosedError, ConfigError, EngineError, RankFailed, UserError
+from shoal.errors import ClosedError, ConfigError, EngineError, RankFailed, RanksDied, UserError
 from shoal.executors.base import RankExecutor
 from shoal.models.decoder import Decoder
-from shoal.wire.base import encode
+from shoal.wire.base import encode, replace_fields
 from shoal.wire.ranks import (
     Capacity,
     FromRank,
@@ -21,6 +21,7 @@ from shoal.wire.ranks import (
     RankCall,
     RankReply,
     RankReport,
+    RankSetup,
     StepMask,
     StepPlan,
     StepResult,
@@ -169,6 +170,8 @@ class FakeLinks:
     def __init__(self, answers: Callable[[ToRank], Sequence[FromRank]]) -> None:
         self.world_size = 2
         self.closed: list[bool] = []
+        self.replaced: list[int] = []
+        self.hanging: list[int] = []
         self.sent: list[ToRank] = []
         self._answers = answers
         self._inbox: list[FromRank] = []
@@ -182,6 +185,12 @@ class FakeLinks:
             time.sleep(min(timeout, 0.01))
         found, self._inbox = self._inbox, []
         return found
+
+    def replace(self, ranks: Sequence[int]) -> None:
+        self.replaced += ranks
+
+    def stuck(self, seconds: float) -> list[int]:
+        return self.hanging
 
     def describe(self, rank: int) -> str:
         return f"process 100{rank}"
@@ -368,6 +377,130 @@ def test_the_deadline_of_a_step_begins_again_after_an_absence(
     assert found.poll(1.0) == []
     with pytest.raises(RankFailed, match=r"step 7 did not finish within 20 s"):
         found.poll(60.0)
+
+
+# --- the replacement of ranks --------------------------------------------------------------------------------------
+
+
+class DyingLinks(FakeLinks):
+    """Links whose ranks die when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(good_answers)
+        self.dead: list[int] = []
+        self.inbox: list[FromRank] = []
+
+    def receive(self, timeout: float) -> list[FromRank]:
+        if self.dead:
+            raise RanksDied(f"rank {self.dead[0]} was killed", self.dead)
+        found, self.inbox = self.inbox, []
+        return found + super().receive(timeout)
+
+    def replace(self, ranks: Sequence[int]) -> None:
+        super().replace(ranks)
+        self.dead = []
+
+
+def died(links: DyingLinks, found: RankExecutor, rank: int) -> None:
+    """Have a rank die, and the executor notice it."""
+    links.dead = [rank]
+    with pytest.raises(RanksDied, match=rf"^rank {rank} was killed$"):
+        found.poll(0)
+    links.sent.clear()
+
+
+def test_a_rank_is_replaced_and_all_run_the_start_phases_again(plan: StepPlan) -> None:
+    links = DyingLinks()
+    found = executor(links)
+    found.launch(plan)
+    died(links, found, 1)
+    for call in (lambda: found.launch(plan), lambda: found.poll(0), lambda: found.call("stats", timeout=1)):
+        with pytest.raises(RanksDied):
+            call()
+    found.reform(5, ())
+    assert found.reforming
+    while found.reforming:
+        assert found.poll(0.1) == []
+    assert links.replaced == [1]
+    setups = [each for each in links.sent if isinstance(each, RankSetup)]
+    assert [(each.rank, each.incarnation, each.num_blocks) for each in setups] == [(0, 5, 10), (1, 5, 10)]
+    verbs = [each.verb for each in links.sent if isinstance(each, RankCall)]
+    assert verbs == ["connect", "load", "allocate", "warm_up"]
+    assert links.closed == []
+
+
+def test_ranks_that_sleep_are_replaced_by_ranks_that_sleep() -> None:
+    links = DyingLinks()
+    found = executor(links)
+    died(links, found, 0)
+    found.reform(1, ("weights", "kv_cache"))
+    while found.reforming:
+        found.poll(0.1)
+    calls = [(each.verb, each.payload) for each in links.sent if isinstance(each, RankCall)]
+    assert calls == [("connect", b""), ("sleep", b"weights,kv_cache")]
+
+
+def test_what_ranks_said_before_a_replacement_is_dropped(plan: StepPlan) -> None:
+    links = DyingLinks()
+    found = executor(links)
+    found.launch(plan)
+    died(links, found, 1)
+    found.reform(1, ())
+    links.inbox = [
+        StepResult(0, 7, (), StepTimes(1, 1)),
+        RankReport(0, 6, "all_reduce was aborted", communication=True, incarnation=0),
+        RankReply(5, 0, b"of the call before"),
+    ]
+    while found.reforming:
+        found.poll(0.1)
+    links.inbox = [StepResult(0, 7, (), StepTimes(1, 1)), result := StepResult(1, 8, (), StepTimes(1, 1))]
+    found.launch(replace_fields(plan, incarnation=1, step=8))
+    assert found.poll(1) == [result]
+
+
+def test_a_rank_that_raises_is_not_replaced_even_if_another_has_died(plan: StepPlan) -> None:
+    links = DyingLinks()
+    found = executor(links)
+    died(links, found, 1)
+    found.reform(1, ())
+    links.inbox = [RankReport(0, 6, "out of memory", incarnation=1)]
+    with pytest.raises(RankFailed, match=r"^rank 0 \(process 1000\): out of memory$") as caught:
+        found.poll(1)
+    assert not isinstance(caught.value, RanksDied)
+    assert links.closed == [True]
+
+
+def test_a_rank_that_hangs_counts_as_dead(scripted: tuple[ScriptedLinks, RankExecutor], plan: StepPlan) -> None:
+    """Only once a step takes far longer than steps like it, and not a rank that waits for another."""
+    links, found = scripted
+    found.launch(plan)
+    links.script = [[StepResult(0, 7, (), StepTimes(1, 1))]]
+    assert len(found.poll(1.0)) == 1  # it took half a second: ten times as much is allowed
+    found.launch(plan)
+    links.hanging = [1]
+    assert found.poll(4.0) == []
+    with pytest.raises(RanksDied) as caught:
+        found.poll(4.0)
+    says = "rank 1 (process 1001) does nothing in step 7 (steps like it took 0.50 s at most); rank 0 waits for that"
+    assert (str(caught.value), caught.value.ranks) == (says, (1,))
+    assert links.closed == []
+
+
+def test_a_rank_that_dies_while_all_start_or_where_none_may_be_replaced_ends_the_executor() -> None:
+    starting = DyingLinks()
+    starting.dead = [0]
+    with pytest.raises(RankFailed, match="rank 0 was killed"):
+        executor(starting)
+    assert starting.closed[0] is True
+    links = DyingLinks()
+    found = RankExecutor(
+        links, SETUPS, check_capacity=lambda _: None, start_timeout=5, step_timeout=5, replaces_ranks=False
+    )
+    links.dead = [1]
+    with pytest.raises(RankFailed, match="rank 1 was killed") as caught:
+        found.poll(0)
+    assert not isinstance(caught.value, RanksDied)
+    assert links.closed == [True]
 
 
 @pytest.mark.slow

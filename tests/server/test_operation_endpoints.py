@@ -193,11 +193,10 @@ def test_a_rank_that_dies_asleep_is_replaced_by_a_sleeping_rank(server: ShoalSer
     status = get(server, "/v1/admin/status").json()
     killed = status["replicas"][0]["stats"]["ranks"][1]["pid"]
     os.kill(killed, signal.SIGKILL)
-    wait_until(server, lambda replicas: replicas[0]["restarts"] == 1 and replicas[0]["state"] == "ready")
-    wait_until(
-        server,
-        lambda replicas: all(rank["weight_bytes"] == 0 for each in replicas for rank in each["stats"]["ranks"]),
-    )
+    wait_until(server, lambda replicas: replicas[0]["stats"]["rank_replacements"] == 1)
+    wait_until(server, lambda replicas: killed not in [rank["pid"] for rank in replicas[0]["stats"]["ranks"]])
+    ranks = get(server, "/v1/admin/status").json()["replicas"][0]["stats"]["ranks"]
+    assert [rank["weight_bytes"] for rank in ranks] == [0, 0]
     assert 'sleep_state="discard_all"} 1' in get(server, "/metrics").text
     assert post(server, "/wake_up").json() == {"status": "awake", "missing": []}
     assert completion(server, 5, 8) == before

@@ -3,7 +3,7 @@
 import threading
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 from hypothesis import HealthCheck, settings
 
-from shoal.errors import EngineError, RankFailed
+from shoal.errors import EngineError, RankFailed, RanksDied
 from shoal.protocols import Executor
 from shoal.wire.base import encode
 from shoal.wire.engine import EngineRequest, Finish, SeqUpdate
@@ -167,6 +167,7 @@ class FakeExecutor:
         self.masks: list[StepMask] = []
         self.most_in_flight = 0
         self.closed = 0
+        self.incarnation = 0  # of the last reform
         self.missing: set[str] = set()  # parts of its memory that were freed
         self.refuses = ""  # why they can't be allocated again
         self._block_size = block_size
@@ -210,7 +211,7 @@ class FakeExecutor:
         parts = set(payload.decode().split(","))
         match verb:
             case "stats":
-                return [encode(RankStats(0, 1, 2, 3, 4, 5))]
+                return [encode(RankStats(0, 1, 2, 3, 4, 5, busy_us=7))]
             case "sleep":
                 assert not self._results, "steps are in flight"
                 self.missing |= parts
@@ -227,6 +228,24 @@ class FakeExecutor:
         return [b""]
 
     def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def reforming(self) -> bool:
+        return False
+
+    def reform(self, incarnation: int, missing: Collection[str]) -> None:
+        """Forget all sequences, the content of the cache and the results that were not fetched."""
+        self._sequences.clear()
+        self._origins.clear()
+        self._drawn.clear()
+        self._results.clear()
+        self._cache = [None] * len(self._cache)
+        self._answered = len(self.plans)
+        self.missing = set(missing)
+        self.incarnation = incarnation
+
+    def fail(self, why: str) -> None:
         self.closed += 1
 
     def _check_turns(self, plan: StepPlan) -> None:
@@ -429,20 +448,30 @@ class FaultyExecutor:
         *,
         delays: Mapping[int, int] | Callable[[int], int] = {},  # noqa: B006 (never written)
         drop: int | None = None,
-        dies_at: int | None = None,
+        dies_at: int | Collection[int] | None = None,
+        replaceable: bool = False,
     ) -> None:
+        """Make the faults.
+
+        Args:
+            dies_at: the steps at whose end the rank dies, before the result is there.
+            replaceable: True if the rank can be replaced, which takes some polls.
+        """
         self.num_blocks = inner.num_blocks
         self.start_times = inner.start_times
         self._inner = inner
         self._delay = delays if callable(delays) else lambda step: delays.get(step, 0)
         self._drop = drop
-        self._dies_at = dies_at
+        self._dies_at = [dies_at] if isinstance(dies_at, int) else list(dies_at or ())
+        self._replaceable = replaceable
+        self._polls_to_reform = 0
         self._late: deque[StepResult] = deque()
         self._polls_left = 0
-        self._dead = False
+        self._dead = -1  # the step after which the rank has died
 
     def launch(self, plan: StepPlan) -> None:
         self._check_alive()
+        assert not self.reforming
         self._inner.launch(plan)
 
     def mask(self, mask: StepMask) -> None:
@@ -451,6 +480,9 @@ class FaultyExecutor:
 
     def poll(self, timeout: float) -> list[StepResult]:
         self._check_alive()
+        if self.reforming:
+            self._polls_to_reform -= 1
+            return []
         for result in self._inner.poll(timeout):
             if not self._late:
                 self._polls_left = self._delay(result.step)
@@ -461,7 +493,8 @@ class FaultyExecutor:
             self._polls_left -= 1
             return []
         result = self._late.popleft()
-        self._dead = result.step == self._dies_at
+        if result.step in self._dies_at:
+            self._dead = result.step
         self._check_alive()
         if self._late:
             self._polls_left = self._delay(self._late[0].step)
@@ -474,9 +507,29 @@ class FaultyExecutor:
     def close(self) -> None:
         self._inner.close()
 
+    def kill(self) -> None:
+        """Have the rank die now, if it is not dead."""
+        self._dead = max(self._dead, 0)
+
+    @property
+    def reforming(self) -> bool:
+        return self._polls_to_reform > 0
+
+    def reform(self, incarnation: int, missing: Collection[str]) -> None:
+        assert self._dead >= 0, "no rank has died"
+        self._dead = -1
+        self._late.clear()
+        self._polls_to_reform = 3
+        self._inner.reform(incarnation, missing)
+
+    def fail(self, why: str) -> None:
+        self._inner.fail(why)
+
     def _check_alive(self) -> None:
-        if self._dead:
-            raise RankFailed(f"rank 0 was killed by SIGKILL after step {self._dies_at}")
+        if self._dead < 0:
+            return
+        message = f"rank 0 was killed by SIGKILL after step {self._dead}"
+        raise RanksDied(message, [0]) if self._replaceable else RankFailed(message)
 
 
 def this_rank() -> int:

@@ -105,9 +105,9 @@ def bare_plan(*ranks: RankPlan, **changes: Any) -> EnginePlan:
     return EnginePlan(**{**plain, **changes})
 
 
-def setup_of(plan: EnginePlan, rank: int = 0) -> RankSetup:
+def setup_of(plan: EnginePlan, rank: int = 0, incarnation: int = 0) -> RankSetup:
     """Return the first message to a rank of a plan."""
-    return RankSetup(WIRE_VERSION, 1, rank, plan)
+    return RankSetup(WIRE_VERSION, incarnation, rank, plan)
 
 
 def with_cache(plan: EnginePlan, kv_budget: int) -> EnginePlan:

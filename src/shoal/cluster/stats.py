@@ -52,14 +52,16 @@ def add_past_counters(past: EngineStats, now: EngineStats) -> EngineStats:
         **{name: getattr(past, name) + getattr(now, name) for name in _COUNTERS},
         iteration_tokens=_sum_elements([past.iteration_tokens, now.iteration_tokens]),
         accepted_by_position=_sum_elements([past.accepted_by_position, now.accepted_by_position]),
-        busy_before=past.busy_before,
+        busy_before=_sum_elements([past.busy_before, now.busy_before]),
     )
 
 
 def keep_counters(stats: EngineStats) -> EngineStats:
     """Return the stats of a replica that has ended: its counters, without requests, blocks and ranks."""
     busy = _sum_elements([stats.busy_before, tuple(rank.busy_us for rank in stats.ranks)])
-    return replace_fields(stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy)
+    return replace_fields(
+        stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy, trouble=""
+    )
 
 
 def _sum_elements(counts: Sequence[Ids]) -> Ids:

@@ -1,7 +1,8 @@
 """Communicators for ranks that are processes, on torch.distributed's backends: gloo for CPUs, NCCL for GPUs.
 
 The process groups are built directly instead of with `init_process_group`, which keeps global state: so one process
-can be in any number of groups and engines.
+can be in any number of groups and engines. A communicator outlives its group: `connect` forms another one, so that all
+who hold the communicator, such as the layers of a model, use the new group.
 """
 
 import datetime
@@ -23,15 +24,9 @@ c10d: Any = torch.distributed  # its bindings carry no usable types
 _POLL = datetime.timedelta(seconds=0.1)  # how often a wait checks whether this rank has aborted the group
 _STORE_POLL_S = 1.0  # how often a wait asks the store whether another rank has aborted the group
 _STORE_TIMEOUT_S = 1.0  # the longest wait for a store: a slow or dead store must not delay an operation or its error
-
-
-def file_store(fd: int, size: int) -> Any:
-    """Return a store for `size` ranks in a file that each of them has inherited as file descriptor `fd`.
-
-    The file may have no name. A rank opens it through its own entry in /proc: the entry of the process that made the
-    file is closed to others when that process has changed its user id.
-    """
-    return c10d.FileStore(f"/proc/self/fd/{fd}", size)
+_CONNECT_POLL_S = 0.01  # how often a rank that connects checks whether it has aborted that
+_ABORT_TAG = 2**30  # no message has it
+_AT_ONCE = datetime.timedelta(milliseconds=1)
 
 
 class TorchComm:
@@ -48,33 +43,72 @@ class TorchComm:
         timeout_s: float,
         device: torch.device,
         interface_address: str = "127.0.0.1",
+        aborted: threading.Event | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
         self.progress = Progress()
         self._timeout_s = timeout_s
-        self._aborted = False
-        self._store_query = threading.Thread()
-        timeout = datetime.timedelta(seconds=timeout_s)
-        self._store = group_store = c10d.PrefixStore(prefix, store)
         self._backend = backend
-        self._group: Any
-        if backend == "nccl":
+        self._device = device
+        self._interface_address = interface_address
+        self._store_query = threading.Thread()
+        self._store: Any = None
+        self._group: Any = None
+        self.connect(store, prefix, aborted)
+
+    def connect(self, store: Any, prefix: str, aborted: threading.Event | None = None) -> None:
+        """Form the group with the other ranks of it, or form it anew after an abort.
+
+        All ranks of the group call this with the same prefix, which must be new in the store each time.
+
+        Args:
+            aborted: ends the wait for the others when it is set, by any thread. `abort` sets it too.
+        """
+        self._group = None  # closes the connections of the former group
+        self._aborted = threading.Event() if aborted is None else aborted
+        self._store = c10d.PrefixStore(prefix, store)
+        timeout = datetime.timedelta(seconds=self._timeout_s)
+        if self._backend == "nccl":
             nccl = c10d.ProcessGroupNCCL.Options()
             nccl._timeout = timeout
-            self._group = c10d.ProcessGroupNCCL(group_store, rank, size, nccl)
-        else:
-            gloo = c10d.ProcessGroupGloo._Options()
-            gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=interface_address)]
-            gloo._timeout = timeout
-            with self._operation("connect"):
-                self._group = c10d.ProcessGroupGloo(group_store, rank, size, gloo)
-        self._device = device
+            self._group = c10d.ProcessGroupNCCL(self._store, self.rank, self.size, nccl)
+            return
+        gloo = c10d.ProcessGroupGloo._Options()
+        gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=self._interface_address)]
+        gloo._timeout = timeout
+        with self._operation("connect"):
+            self._group = self._connect_gloo(gloo)
+
+    def _connect_gloo(self, options: Any) -> Any:
+        """Return the group, once all ranks are there.
+
+        Nothing ends gloo's wait for a rank that does not come. So a thread waits, and is left alone after an abort.
+        """
+        groups: list[Any] = []
+        errors: list[Exception] = []
+        ended = threading.Event()
+        store, rank, size = self._store, self.rank, self.size
+
+        def connect() -> None:
+            try:
+                groups.append(c10d.ProcessGroupGloo(store, rank, size, options))
+            except Exception as error:  # noqa: BLE001 - it is raised below, if it still matters
+                errors.append(error)
+            ended.set()
+
+        _start_thread(connect)
+        while not ended.wait(_CONNECT_POLL_S):
+            if self._aborted.is_set():
+                raise RuntimeError("aborted while it connected")
+        if errors:
+            raise errors.pop()
+        return groups.pop()
 
     @contextmanager
     def _operation(self, name: str, sent_bytes: int = 0) -> Iterator[None]:
         with self.translated_errors(name), self.progress.during(name, sent_bytes):
-            if self._aborted:
+            if self._aborted.is_set():
                 raise RuntimeError("aborted before it began")
             yield
 
@@ -85,9 +119,10 @@ class TorchComm:
             yield
         except RuntimeError as error:
             where = f"rank {self.rank} of {self.size}: {operation} #{self.progress.number}"
-            self._query_store()
-            self._store_query.join(_STORE_TIMEOUT_S)
-            if self._aborted:
+            if not self._aborted.is_set():
+                self._query_store()
+                self._store_query.join(_STORE_TIMEOUT_S)
+            if self._aborted.is_set():
                 raise CommAborted(f"{where} was aborted") from error
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise CommTimeout(f"{where} waited {self._timeout_s:g} s") from error
@@ -96,22 +131,24 @@ class TorchComm:
     def _query_store(self) -> None:
         """Start to ask the store whether a rank has aborted the group, on a thread, since the answer may take long."""
 
+        store, aborted = self._store, self._aborted
+
         def query() -> None:
             with suppress(RuntimeError, CommError):  # the store may be dead, which is not the error to report here
-                if self._store.check(["aborted"]):
-                    self._aborted = True
+                if store.check(["aborted"]):
+                    aborted.set()
 
         if not self._store_query.is_alive():
             self._store_query = _start_thread(query)
 
     def _wait(self, work: Any) -> None:
-        """Wait for an operation. gloo's own abort wakes no waiting thread on any rank, so for gloo the wait polls."""
+        """Wait for an operation. For gloo the wait polls, to see whether another rank has aborted the group."""
         next_query = time.monotonic() + _STORE_POLL_S
         while self._backend == "gloo" and not work.is_completed():
             try:
                 work.wait(_POLL)
             except RuntimeError:
-                if self._aborted:
+                if self._aborted.is_set():
                     raise
                 if time.monotonic() >= next_query:
                     self._query_store()
@@ -169,16 +206,29 @@ class TorchComm:
         self.all_reduce(torch.zeros(1, device=self._device))
 
     def abort(self) -> None:
-        """End every operation of the group, but gloo's `send` and `recv`: these cannot be polled, and time out."""
-        self._aborted = True
+        """End every operation of the group, current and future, on all of its ranks."""
+        self._aborted.set()
+        group, store = self._group, self._store
+        if group is None:  # it is still connecting, and so are the others
+            return
 
         def publish() -> None:
             with suppress(RuntimeError, CommError):
-                self._store.set("aborted", "1")
+                store.set("aborted", "1")
 
         _start_thread(publish).join(_STORE_TIMEOUT_S)
-        if self._backend != "gloo":  # gloo's own abort wakes no waiting thread, and may itself wait for the timeout
-            self._group.abort()
+        if self._backend == "gloo":
+            self._close_pairs(group)
+        else:
+            group.abort()
+
+    def _close_pairs(self, group: Any) -> None:
+        """Close the connections of a gloo group, which ends all waits on them, here and on the other ranks.
+
+        gloo's own abort wakes no waiting thread. But when a receive times out, gloo closes all connections.
+        """
+        with suppress(RuntimeError):
+            group.recv([torch.zeros(1)], (self.rank + 1) % self.size, _ABORT_TAG).wait(_AT_ONCE)
 
 
 def _start_thread(work: Callable[[], None]) -> threading.Thread:

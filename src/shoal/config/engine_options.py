@@ -19,6 +19,7 @@ from shoal.config.option_forms import (
     parse_overrides,
     parse_partition,
     parse_placement,
+    parse_ports,
     parse_resources,
     parse_speculative,
     parse_split,
@@ -30,7 +31,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Executor = Literal["uni", "threads", "mp", "ray"]
-Backend = Literal["auto", Executor]
+Backend = Literal["auto", Executor, "external_launcher"]
 DataParallelBackend = Literal["mp", "ray"]
 ExpertPlacement = Literal["linear", "round_robin"]
 All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
@@ -115,7 +116,8 @@ class ParallelOptions:
     distributed_executor_backend: Backend = option(
         "auto",
         "uni: one rank in this process; threads: a thread for each rank; mp: a process for each rank; ray: processes "
-        "in a Ray cluster; auto: uni or mp, or ray in a placement group or if this host has too few devices",
+        "in a Ray cluster; external_launcher: torchrun has started a process for each rank; auto: uni or mp, or ray in "
+        "a placement group or if this host has too few devices",
         local=True,
     )
     data_parallel_backend: DataParallelBackend = option(
@@ -193,6 +195,13 @@ class NodeOptions:
         "hosts; 0=0-3|1=4-7: the ranks of each host",
         parse=parse_placement,
         metavar="PLACEMENT",
+    )
+    port_range: tuple[int, int] | None = option(
+        None,
+        "the only ports that may be opened for other hosts; --master-port must be one of them",
+        parse=parse_ports,
+        metavar="FIRST-LAST",
+        local=True,
     )
     spare_hosts: int = option(
         0,

@@ -157,6 +157,20 @@ def _cores(given: Any) -> tuple[int, ...] | None:
     return tuple(found)
 
 
+def parse_ports(value: Any, flag: str) -> tuple[int, int]:
+    """Read a range of ports, `31000-31099`, or a pair of numbers.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    parts = value.split("-") if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and len(parts) == 2:
+        first, last = (whole_number(part.strip(" ")) if isinstance(part, str) else part for part in parts)
+        if type(first) is int and type(last) is int and 0 < first <= last < 1 << 16:
+            return first, last
+    raise ConfigError(f"{flag} takes the first and the last port, such as 31000-31099, got {shown(value)}")
+
+
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
     """Read a mapping, or a text with a JSON object: `{"method": "ngram", "num_speculative_tokens": 4}`.
 

@@ -1,15 +1,12 @@
 """Network interfaces and RDMA devices: which there are, and which connections to other hosts would use."""
 
-import ctypes
 import re
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from shoal.devices import cpu
+from shoal.addresses import address_towards
+from shoal.devices import cpu, network
 from shoal.doctor.kinds import failure, ok, warning
 from shoal.wire.doctor import Finding
 from shoal.wire.topology import Interface, RdmaPort
@@ -62,12 +59,7 @@ def _interface(folder: Path, addresses: list[str], rdma: str, source: str) -> In
 
 def source_address(target: str = "") -> str:
     """Return the address of this host from which a connection to `target` would come; "" if there is no way to it."""
-    with suppress(OSError):
-        family, there = socket.getaddrinfo(target or _ANYWHERE, 9, type=socket.SOCK_DGRAM)[0][0::4]
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect(there)  # sends nothing
-            return str(sock.getsockname()[0])
-    return ""
+    return address_towards(target or _ANYWHERE)
 
 
 def _rdma_interfaces(root: Path) -> Iterator[tuple[str, str]]:
@@ -101,53 +93,16 @@ def _number(file: Path) -> int | None:
     return int(text) if text.lstrip("-").isdigit() else None
 
 
-class _SocketAddress(ctypes.Structure):
-    _fields_ = (("family", ctypes.c_ushort), ("data", ctypes.c_ubyte * 26))
-
-
-class _InterfaceAddress(ctypes.Structure):
-    pass
-
-
-_InterfaceAddress._fields_ = (
-    ("next", ctypes.POINTER(_InterfaceAddress)),
-    ("name", ctypes.c_char_p),
-    ("flags", ctypes.c_uint),
-    ("address", ctypes.POINTER(_SocketAddress)),
-    ("netmask", ctypes.c_void_p),
-    ("destination", ctypes.c_void_p),
-    ("data", ctypes.c_void_p),
-)
-
-
 def interface_addresses() -> dict[str, list[str]]:
-    """Return the addresses of each interface, IPv4 first (getifaddrs of the C library).
+    """Return the addresses of each interface, IPv4 first.
 
     Raises:
         OSError: the operating system does not list them.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    first: Any = ctypes.POINTER(_InterfaceAddress)()
-    if libc.getifaddrs(ctypes.byref(first)):
-        raise OSError(ctypes.get_errno(), "getifaddrs failed")
     found: dict[str, list[str]] = {}
-    try:
-        each = first
-        while each:
-            row = each.contents
-            if row.address and (address := _address(row.address.contents)):
-                found.setdefault(row.name.decode(), []).append(address)
-            each = row.next
-    finally:
-        libc.freeifaddrs(first)
+    for address, name in network.interfaces().items():
+        found.setdefault(name, []).append(address.partition("%")[0])
     return {name: sorted(addresses, key=lambda text: ":" in text) for name, addresses in found.items()}
-
-
-def _address(address: _SocketAddress) -> str:
-    data = bytes(address.data)
-    if address.family == socket.AF_INET:
-        return socket.inet_ntop(socket.AF_INET, data[2:6])
-    return socket.inet_ntop(socket.AF_INET6, data[6:22]) if address.family == socket.AF_INET6 else ""
 
 
 def check(facts: NetworkFacts, variables: Mapping[str, str], *, several_hosts: bool) -> list[Finding]:

@@ -74,6 +74,7 @@ def build_engine(
         check_capacity=lambda blocks: require_capacity(blocks, plan.block_size, shortest),
         start_timeout=plan.timeouts.start_s,
         step_timeout=plan.timeouts.step_s,
+        replaces_ranks=not plan.layout.shares_experts,  # ranks of other replicas would have to form new groups too
     )
     executor.start_times = {"launch": launched, **executor.start_times}
     limits = SchedulerLimits(

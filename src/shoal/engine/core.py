@@ -3,17 +3,24 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
+from shoal.engine.engine_stats import RankCounts, StepCounts, describe_engine
+from shoal.engine.rank_deaths import RankDeaths
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.scheduler import Scheduler
 from shoal.engine.scheduler.waiting_queue import PriorityPolicy
 from shoal.engine.speculation import Drafter
-from shoal.errors import CheckpointError, ClosedError, EngineError
+from shoal.errors import CheckpointError, ClosedError, EngineError, RankFailed, RanksDied
+from shoal.log import get_logger
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
+from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
-from shoal.wire.ranks import RankStats, StepMask, StepPlan, StepResult, decode_rank_stats
+from shoal.wire.ranks import StepMask, StepPlan, StepResult, decode_rank_stats
+
+log = get_logger("engine")
 
 _STATS_TIMEOUT_S = 30.0
 _AUDIT_EVERY_S = 5.0
@@ -22,7 +29,6 @@ _DROP_SLICE_S = 0.5
 _MASK_WORD_BYTES = 4
 _GRAMMAR_SLICE_S = 0.01  # short, because the engine sees no new requests while it waits for verdicts
 _MASK_TIMEOUT_S = 0.025  # how long ranks wait for late verdicts
-_NUM_TOKEN_BUCKETS = 24  # buckets of the histogram of tokens per step; the upper bounds are 1, 2, 4, ...
 
 
 class EngineCore:
@@ -30,6 +36,9 @@ class EngineCore:
 
     At most `max_in_flight` plans are with the ranks at a time. If this is one more than the number of stages, the next
     plan has arrived when the first stage ends a step, so the ranks never wait for the engine.
+
+    When ranks die and the executor can replace them, the engine goes on: requests keep their tokens, and no plan is
+    made until the ranks are replaced (`reforming`). Each replacement is a new incarnation.
 
     A replica in lockstep launches steps without work if other replicas need them. While it is not `busy`, its owner
     waits for the lockstep (see `LockstepMember.fileno`); no method of this class does.
@@ -79,6 +88,7 @@ class EngineCore:
         )
         self._lockstep = lockstep
         self._activity = AWAKE
+        self._missing: tuple[str, ...] = ()  # parts of memory that the ranks do not have, once all calls are done
         self._memory_timeout = memory_timeout
         self._on_close = on_close
         self._clock = clock
@@ -86,13 +96,11 @@ class EngineCore:
         self._max_in_flight = max_in_flight
         self._failure: EngineError | None = None
         self._closed = False
-        self._steps = 0
         self._schedule_ns = 0
-        self._step_total_us = 0
-        self._step_forward_us = 0
-        self._ranks: tuple[RankStats, ...] = ()  # as they answered last
-        self._iteration_tokens = [0] * _NUM_TOKEN_BUCKETS
-        self._step_tokens = 0
+        self._counts = StepCounts()
+        self._deaths = RankDeaths(clock)
+        self._ranks = RankCounts()
+        self._trouble = ""  # why ranks were replaced the last time
 
     def add(self, request: EngineRequest) -> None:
         self._check_open()
@@ -125,6 +133,9 @@ class EngineCore:
         """
         try:
             self._take_verdicts(0)
+            if self._executor.reforming:
+                self._executor.poll(timeout)
+                return
             self._launch()
             if not self._scheduler.num_in_flight:
                 self._take_verdicts(min(timeout, _GRAMMAR_SLICE_S))
@@ -132,14 +143,20 @@ class EngineCore:
                 for result in self._executor.poll(timeout):
                     if result.incarnation == self._incarnation:
                         self._apply(result)
+        except RanksDied as error:
+            self._replace_ranks(error)
         except EngineError as error:
-            self._failure = self._root_cause(error)
-            if self._failure is error:
-                raise
-            raise self._failure from error
-        except Exception as error:  # the plan may have reached only some ranks, so their state is unknown
-            self._failure = EngineError(f"{type(error).__name__}: {error}")
-            raise self._failure from error
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the plan may have reached only some ranks: their state is unknown
+            self._fail(EngineError(f"{type(error).__name__}: {error}"), error)
+
+    def _fail(self, error: EngineError, cause: Exception | None = None) -> NoReturn:
+        """Fail for good, with this error or with that of another replica from which it follows."""
+        self._failure = self._root_cause(error)
+        self._executor.fail(str(self._failure))
+        if self._failure is error:
+            raise error from cause
+        raise self._failure from error
 
     def _audit_when_idle(self) -> None:
         """Audit the scheduler now and then. An audit looks at every block: milliseconds in a large cache."""
@@ -153,7 +170,7 @@ class EngineCore:
         scheduler = self._scheduler
         at_work = not scheduler.idle if self._activity.runs else scheduler.num_in_flight > 0
         try:
-            return at_work or scheduler.has_updates or self._is_behind
+            return at_work or scheduler.has_updates or self._executor.reforming or self._is_behind
         except EngineError:  # `updates` raises it too
             return True
 
@@ -177,7 +194,7 @@ class EngineCore:
             plan = self._scheduler.schedule(allow_empty=behind, only_empty=not self._activity.runs)
             if plan is not None:
                 self._executor.launch(plan)
-                self._count_tokens(plan)
+                self._counts.note_plan(plan)
                 if self._lockstep is not None:
                     self._lockstep.launched(self._scheduler.num_steps)
                 self._send_mask(plan)
@@ -185,12 +202,6 @@ class EngineCore:
             if plan is None:
                 return
             behind = self._is_behind
-
-    def _count_tokens(self, plan: StepPlan) -> None:
-        tokens = sum(work.count for work in plan.work)
-        if tokens:
-            self._iteration_tokens[min((tokens - 1).bit_length(), _NUM_TOKEN_BUCKETS - 1)] += 1
-            self._step_tokens += tokens
 
     def _take_verdicts(self, timeout: float) -> None:
         """Take in verdicts. Wait up to `timeout` seconds if one is expected."""
@@ -213,9 +224,39 @@ class EngineCore:
         begun = time.perf_counter_ns()
         self._scheduler.apply(result)
         self._schedule_ns += time.perf_counter_ns() - begun
-        self._steps += 1
-        self._step_total_us += result.times.total_us
-        self._step_forward_us += result.times.forward_us
+        self._counts.note_result(result)
+        self._deaths.note_work()
+
+    # --- ranks that die ------------------------------------------------------------------------------------------
+
+    @property
+    def reforming(self) -> bool:
+        """Return whether ranks are being replaced. The ranks answer nothing meanwhile."""
+        return self._executor.reforming
+
+    def _replace_ranks(self, error: RanksDied) -> None:
+        """Begin to replace ranks that have died.
+
+        Raises:
+            RankFailed: they are not replaced, because a request may be the cause or because it has not helped before.
+        """
+        if why_not := self._deaths.note_death(self._scheduler.in_flight):
+            self._fail(RankFailed(f"{error}; {why_not}"), error)
+        them = "they are" if len(error.ranks) > 1 else "it is"
+        self._trouble = f"{error}; {them} replaced, the other ranks keep their weights"
+        log.warning("%s", self._trouble)
+        self._incarnation += 1
+        self._scheduler.start_anew(self._incarnation)
+        try:
+            self._executor.reform(self._incarnation, self._missing)
+        except EngineError as another:
+            self._fail(another)
+        self._ranks.note_replacement(error.ranks)
+
+    def _finish_reform(self) -> None:
+        """Wait until ranks that are being replaced can compute."""
+        while self._executor.reforming:
+            self._run_once(_REST_SLICE_S)
 
     # --- pauses and sleep ----------------------------------------------------------------------------------------
 
@@ -241,28 +282,37 @@ class EngineCore:
         if lost := [part for part in activity.missing if part not in before.missing]:
             if KV_CACHE in lost:
                 self._scheduler.forget_cache()
-            self._call_ranks("sleep", lost)
+            self._call_ranks("sleep", lost, missing=(*before.missing, *lost))
         if back := [part for part in before.missing if part not in activity.missing]:
-            self._wake_up(back)
+            self._wake_up(back, before, activity)
         self._activity = activity
 
     def _finish_steps_in_flight(self) -> None:
         """Wait until the steps in flight end, and take part in steps that other replicas have launched."""
-        while self._scheduler.num_in_flight:
+        while self._scheduler.num_in_flight or self._executor.reforming:
             self._run_once(_REST_SLICE_S)
 
-    def _wake_up(self, parts: Sequence[str]) -> None:
-        refusals = self._call_ranks("wake_up", parts)
+    def _wake_up(self, parts: Sequence[str], before: Activity, activity: Activity) -> None:
+        refusals = self._call_ranks("wake_up", parts, activity.missing)
         if any(refusals):
-            self._call_ranks("sleep", parts)
+            self._call_ranks("sleep", parts, before.missing)
             raise CheckpointError("; ".join(dict.fromkeys(why for why in refusals if why)))
 
-    def _call_ranks(self, verb: str, parts: Sequence[str]) -> list[str]:
+    def _call_ranks(self, verb: str, parts: Sequence[str], missing: tuple[str, ...]) -> list[str]:
+        """Have the ranks free or allocate parts of their memory, and return their refusals ("": none).
+
+        Ranks that die are replaced. All ranks then have all parts but those that are `missing` after the call.
+        """
+        self._finish_reform()
+        self._missing = missing
         try:
             answers = self._executor.call(verb, ",".join(parts).encode(), timeout=self._memory_timeout)
+        except RanksDied as error:
+            self._replace_ranks(error)
+            self._finish_reform()
+            return []
         except EngineError as error:
-            self._failure = error
-            raise
+            self._fail(error)
         return [answer.decode() for answer in answers]
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
@@ -271,14 +321,21 @@ class EngineCore:
         return self._scheduler.reset_cache(running=running)
 
     def stats(self) -> EngineStats:
-        """Return statistics of the engine and its ranks. The ranks answer when the steps launched so far have ended."""
+        """Return statistics of the engine and its ranks. The ranks answer when the steps launched so far have ended.
+
+        While ranks are being replaced, the statistics of ranks are those that they gave last.
+        """
         self._check_open()
-        ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
-        self._ranks = tuple(decode_rank_stats(answer) for answer in ranks)
+        if not self._executor.reforming:
+            try:
+                ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
+                self._ranks.note([decode_rank_stats(answer) for answer in ranks])
+            except RanksDied as error:
+                self._replace_ranks(error)
         return self.snapshot()
 
     def check(self) -> None:
-        """Check the ranks while the engine is idle.
+        """Check the ranks while the engine is idle. If some have died, their replacement begins, and `busy` is True.
 
         Raises:
             EngineError: a rank has failed.
@@ -286,40 +343,20 @@ class EngineCore:
         self._check_open()
         try:
             self._executor.poll(0)
+        except RanksDied as error:
+            self._replace_ranks(error)
         except EngineError as error:
-            self._failure = self._root_cause(error)
-            if self._failure is error:
-                raise
-            raise self._failure from error
+            self._fail(error)
 
     def snapshot(self) -> EngineStats:
         """Return statistics of the engine, with those that the ranks gave last. Sends nothing to the ranks."""
-        counters = self._scheduler.counters
-        return EngineStats(
-            waiting=self._scheduler.num_waiting,
-            running=self._scheduler.num_running,
-            num_blocks=self._pool.num_blocks,
-            free_blocks=self._pool.num_free,
-            block_size=self._pool.block_size,
+        return replace_fields(
+            describe_engine(self._scheduler, self._pool, self._counts, self._ranks),
             max_model_len=self._limits.max_model_len,
-            steps=self._steps,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            preemptions=counters.preemptions,
-            draft_tokens=counters.draft_tokens,
-            accepted_tokens=counters.accepted_tokens,
             schedule_us=self._schedule_ns // 1000,
-            step_total_us=self._step_total_us,
-            step_forward_us=self._step_forward_us,
             start_s=tuple(self._executor.start_times.items()),
-            ranks=self._ranks,
-            iteration_tokens=tuple(self._iteration_tokens),
-            step_tokens=self._step_tokens,
-            drafts=counters.drafts,
-            accepted_by_position=tuple(counters.accepted_by_position),
             activity=self._activity,
+            trouble=self._trouble if self._executor.reforming else "",
         )
 
     def close(self) -> None:

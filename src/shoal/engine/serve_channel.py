@@ -151,7 +151,7 @@ class _Reporter:
             self._resting &= idle
             return
         self._last_snapshot, self._resting = now, idle
-        if idle or now - self._last_stats >= _RANK_STATS_PERIOD_S:
+        if idle or (now - self._last_stats >= _RANK_STATS_PERIOD_S and not self._engine.reforming):
             self._last_stats = now
             self._engine.stats()
         snapshot = encode(Snapshot(self._engine.snapshot()))

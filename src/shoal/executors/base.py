@@ -1,19 +1,22 @@
-"""The common part of all executors: start phases, the order of messages, and deadlines.
+"""The common part of all executors: start phases, the order of messages, deadlines, and the replacement of ranks.
 
 Executors differ only in how they start ranks and exchange messages with them, which is what `Links` do.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from collections.abc import Callable, Collection, Generator, Sequence
+from typing import NoReturn, TypeVar
 
-from shoal.errors import ClosedError, RankFailed, UserError
+from shoal.activity import KV_CACHE, WEIGHTS
+from shoal.errors import ClosedError, RankFailed, RanksDied, UserError
+from shoal.executors.descriptions import describe_compute, describe_load
+from shoal.executors.links import Links
+from shoal.executors.step_durations import StepDurations
 from shoal.log import get_logger
-from shoal.values import format_bytes
+from shoal.wire.base import replace_fields
 from shoal.wire.ranks import (
     FromRank,
-    LoadInfo,
     RankCall,
     RankReply,
     RankReport,
@@ -21,7 +24,6 @@ from shoal.wire.ranks import (
     StepMask,
     StepPlan,
     StepResult,
-    ToRank,
     decode_capacity,
     decode_load_info,
 )
@@ -32,27 +34,9 @@ _SLICE_S = 0.5  # the longest wait for messages before deadlines are checked
 _AWAY_S = 5.0  # after this time without a call, the deadlines of steps begin again
 _CAUSE_S = 2.0  # how long to wait for another report, if a rank has only lost contact with others
 
-
-class Links(Protocol):
-    """The connections to the ranks of a replica, which start and end them too."""
-
-    world_size: int  # number of ranks
-
-    def send(self, message: ToRank, rank: int | None = None) -> None:
-        """Send a message to one rank, or to all. Never blocks, and keeps the order of messages."""
-
-    def receive(self, timeout: float) -> list[FromRank]:
-        """Return the messages that have arrived, after waiting up to `timeout` seconds for the first.
-
-        Raises:
-            RankFailed: a rank has died or does not answer.
-        """
-
-    def describe(self, rank: int) -> str:
-        """Return a description of a rank for error messages: its process or thread, and what it was doing last."""
-
-    def close(self, *, failed: bool) -> None:
-        """End the ranks, immediately if one has failed. Idempotent, never raises."""
+T = TypeVar("T")
+# An exchange with the ranks that waits for messages: it yields the most seconds to wait, and is continued after that.
+Exchange = Generator[float, None, T]
 
 
 class RankExecutor:
@@ -66,6 +50,7 @@ class RankExecutor:
         check_capacity: Callable[[int], None],
         start_timeout: float,
         step_timeout: float,
+        replaces_ranks: bool = True,
     ) -> None:
         """Run the start phases on all ranks.
 
@@ -75,6 +60,7 @@ class RankExecutor:
             check_capacity: is called with the number of KV blocks, and raises an error if there are too few.
             start_timeout: the most seconds for a start phase.
             step_timeout: the most seconds for a step.
+            replaces_ranks: False if a rank that dies must end this executor, even if the links could replace it.
 
         Raises:
             UserError: the options, the model and the hardware of a rank do not fit together.
@@ -83,47 +69,121 @@ class RankExecutor:
         self.num_blocks = 0
         self.start_times: dict[str, float] = {}
         self._links = links
+        self._setups = list(setups)
+        self._incarnation = setups[0].incarnation
+        self._start_timeout = start_timeout
         self._step_timeout = step_timeout
-        self._launched: deque[int] = deque()  # steps that are not answered yet
+        self._replaces_ranks = False  # not while it starts: there is nothing to keep yet
+        self._launched: deque[tuple[int, int]] = deque()  # steps that are not answered yet, with their tokens
+        self._durations = StepDurations()
         self._waiting_since = 0.0  # when the wait for the first of them began
         self._results: list[StepResult] = []
         self._replies: dict[int, bytes] = {}
         self._call_id = 0
         self._watched = time.monotonic()  # when messages were received last
+        self._reform: Exchange[None] | None = None
+        self._dead: RanksDied | None = None  # ranks that have died, and are not being replaced yet
         self._failure = ""
         try:
             for setup in setups:
                 links.send(setup, setup.rank)
-            self._start(setups, check_capacity, start_timeout)
+            self._finish(self._start(check_capacity))
         except BaseException:
             links.close(failed=True)
             raise
+        self._replaces_ranks = replaces_ranks
 
-    def _start(self, setups: Sequence[RankSetup], check_capacity: Callable[[int], None], timeout: float) -> None:
-        self._phase("connect", timeout)
-        for setup, info in zip(setups, map(decode_load_info, self._phase("load", timeout)), strict=True):
-            log.info("%s", _describe_load(setup, info))
-            log.debug("%s", _describe_compute(setup, info))
-        capacities = [decode_capacity(payload) for payload in self._phase("profile", timeout)]
+    def _start(self, check_capacity: Callable[[int], None]) -> Exchange[None]:
+        times = self.start_times
+        yield from self._phase("connect", times)
+        yield from self._load(times)
+        capacities = [decode_capacity(payload) for payload in (yield from self._phase("profile", times))]
         smallest = min(capacities, key=lambda capacity: capacity.num_blocks)
         self.num_blocks = smallest.num_blocks
         if len({capacity.num_blocks for capacity in capacities}) > 1:
             log.info("rank %d has the least room: all ranks use its %d KV blocks", smallest.rank, self.num_blocks)
         check_capacity(self.num_blocks)
-        self._phase("allocate", timeout, self.num_blocks.to_bytes(8, "little"))
-        self._phase("warm_up", timeout)
+        yield from self._phase("allocate", times, self._block_count)
+        yield from self._phase("warm_up", times)
 
-    def _phase(self, verb: str, timeout: float, payload: bytes = b"") -> list[bytes]:
+    def _load(self, times: dict[str, float]) -> Exchange[None]:
+        answers = yield from self._phase("load", times)
+        for setup, info in zip(self._setups, map(decode_load_info, answers), strict=True):
+            if not info.weights_kept:
+                log.info("%s", describe_load(setup, info))
+                log.debug("%s", describe_compute(setup, info))
+
+    @property
+    def _block_count(self) -> bytes:
+        return self.num_blocks.to_bytes(8, "little")
+
+    def _phase(self, verb: str, times: dict[str, float], payload: bytes = b"") -> Exchange[list[bytes]]:
         begun = time.monotonic()
-        answers = self.call(verb, payload, timeout=timeout)
-        self.start_times[verb] = time.monotonic() - begun
+        answers = yield from self._exchange(verb, payload, self._start_timeout)
+        times[verb] = time.monotonic() - begun
         return answers
+
+    # --- the replacement of ranks --------------------------------------------------------------------------------
+
+    @property
+    def reforming(self) -> bool:
+        return self._reform is not None
+
+    def reform(self, incarnation: int, missing: Collection[str]) -> None:
+        self._check_usable()
+        dead, self._dead = self._dead, None
+        self._launched.clear()
+        self._results.clear()
+        self._incarnation = incarnation
+        self._setups = [
+            replace_fields(setup, incarnation=incarnation, num_blocks=self.num_blocks) for setup in self._setups
+        ]
+        try:
+            self._links.replace(() if dead is None else dead.ranks)
+        except RankFailed as error:
+            self.fail(str(error))
+            raise
+        for setup in self._setups:
+            self._links.send(setup, setup.rank)
+        self._reform = self._form_anew(() if dead is None else dead.ranks, tuple(missing))
+
+    def _form_anew(self, ranks: Sequence[int], missing: Sequence[str]) -> Exchange[None]:
+        """Run the start phases again. Those who have survived keep what they have."""
+        begun, times = time.monotonic(), dict[str, float]()
+        yield from self._phase("connect", times)
+        if missing:
+            yield from self._phase("sleep", times, ",".join(missing).encode())
+        if WEIGHTS not in missing:
+            yield from self._load(times)
+        if KV_CACHE not in missing:
+            yield from self._phase("allocate", times, self._block_count)
+        if not missing:
+            yield from self._phase("warm_up", times)
+        names = ", ".join(map(str, ranks))
+        phases = ", ".join(f"{name} {took:.2f}" for name, took in times.items())
+        log.info("rank %s: replaced in %.2f s (%s)", names, time.monotonic() - begun, phases)
+
+    def _go_on_with_reform(self, timeout: float) -> None:
+        """Go on with the replacement of ranks for up to `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self._reform is not None:
+            try:
+                wait = next(self._reform)
+            except StopIteration:
+                self._reform = None
+                return
+            left = deadline - time.monotonic()
+            self._receive(min(max(left, 0.0), wait))
+            if left <= 0:
+                return
+
+    # --- steps and calls -----------------------------------------------------------------------------------------
 
     def launch(self, plan: StepPlan) -> None:
         self._check_open()
         if not self._launched:
             self._waiting_since = time.monotonic()
-        self._launched.append(plan.step)
+        self._launched.append((plan.step, sum(work.count for work in plan.work)))
         self._links.send(plan)
 
     def mask(self, mask: StepMask) -> None:
@@ -132,6 +192,9 @@ class RankExecutor:
 
     def poll(self, timeout: float) -> list[StepResult]:
         self._check_open()
+        if self._reform is not None:
+            self._go_on_with_reform(timeout)
+            return []
         deadline = time.monotonic() + timeout
         while not self._results:
             remaining = deadline - time.monotonic()
@@ -144,23 +207,45 @@ class RankExecutor:
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
         self._check_open()
+        while self._reform is not None:
+            self._go_on_with_reform(_SLICE_S)
+        return self._finish(self._exchange(verb, payload, timeout))
+
+    def _finish(self, exchange: Exchange[T]) -> T:
+        while True:
+            try:
+                wait = next(exchange)
+            except StopIteration as end:
+                found: T = end.value
+                return found
+            self._receive(wait)
+
+    def _exchange(self, verb: str, payload: bytes, timeout: float) -> Exchange[list[bytes]]:
+        """Have every rank do `verb` after all plans launched so far. Return the answers in the order of the ranks."""
         self._call_id += 1
         self._replies.clear()
         self._links.send(RankCall(self._call_id, verb, payload))
         deadline = time.monotonic() + timeout
         while len(self._replies) < self._links.world_size:
+            if time.monotonic() - self._watched > _AWAY_S:  # the caller was: this is no fault of the ranks
+                deadline = time.monotonic() + timeout
             if self._launched:  # ranks compute these steps before the call, and steps have their own deadline
                 deadline = time.monotonic() + timeout
                 self._check_step_deadline()
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 missing = [rank for rank in range(self._links.world_size) if rank not in self._replies]
-                self._fail(f"{verb} did not finish within {timeout:g} s on {self._describe(missing)}")
-            self._receive(min(remaining, _SLICE_S))
+                self._raise_failure(f"{verb} did not finish within {timeout:g} s on {self._describe(missing)}")
+            yield min(remaining, _SLICE_S)
         return [self._replies[rank] for rank in range(self._links.world_size)]
 
     def close(self) -> None:
-        self._links.close(failed=False)
+        self._links.close(failed=self._dead is not None or self._reform is not None)
+
+    def fail(self, why: str) -> None:
+        self._failure = self._failure or why
+        self._reform = None
+        self._links.close(failed=True)
 
     def _receive(self, timeout: float) -> None:
         now = time.monotonic()
@@ -169,14 +254,15 @@ class RankExecutor:
             self._waiting_since = now
         messages = self._guarded_receive(timeout)
         self._watched = time.monotonic()
-        reports = [message for message in messages if isinstance(message, RankReport)]
+        reports = self._reports_in(messages)
         if reports:
             self._raise_report(reports)
         for message in messages:
             match message:
-                case StepResult():
-                    self._launched.popleft()
-                    self._waiting_since = time.monotonic()
+                case StepResult() if message.incarnation == self._incarnation:
+                    _, tokens = self._launched.popleft()
+                    self._durations.note(tokens, self._watched - self._waiting_since)
+                    self._waiting_since = self._watched
                     self._results.append(message)
                 case RankReply() if message.id == self._call_id:
                     self._replies[message.rank] = message.payload
@@ -185,8 +271,19 @@ class RankExecutor:
         try:
             return self._links.receive(timeout)
         except RankFailed as error:
-            self._give_up(str(error))
-            raise
+            self._handle_death(error)
+
+    def _handle_death(self, error: RankFailed) -> NoReturn:
+        """Raise the error, as `RanksDied` only if the ranks may be replaced. Else this executor has failed."""
+        if isinstance(error, RanksDied) and self._replaces_ranks:
+            self._dead, self._reform = error, None
+            raise error
+        self.fail(str(error))
+        raise RankFailed(str(error)) from None
+
+    def _reports_in(self, messages: Sequence[FromRank]) -> list[RankReport]:
+        """Return the reports of ranks, without those that belong to ranks or groups that were replaced since."""
+        return [each for each in messages if isinstance(each, RankReport) and each.incarnation == self._incarnation]
 
     def _raise_report(self, reports: list[RankReport]) -> NoReturn:
         """Raise the error of the report that is nearest to the cause.
@@ -195,53 +292,52 @@ class RankExecutor:
         """
         deadline = time.monotonic() + _CAUSE_S
         while all(report.communication for report in reports) and (remaining := deadline - time.monotonic()) > 0:
-            found = self._guarded_receive(remaining)  # raises if a rank has died
-            reports += [message for message in found if isinstance(message, RankReport)]
+            reports += self._reports_in(self._guarded_receive(remaining))  # raises an error if a rank has died
         report = min(reports, key=lambda report: report.communication)
         if report.user_error:
-            self._give_up(report.error)
+            self.fail(report.error)
             raise UserError(report.error)
-        self._fail(f"rank {report.rank} ({self._links.describe(report.rank)}): {report.error}")
+        self._raise_failure(f"rank {report.rank} ({self._links.describe(report.rank)}): {report.error}")
 
     def _check_step_deadline(self) -> None:
-        if self._launched and time.monotonic() - self._waiting_since > self._step_timeout:
+        if not self._launched:
+            return
+        (step, tokens), waited = self._launched[0], time.monotonic() - self._waiting_since
+        limit = self._durations.limit(tokens)
+        if waited > limit and (stuck := self._links.stuck(limit)):
+            self._raise_hang(step, tokens, stuck)
+        if waited > self._step_timeout:
             ranks = list(range(self._links.world_size))
-            self._fail(
-                f"step {self._launched[0]} did not finish within {self._step_timeout:g} s (--step-timeout): "
-                f"{self._describe(ranks)}"
+            self._raise_failure(
+                f"step {step} did not finish within {self._step_timeout:g} s (--step-timeout): {self._describe(ranks)}"
             )
+
+    def _raise_hang(self, step: int, tokens: int, ranks: Sequence[int]) -> NoReturn:
+        """Raise the error of ranks that hang in a step. It is the same as if they had died."""
+        longest = self._durations.longest(tokens)
+        usual = "" if longest is None else f" (steps like it took {longest:.2f} s at most)"
+        others = [rank for rank in range(self._links.world_size) if rank not in ranks]
+        wait = "wait" if len(others) > 1 else "waits"
+        waiting = f"; {_names(others)} {wait} for that" if others else ""
+        hang = f"{self._describe(ranks)} does nothing in step {step}{usual}{waiting}"
+        self._handle_death(RanksDied(hang, ranks))
 
     def _describe(self, ranks: Sequence[int]) -> str:
         return "; ".join(f"rank {rank} ({self._links.describe(rank)})" for rank in ranks)
 
-    def _check_open(self) -> None:
+    def _check_usable(self) -> None:
         if self._failure:
             raise ClosedError(f"the engine has failed: {self._failure}")
 
-    def _give_up(self, why: str) -> None:
-        self._failure = why
-        self._links.close(failed=True)
+    def _check_open(self) -> None:
+        self._check_usable()
+        if self._dead is not None:
+            raise self._dead
 
-    def _fail(self, message: str) -> NoReturn:
-        self._give_up(message)
+    def _raise_failure(self, message: str) -> NoReturn:
+        self.fail(message)
         raise RankFailed(message)
 
 
-def _describe_load(setup: RankSetup, info: LoadInfo) -> str:
-    """Return a line for the log: the place of a rank in the layout, and what it holds."""
-    layout = setup.plan.layout
-    stage, tp_rank = divmod(setup.rank, layout.tp)
-    experts = f"{info.experts} experts, " if info.experts else ""
-    return (
-        f"rank {setup.rank}: stage {stage} of {layout.num_stages}, tp {tp_rank} of {layout.tp}, layers "
-        f"{info.first_layer}-{info.first_layer + info.layers - 1}, {info.q_heads} query and {info.kv_heads} KV heads, "
-        f"{experts}{format_bytes(info.weight_bytes)} of weights on {info.device}"
-    )
-
-
-def _describe_compute(setup: RankSetup, info: LoadInfo) -> str:
-    """Return a line for the debug log: how a rank computes."""
-    return (
-        f"rank {setup.rank}: {setup.rank_plan.cost_share:.1%} of the cost, {info.threads} threads, {info.linear}, "
-        f"{info.kernels}, {info.comm}"
-    )
+def _names(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -3,7 +3,9 @@
 import contextlib
 from collections.abc import Container, Iterable, Sequence
 
-from shoal.devices import cpu
+from shoal import env
+from shoal.addresses import is_local
+from shoal.devices import cpu, network
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import ChildProcess, end_all
 from shoal.wire.base import Ids, encode
@@ -18,7 +20,7 @@ NO_STORE = -1  # instead of a file descriptor: the ranks find each other elsewhe
 def start_order(setup: RankSetup) -> StartRank:
     """Return what must be known to start the process of a rank."""
     cores: Ids = setup.rank_plan.cores if setup.plan.bind_cores else ()
-    return StartRank(setup.rank, setup.world_size, cores)
+    return StartRank(setup.rank, cores, "" if is_local(setup.address) else setup.address)
 
 
 def start_rank(order: StartRank, credentials: Credentials, store: int = NO_STORE) -> ChildProcess:
@@ -31,8 +33,12 @@ def start_rank(order: StartRank, credentials: Credentials, store: int = NO_STORE
     Raises:
         OSError: there is no memory for a process, or no file descriptor left.
     """
-    arguments = ["--rank", str(order.rank), "--size", str(order.world_size), "--store", str(store)]
-    environment = cpu.pinning_environment(order.cores) if order.cores else {}
+    arguments = ["--rank", str(order.rank), "--store", str(store)]
+    environment = env.not_set_here(order.variables)
+    if order.address:
+        environment |= network.socket_environment(order.address)
+    if order.cores:
+        environment |= cpu.pinning_environment(order.cores)
     child = ChildProcess("shoal.worker", arguments, environment, [] if store == NO_STORE else [store])
     child.say(encode(credentials))
     return child
@@ -45,14 +51,23 @@ class LocalRanks:
         """Start nothing yet. `store` is that of `start_rank`."""
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
-        self._orders = [start_order(setup) for setup in setups]
+        self.can_replace = True
+        self._orders = {setup.rank: start_order(setup) for setup in setups}
         self._credentials = setups[0].plan.place.credentials if setups else NO_CREDENTIALS
         self._store = store
         self._children: dict[int, ChildProcess] = {}
 
     def start(self) -> None:
-        for order in self._orders:
-            self._children[order.rank] = start_rank(order, self._credentials, self._store)
+        for rank in self._orders:
+            self._start(rank)
+
+    def replace(self, rank: int) -> None:
+        self._children[rank].kill()
+        self.ended.pop(rank, None)
+        self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        self._children[rank] = start_rank(self._orders[rank], self._credentials, self._store)
 
     @property
     def channels(self) -> list[Channel]:

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import NoReturn
 
-from shoal.errors import RankFailed
+from shoal.errors import RankFailed, RanksDied
 from shoal.executors.local_ranks import NO_STORE, LocalRanks
 from shoal.executors.node_ranks import NodeListener, NodeRanks
 from shoal.executors.rank_part import RankPart
@@ -39,6 +40,7 @@ class ProcessLinks:
         self._store = os.memfd_create("shoal-store") if listener is None else NO_STORE
         self._listener = listener
         self._closed = False
+        self._finds_hangs = all(setup.rank_plan.device == "cpu" for setup in setups)
         self._last_result = -1
         now = time.monotonic()
         self._watched = now
@@ -85,14 +87,18 @@ class ProcessLinks:
         readable = wait([channel for part in self._parts for channel in part.channels], timeout)
         self._watched = time.monotonic()
         messages = [message for part in self._parts for message in self._receive_from(part, readable)]
-        reports: list[FromRank] = [message for message in messages if isinstance(message, RankReport)]
-        if reports:
-            return reports  # a report says why a rank has ended
-        for part in self._parts:
-            for rank, how in part.ended.items():
-                raise RankFailed(f"rank {rank} ({self.describe(rank)}) {how}")
-        self._check_heartbeats()
+        if not any(isinstance(message, RankReport) for message in messages):  # a report says why a rank has ended
+            dead = {rank: how for part in self._parts for rank, how in part.ended.items()} or self._silent()
+            if dead:
+                self._raise_dead(dead)
         return [message for message in messages if not isinstance(message, Heartbeat)]
+
+    def _raise_dead(self, dead: Mapping[int, str]) -> NoReturn:
+        """Raise the error of ranks that have died, which are given with how they did."""
+        message = "; ".join(f"rank {rank} ({self.describe(rank)}) {how}" for rank, how in dead.items())
+        if all(self._part_of[rank].can_replace for rank in dead):
+            raise RanksDied(message, tuple(dead))
+        raise RankFailed(message)
 
     def _receive_from(self, part: RankPart, readable: Container[Channel]) -> list[FromRank]:
         messages = []
@@ -106,13 +112,36 @@ class ProcessLinks:
             messages.append(message)
         return messages
 
-    def _check_heartbeats(self) -> None:
-        now = time.monotonic()
+    def _silent(self) -> dict[int, str]:
+        """Return the ranks that send no heartbeats any more, and why."""
+        now, found = time.monotonic(), {}
         for rank, part in self._part_of.items():
             quiet = now - self._heard[rank]
             if quiet > _LOST_S or (quiet > _QUIET_S and part.suspended(rank)):
                 why = "is stopped (SIGSTOP or a debugger)" if part.suspended(rank) else "does not answer"
-                raise RankFailed(f"rank {rank} ({self.describe(rank)}) {why}; its last message was {quiet:.1f} s ago")
+                found[rank] = f"{why}; its last message was {quiet:.1f} s ago"
+        return found
+
+    def stuck(self, seconds: float) -> list[int]:
+        """Return the ranks that hang, by what they have told. On a GPU they wait for others without being seen to."""
+        now, found = time.monotonic(), []
+        for rank, heartbeat in enumerate(self._heartbeats):
+            quiet = now - self._heard[rank]
+            still = heartbeat.still_s + quiet
+            told = heartbeat.still_s > 0 and not heartbeat.waits and still > seconds
+            if self._finds_hangs and (told or quiet > max(seconds, _QUIET_S)):
+                found.append(rank)
+        return found
+
+    def replace(self, ranks: Sequence[int]) -> None:
+        try:
+            for rank in ranks:
+                self._part_of[rank].replace(rank)
+                self._heartbeats[rank] = Heartbeat(rank, -1, "starting")
+        except OSError as error:
+            raise RankFailed(f"another process for rank {rank} cannot be started: {error}") from None
+        # Time in which this process waited for the end of an old one must not be held against the ranks.
+        self._heard = [time.monotonic()] * self.world_size
 
     def describe(self, rank: int) -> str:
         heartbeat = self._heartbeats[rank]

@@ -103,6 +103,11 @@ class NodeAgent:
         return True
 
     def _start(self, order: StartRank) -> None:
+        """Start the process of a rank. If the rank has one that still runs, it is killed first."""
+        former = self._children.pop(order.rank, None)
+        if former is not None:
+            former.kill()
+        self._suspended.discard(order.rank)
         try:
             child = self._children[order.rank] = start_rank(order, self._credentials)
         except OSError as error:  # no memory for a process, or no file descriptor left

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 
+from shoal import env
+from shoal.config.engine_options import options
 from shoal.errors import RankFailed
 from shoal.executors.local_ranks import start_order
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.rendezvous import Rendezvous, describe_difference
-from shoal.wire.base import WireError, encode
+from shoal.wire.base import WireError, encode, replace_fields
 from shoal.wire.nodes import (
     ENGINE_DOOR,
     ENGINE_START,
@@ -42,13 +44,12 @@ class NodeListener:
             start: marks this start of the engine. A node that was called by another start is refused.
 
         Raises:
-            ConfigError: this host has no such address.
+            ConfigError: this host has no such address, or all of its ports are in use.
         """
         self.nodes: Mapping[int, NodePlan] = plan.nodes_elsewhere
         self._door = _EngineDoor(self.nodes, len(plan.nodes), start)
-        self._rendezvous = Rendezvous(
-            plan.place.address, credentials=plan.place.credentials, doors={ENGINE_DOOR: self._door}
-        )
+        place, doors = plan.place, {ENGINE_DOOR: self._door}
+        self._rendezvous = Rendezvous(place.address, ports=place.ports, credentials=place.credentials, doors=doors)
         self.address = self._rendezvous.address
 
     def gather(self, timeout: float) -> dict[int, Channel]:
@@ -109,15 +110,26 @@ class NodeRanks:
         """Start nothing yet. `channel` is the connection to the node."""
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
+        self.can_replace = True  # False: the node is lost
         self._name = node.name
-        self._setups = setups
+        self._orders = {setup.rank: start_order(setup) for setup in setups}
         self._channel = channel
         self._pids: dict[int, int] = {}
         self._suspended: set[int] = set()
 
     def start(self) -> None:
-        for setup in self._setups:
-            self._send(encode(start_order(setup)))
+        variables = env.shared_variables(option.name for option in options())
+        if variables:
+            log.info("ranks of %s get these variables unless they are set there: %s", self._name, ", ".join(variables))
+        for rank, order in self._orders.items():
+            self._orders[rank] = replace_fields(order, variables=variables)
+            self._send(encode(self._orders[rank]))
+
+    def replace(self, rank: int) -> None:
+        for known in (self.ended, self._pids):
+            known.pop(rank, None)
+        self._suspended.discard(rank)
+        self._send(encode(self._orders[rank]))
 
     @property
     def channels(self) -> list[Channel]:
@@ -152,6 +164,7 @@ class NodeRanks:
         return messages
 
     def _end_all(self, why: str) -> None:
+        self.can_replace = False
         for rank in self.ranks:
             self.ended.setdefault(rank, why)
 

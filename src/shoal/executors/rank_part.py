@@ -19,6 +19,17 @@ class RankPart(Protocol):
     def start(self) -> None:
         """Start the processes of the ranks."""
 
+    @property
+    def can_replace(self) -> bool:
+        """Return whether `replace` is possible: the host of the ranks is there."""
+
+    def replace(self, rank: int) -> None:
+        """Start another process for a rank, after the end of the old one, which is killed if it still runs.
+
+        Raises:
+            OSError: there is no memory for a process, or no file descriptor left.
+        """
+
     def send(self, frame: bytes, rank: int | None = None) -> None:
         """Send an encoded message to one of these ranks, or to all of them. Never blocks, never raises."""
 

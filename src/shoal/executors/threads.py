@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from shoal.comm.base import Communicator
 from shoal.comm.threads import ThreadComm, ThreadGroup, ThreadGroups
+from shoal.errors import RankFailed
 from shoal.wire.base import Stop
 from shoal.wire.ranks import FromRank, RankSetup, ToRank
 from shoal.worker.rank import Rank
@@ -62,6 +63,12 @@ class ThreadLinks:
                 messages.append(self._outbox.get_nowait())
         except queue.Empty:
             return messages
+
+    def replace(self, ranks: Sequence[int]) -> None:
+        raise RankFailed("a rank that is a thread can't be replaced")
+
+    def stuck(self, seconds: float) -> list[int]:
+        return []  # a rank in this process cannot be ended alone
 
     def describe(self, rank: int) -> str:
         return f"thread {self._threads[rank].name}, after step {self._ranks[rank].last_step}, {self._ranks[rank].doing}"

@@ -9,6 +9,7 @@ from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.executors.table import EXECUTORS
 from shoal.launch.credentials import credentials_of_host
+from shoal.launch.host_network import check_ports
 from shoal.transport.rendezvous import require_key
 from shoal.values import numbered
 from shoal.wire.credentials import NO_CREDENTIALS, Credentials
@@ -48,8 +49,11 @@ class NodeGroup:
         return range(first, first + self.per_replica)
 
     @classmethod
-    def of(cls, options: EngineOptions) -> "NodeGroup | None":
+    def of(cls, options: EngineOptions, key: str | None = None) -> "NodeGroup | None":
         """Return the group that the options describe; None if each replica runs on one host.
+
+        Args:
+            key: the shared key; None: the one in the environment.
 
         Raises:
             ConfigError: options contradict each other.
@@ -73,7 +77,8 @@ class NodeGroup:
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
         address = Address(host, nodes.master_port)
-        credentials = credentials_of_host(options.tls)
+        credentials = credentials_of_host(options.tls, key)
+        check_ports(options, "--master-port", nodes.master_port, 1 if nodes.node_rank else 1 + replicas)
         return cls(nodes.nnodes, nodes.node_rank, replicas, address, credentials, spares=nodes.spare_hosts)
 
 
@@ -134,14 +139,17 @@ class Deployment:
     by_ray: bool = False  # the ranks of all replicas run where Ray places them
 
     @classmethod
-    def of(cls, options: EngineOptions) -> "Deployment":
+    def of(cls, options: EngineOptions, key: str | None = None) -> "Deployment":
         """Return the deployment that the options describe.
+
+        Args:
+            key: the shared key of hosts that share the ranks of a replica; None: the one in the environment.
 
         Raises:
             ConfigError: options contradict each other.
         """
         hosts, size = options.hosts, options.parallel.data_parallel_size
-        nodes = NodeGroup.of(options)
+        nodes = NodeGroup.of(options, key)
         if nodes is not None:
             return cls(Mode.ALONE, size, range(size), nodes=nodes)
         if options.parallel.distributed_executor_backend == "ray":
@@ -166,6 +174,7 @@ class Deployment:
         address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
         credentials = credentials_of_host(options.tls)
         require_key(credentials.key, address.host)
+        check_ports(options, "--data-parallel-rpc-port", address.port, 1)
         return cls(mode, size, local, address, credentials)
 
     @property

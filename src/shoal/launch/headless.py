@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from shoal import env
 from shoal.cluster.replicas.replica import close_all
 from shoal.cluster.replicas.restart_budget import RestartBudget
 from shoal.cluster.replicas.supervised import RunState, Supervised
@@ -14,6 +15,7 @@ from shoal.errors import EngineError, ShoalError, UserError
 from shoal.launch.agreement import host_agreement
 from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, place_of
+from shoal.launch.host_network import own_address
 from shoal.launch.open_model import locate_files, locate_tokenizer, read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.planner.host_devices import describe_host
@@ -76,7 +78,8 @@ def headless_setups(options: EngineOptions, given: Mapping[str, Any], deployment
     Raises:
         UserError: the model cannot be found or read, or this host does not have the devices that the options name.
     """
-    report, agreement = introduce_host(options, given)
+    assert deployment.address is not None
+    report, agreement = introduce_host(options, given, deployment.address.host)
     places = [place_of(deployment.size, number, deployment.local) for number in deployment.local]
     return [
         HeadlessSetup(
@@ -89,15 +92,20 @@ def headless_setups(options: EngineOptions, given: Mapping[str, Any], deployment
     ]
 
 
-def introduce_host(options: EngineOptions, given: Mapping[str, Any]) -> tuple[HostReport, dict[str, str]]:
+def introduce_host(options: EngineOptions, given: Mapping[str, Any], leader: str) -> tuple[HostReport, dict[str, str]]:
     """Return the report of this host, and what it must have in common with the leader.
+
+    Args:
+        leader: the address of the leader's host.
 
     Raises:
         UserError: the model cannot be found or read, or this host does not have the devices that the options name.
     """
+    address = own_address(leader)
+    named = address if env.host_ip() else ""  # otherwise the leader knows best where it sees this host
     files = locate_files(options)
     tokenizer = str(locate_tokenizer(options, Path(files.folder)))
-    report = HostReport(describe_host(options), files, tokenizer, dict(given))
+    report = HostReport(describe_host(options), files, tokenizer, dict(given), address=named)
     return report, host_agreement(options, files, tokenizer)
 
 

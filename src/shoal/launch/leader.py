@@ -4,15 +4,17 @@ import functools
 from collections.abc import Callable
 from typing import Protocol
 
-from shoal import addresses
 from shoal.errors import UserError
 from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import NodeGroup
+from shoal.launch.followers import Followers, NoFollowers
+from shoal.launch.host_network import leader_address, warn_of_kernel_ports
 from shoal.launch.node_pool import NodePool
 from shoal.launch.open_model import OpenModel, log_plan
 from shoal.lazy import load
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
+from shoal.wire.calls import FOLLOWERS_DOOR
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.rendezvous import NODES_DOOR
 
@@ -47,8 +49,11 @@ class NodeStarter(Protocol):
         """End all nodes. Idempotent, never raises."""
 
 
-def make_leader(model: OpenModel) -> "Leader | None":
+def make_leader(model: OpenModel, followers: Followers | None = None) -> "Leader | None":
     """Return the leader of the nodes of a model; None if each replica is on this host, or on one headless host.
+
+    Args:
+        followers: see `Leader`.
 
     Raises:
         ConfigError: the nodes cannot be started with these options, or this host cannot listen for them.
@@ -56,31 +61,44 @@ def make_leader(model: OpenModel) -> "Leader | None":
     if model.options.parallel.distributed_executor_backend == "ray":
         nodes: NodeStarter = load("shoal.launch.ray.ray_nodes:RayNodes")(model)
         return Leader(model, nodes.group, nodes)
-    group = NodeGroup.of(model.options)
-    return None if group is None else Leader(model, group)
+    group = model.node_group
+    return None if group is None else Leader(model, group, followers=followers)
 
 
 class Leader:
     """The leader of a group of nodes. `rendezvous` is the address where they come, and where replicas meet."""
 
-    def __init__(self, model: OpenModel, group: NodeGroup, starter: NodeStarter | None = None) -> None:
+    def __init__(
+        self,
+        model: OpenModel,
+        group: NodeGroup,
+        starter: NodeStarter | None = None,
+        followers: Followers | None = None,
+    ) -> None:
         """Listen for nodes.
 
         Args:
             starter: starts the nodes of a replica when it is planned; None: they are started by hand.
+            followers: those of this process, which come to the same address; None: it has none.
 
         Raises:
-            ConfigError: this host does not have the address, or the port is in use.
+            ConfigError: this host does not have the address, the port is in use, or variables contradict the address.
         """
         self._model = model
         self._group = group
         self._starter = starter
         where = group.address
         log_protection(group.credentials, where.host)
-        self._own_address = str(addresses.resolve(where.host)[0][1][0])
+        self._own_address = leader_address(where.host, "--master-addr")
+        warn_of_kernel_ports(model.options)
         self._pool = NodePool(group, model.agreement)
         self._rendezvous = Rendezvous(
-            where.host, where.port, credentials=group.credentials, doors={NODES_DOOR: self._pool}, reopen_rooms=True
+            where.host,
+            where.port,
+            credentials=group.credentials,
+            ports=model.options.nodes.port_range,
+            doors={NODES_DOOR: self._pool, FOLLOWERS_DOOR: followers or NoFollowers()},
+            reopen_rooms=True,
         )
         self.rendezvous = self._rendezvous.address
         self._pool.address = self.rendezvous
@@ -102,8 +120,14 @@ class Leader:
             cancelled = functools.partial(self._check_nodes, self._starter, place.rank, cancelled)
             advice = {"advice": functools.partial(self._starter.describe, place.rank)}
         nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled, **advice)
-        place = replace_fields(place, local_rank=0, local_size=1, address=self._own_address)
-        place = replace_fields(place, credentials=self._group.credentials)
+        place = replace_fields(
+            place,
+            local_rank=0,
+            local_size=1,
+            address=self._own_address,
+            ports=self._model.options.nodes.port_range,
+            credentials=self._group.credentials,
+        )
         hosts = {n: (nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers}
         plan = self._model.plan_over(place, hosts)
         if not self._logged:

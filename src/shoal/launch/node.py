@@ -1,7 +1,9 @@
 """A host that runs ranks for engines elsewhere (`--node-rank 1` and above)."""
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from shoal.config.engine_options import EngineOptions
@@ -10,6 +12,7 @@ from shoal.executors.node_agent import NodeAgent
 from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.headless import introduce_host
+from shoal.launch.host_network import warn_of_kernel_ports
 from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.process.stop_event import SignalEvent, StopEvent
@@ -23,6 +26,7 @@ from shoal.wire.rendezvous import NODES_DOOR
 log = get_logger("node")
 
 _CHECK_S = 1.0  # how often processes are checked, as they send nothing when they were stopped
+_CLOSE_S = 5.0
 _RECONNECT_S = 60.0  # how long one attempt to reach the next leader takes, and so how often the log mentions it
 
 
@@ -46,7 +50,8 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
     refuse_manual_place(options)
     group = Deployment.of(options).nodes
     assert group is not None
-    report, agreement = introduce_host(options, given)
+    warn_of_kernel_ports(options)
+    report, agreement = introduce_host(options, given, group.address.host)
     with SignalEvent() as signals:
         node = Node(group, options, report, agreement, signals)
         try:
@@ -168,3 +173,42 @@ class Node:
         if self._leader is not None:
             self._leader.close()
             self._leader = None
+
+
+class BackgroundNode:
+    """A node on a thread of its own, in a program that also makes calls."""
+
+    def __init__(
+        self, group: NodeGroup, options: EngineOptions, report: HostReport, agreement: Mapping[str, str]
+    ) -> None:
+        """Start nothing yet. Arguments are those of `Node`."""
+        self._stack = ExitStack()
+        self._stop = self._stack.enter_context(StopEvent())
+        self._node = Node(group, options, report, agreement, self._stop)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="shoal-node")
+        self._failed: Callable[[ShoalError], object] = lambda _: None
+        self._closed = False
+
+    def start(self, failed: Callable[[ShoalError], object]) -> None:
+        """Run the node. `failed` is called on its thread if it fails, or if its leader has gone."""
+        self._failed = failed
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._node.join()
+            self._node.obey_leaders(online=False)
+        except ShoalError as error:
+            self._failed(error)
+        finally:
+            self._node.close()
+
+    def close(self) -> None:
+        """End the node and its ranks. Idempotent, never raises."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(_CLOSE_S)
+        self._stack.close()

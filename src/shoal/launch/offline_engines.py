@@ -15,6 +15,7 @@ from shoal.errors import AddressInUse, EngineError, ShoalError
 from shoal.executors.table import EXECUTORS
 from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import place_of
+from shoal.launch.followers import Followers
 from shoal.launch.launchers import (
     ENGINE_PROCESS,
     ProcessLauncher,
@@ -38,8 +39,11 @@ KEY_BYTES = 32
 _meetings = itertools.count()
 
 
-def start_engine(model: OpenModel) -> Engine:
+def start_engine(model: OpenModel, followers: Followers | None = None) -> Engine:
     """Start the engine, or the replicas, that the options ask for.
+
+    Args:
+        followers: those of this process, if it leads over several hosts.
 
     Raises:
         UserError, EngineError: it could not start; no process is left running.
@@ -47,7 +51,7 @@ def start_engine(model: OpenModel) -> Engine:
     model.log_plan()
     if model.manual_place is not None:
         return _start_manual_replica(model, model.manual_place)
-    leader = make_leader(model)
+    leader = make_leader(model, followers)
     if leader is not None:
         return _start_over_nodes(model, leader)
     if model.options.parallel.data_parallel_size > 1:

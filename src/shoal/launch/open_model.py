@@ -18,8 +18,9 @@ from shoal.errors import ConfigError
 from shoal.launch import hub
 from shoal.launch.agreement import host_agreement, replica_agreement
 from shoal.launch.credentials import credentials_of_host
-from shoal.launch.deployment import Deployment
+from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.ray.choice import choose_executor
+from shoal.launch.torchrun import EXTERNAL_LAUNCHER, TorchrunJob
 from shoal.log import get_logger
 from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
@@ -57,6 +58,7 @@ class OpenModel:
     own_process: bool = False  # this process has no other purpose, so it may be bound to cores
     online: bool = False  # for a server
     manual_place: ReplicaPlace | None = None  # the place of this process, if the user starts each replica in a process
+    job: TorchrunJob | None = None  # the processes that torchrun has started, if this is one of them
 
     @property
     def name(self) -> str:
@@ -147,6 +149,11 @@ class OpenModel:
         return self.options.parallel.data_parallel_size
 
     @property
+    def node_group(self) -> NodeGroup | None:
+        """The hosts over which each replica is spread by hand or by torchrun; None: there are none."""
+        return NodeGroup.of(self.options, None if self.job is None else self.job.key)
+
+    @property
     def has_nodes(self) -> bool:
         """True if the ranks of each replica are spread over nodes, which are not known before they have come."""
         return self.options.nodes.nnodes > 1 or self.options.parallel.distributed_executor_backend == "ray"
@@ -234,12 +241,18 @@ def open_model(
     Raises:
         UserError: model, options and host do not fit together; the message says why, and what to do.
     """
-    options, given = read_options(model, given, online=online)
+    options, given = read_options(model, given, online=online, program=not (online or own_process))
+    job = None
+    if options.parallel.distributed_executor_backend == EXTERNAL_LAUNCHER:
+        job = TorchrunJob.join(options)
+        given = {**given, **job.options()}
+        options = EngineOptions.from_flat(model, given)
     options = choose_executor(options)
     if online:
         refuse_manual_place(options)
     manual_place = _read_manual_place(options)
-    planner = plan_host(options, manual_place or Deployment.of(options).place, files)
+    place = manual_place or Deployment.of(options, None if job is None else job.key).place
+    planner = plan_host(options, place, files)
     plan = planner.first_plan
     served = ServedModel(
         folder=plan.model.folder,
@@ -253,7 +266,7 @@ def open_model(
     found = _open_served(options, given, served)
     _warn_of_small_tokenizer(found)
     return dataclasses.replace(
-        found, planner=planner, own_process=own_process, online=online, manual_place=manual_place
+        found, planner=planner, own_process=own_process, online=online, manual_place=manual_place, job=job
     )
 
 
@@ -270,9 +283,12 @@ def open_served_model(model: str | None, given: Mapping[str, Any], served: Serve
 
 
 def read_options(
-    model: str | None, given: Mapping[str, Any], *, online: bool
+    model: str | None, given: Mapping[str, Any], *, online: bool, program: bool = False
 ) -> tuple[EngineOptions, Mapping[str, Any]]:
     """Return the options, and those of them that the user gave, in Shoal's own names and forms.
+
+    Args:
+        program: this is a program of the user's, which torchrun may have started.
 
     Raises:
         ConfigError: an option is unknown, or has an impossible value; or options contradict each other.
@@ -287,6 +303,11 @@ def read_options(
         log.info("%s", note)
     if not online:
         refuse_online(given)
+    if options.parallel.distributed_executor_backend == EXTERNAL_LAUNCHER and not program:
+        raise ConfigError(
+            f"--distributed-executor-backend {EXTERNAL_LAUNCHER} is for programs with LLM(...) that torchrun starts, "
+            "not for commands and servers: over several hosts, use --nnodes, --node-rank and --master-addr"
+        )
     return options, given
 
 

@@ -9,6 +9,7 @@ from shoal.cluster.replicas.rendezvous_doors import FleetDoor, PeersDoor
 from shoal.executors.table import EXECUTORS
 from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, Mode
+from shoal.launch.host_network import leader_address, own_address
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
 from shoal.launch.leader import Leader, make_leader
 from shoal.launch.offline_engines import KEY_BYTES
@@ -112,7 +113,10 @@ def _open_rendezvous(
         credentials = Credentials(secrets.token_hex(KEY_BYTES))
         return stack.enter_context(Rendezvous(credentials=credentials, reopen_rooms=True)).address, credentials
     log_protection(deployment.credentials, deployment.address.host)
-    if deployment.listens:
+    if not deployment.listens:
+        own_address(deployment.address.host)
+    else:
+        leader_address(deployment.address.host, "--data-parallel-address")
         if deployment.mode is Mode.PEERS:
             doors[PEERS_DOOR] = PeersDoor(size=deployment.size, agreement=model.agreement)
         host, port = deployment.address.host, deployment.address.port

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from shoal.activity import AWAKE, Activity
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ConfigError, ReplicasFailed, RequestError
-from shoal.launch.offline_engines import start_engine
 from shoal.launch.open_model import OpenModel, name_of, open_model
+from shoal.launch.programs import start_program
+from shoal.launch.shared_calls import Call
 from shoal.llm.beam_search import beam_search
 from shoal.llm.offline import OfflineRunner
 from shoal.llm.shared_engine import SharedEngine
@@ -32,6 +33,9 @@ class LLM:
     the calls of other threads with a ClosedError. Only the process that made it may use it: in a forked child every
     call is refused, and neither `close` nor the end of the child has an effect on it. A KeyboardInterrupt is raised
     between two steps, and the engine can be used afterwards.
+
+    If the ranks are spread over hosts, or torchrun has started this process, several processes run the same program.
+    One of them has the engine. All make the same calls in the same order, and all get the same results.
     """
 
     def __init__(self, model: str | PathLike[str] | OpenModel | None = None, **options: Any) -> None:
@@ -50,10 +54,11 @@ class LLM:
         if not isinstance(model, OpenModel):
             model = open_model(name_of(model), {**from_environment(), **options})
         self._model = model
-        self._client = start_engine(self._model)
+        self._client, self._calls = start_program(self._model)
         self._activity = AWAKE
         self._shared = SharedEngine(self._client)
         self._finalizer = weakref.finalize(self, self._shared.close)
+        self._calls_finalizer = weakref.finalize(self, self._calls.close)
         self._max_model_len = self._client.stats().max_model_len
         self._reader = self._model.reader(self._max_model_len)
         self._grammars = self._model.grammar_checker()
@@ -91,11 +96,15 @@ class LLM:
             EngineError: the engine failed. With several replicas it is a ReplicasFailed: no replica is left, and its
                 `outputs` are those that had finished.
         """
-        many = _as_list(prompts)
-        params = self._params(sampling_params, len(many))
-        jobs = [_prepare_numbered(i, self.prepare, prompt, params[i]) for i, prompt in enumerate(many)]
-        self._grammars.check_jobs(jobs)
-        return self._run_all(jobs, use_tqdm)
+
+        def run() -> list[RequestOutput]:
+            many = _as_list(prompts)
+            params = self._params(sampling_params, len(many))
+            jobs = [_prepare_numbered(i, self.prepare, prompt, params[i]) for i, prompt in enumerate(many)]
+            self._grammars.check_jobs(jobs)
+            return self._run_all(jobs, use_tqdm)
+
+        return self._calls.make(Call("generate", {"prompts": prompts, "sampling_params": sampling_params}), run)
 
     def chat(
         self,
@@ -125,8 +134,6 @@ class LLM:
             RequestError: a message or a parameter is invalid, or the template cannot render the messages.
             EngineError: the engine failed (see `generate`).
         """
-        many = _conversations(messages)
-        params = self._params(sampling_params, len(many))
         template = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -134,9 +141,16 @@ class LLM:
             "tools": tools,
             "chat_template_kwargs": chat_template_kwargs,
         }
-        jobs = [_prepare_numbered(i, self.prepare_chat, each, params[i], **template) for i, each in enumerate(many)]
-        self._grammars.check_jobs(jobs)
-        return self._run_all(jobs, use_tqdm)
+
+        def run() -> list[RequestOutput]:
+            many = _conversations(messages)
+            params = self._params(sampling_params, len(many))
+            jobs = [_prepare_numbered(i, self.prepare_chat, each, params[i], **template) for i, each in enumerate(many)]
+            self._grammars.check_jobs(jobs)
+            return self._run_all(jobs, use_tqdm)
+
+        arguments = {"messages": messages, "sampling_params": sampling_params, **template}
+        return self._calls.make(Call("chat", arguments), run)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """Find the likeliest continuations of each prompt, and return them in the order of the prompts, best first.
@@ -147,16 +161,20 @@ class LLM:
         """
         if not isinstance(params, BeamSearchParams):
             raise RequestError(f"beam_search takes BeamSearchParams, got {shown(params)}", "params")
-        one_token = SamplingParams(temperature=0, max_tokens=1)
-        jobs = [_prepare_numbered(i, self.prepare, prompt, one_token) for i, prompt in enumerate(_as_list(prompts))]
-        return beam_search(
-            self._next_tokens,
-            [job.tokens for job in jobs],
-            params,
-            eos=self._model.generation.eos,
-            max_model_len=self._max_model_len,
-            tokenizer=self._model.tokenizer,
-        )
+
+        def run() -> list[BeamSearchOutput]:
+            one_token = SamplingParams(temperature=0, max_tokens=1)
+            jobs = [_prepare_numbered(i, self.prepare, prompt, one_token) for i, prompt in enumerate(_as_list(prompts))]
+            return beam_search(
+                self._next_tokens,
+                [job.tokens for job in jobs],
+                params,
+                eos=self._model.generation.eos,
+                max_model_len=self._max_model_len,
+                tokenizer=self._model.tokenizer,
+            )
+
+        return self._calls.make(Call("beam_search", {"prompts": prompts, "params": params}), run)
 
     def _next_tokens(self, beams: Sequence[Sequence[int]], count: int) -> list[dict[int, float]]:
         """Return the `count` likeliest next tokens of each beam, with their log-probabilities."""
@@ -259,7 +277,8 @@ class LLM:
             raise ConfigError(
                 "this replica shares experts with replicas of other processes, which could not compute while it sleeps"
             )
-        self._become(activity)
+        self._calls.make(Call("sleep", {"level": level}), lambda: self._become(activity))
+        self._activity = activity
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Take the memory again: all of it, or the parts in `tags` ("weights", "kv_cache").
@@ -269,7 +288,9 @@ class LLM:
             ConfigError: there is no such part.
             EngineError: the engine failed.
         """
-        self._become(self._activity.wake_up(tags))
+        activity = self._activity.wake_up(tags)
+        self._calls.make(Call("wake_up", {"tags": tags}), lambda: self._become(activity))
+        self._activity = activity
 
     def is_sleeping(self) -> bool:
         """Return True if the engine is asleep or paused."""
@@ -294,8 +315,12 @@ class LLM:
         Raises:
             EngineError: the engine failed.
         """
-        with self._shared.turn():
-            self._client.reset_prefix_cache(running=reset_running_requests)
+
+        def run() -> None:
+            with self._shared.turn():
+                self._client.reset_prefix_cache(running=reset_running_requests)
+
+        self._calls.make(Call("reset_prefix_cache", {"reset_running_requests": reset_running_requests}), run)
         return True
 
     @property
@@ -317,6 +342,7 @@ class LLM:
     def close(self) -> None:
         """End the engine and its ranks. Calls of other threads end with a ClosedError. Idempotent."""
         self._finalizer()
+        self._calls_finalizer()
         self._grammars_finalizer()
 
     def __enter__(self) -> "LLM":

@@ -68,6 +68,11 @@ class Pipeline:
         with self._timed_wait():
             return self._token_return.comm.recv(torch.empty(count, dtype=torch.int64), 1)
 
+    def drop_pending(self) -> None:
+        """Forget the sends that have not ended, because the group is about to be formed anew."""
+        self._pending_sends.clear()
+        self._pending_token_sends.clear()
+
     def _add_pending(self, pending: deque[PendingSend], limit: int, send: PendingSend) -> None:
         """Keep a pending send, since a backend drops it without a reference. Beyond the limit wait for the oldest."""
         pending.append(send)

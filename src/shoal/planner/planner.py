@@ -375,6 +375,8 @@ def _executor(
         raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {count}: use mp or threads")
     if wanted == "threads" and together > 1 and hardware.device == "cuda":
         raise ConfigError(f"--distributed-executor-backend threads can't move tensors between {together} GPUs: use mp")
+    if wanted == "external_launcher":
+        raise ConfigError("--distributed-executor-backend external_launcher: torchrun has not started this process")
     if wanted != "auto":
         return wanted
     chosen: Executor = "uni" if together == 1 else "mp"

@@ -164,6 +164,7 @@ class Rendezvous:
         port: int = 0,
         *,
         credentials: Credentials = NO_CREDENTIALS,
+        ports: tuple[int, int] | None = None,
         doors: Mapping[str, Door] | None = None,
         reopen_rooms: bool = False,
         max_unauthenticated: int = 256,
@@ -174,6 +175,7 @@ class Rendezvous:
         Args:
             port: 0 for a free one.
             credentials: what this process proves to those that join, and they to it.
+            ports: the first and the last port to choose from, if `port` is 0; None: any.
             doors: by name. A Hello names a door in its field `room`.
             reopen_rooms: after a member has left a complete room, the next process that joins opens a new room of that
                 name. Otherwise it is refused.
@@ -197,11 +199,16 @@ class Rendezvous:
         self._accepts_again_at = 0.0
         self._warned_at: dict[str, float] = {}  # line of the log -> when it was written
         try:
-            found = addresses.listen(address, port)
+            if ports is not None and not port:
+                found = addresses.listen_within(address, range(ports[0], ports[1] + 1))
+            else:
+                found = addresses.listen(address, port)
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             kind = AddressInUse if taken else ConfigError
             hint = "choose another port" if taken else "give an address of this host"
+            if taken and ports is not None and not port:
+                hint = "give a larger --port-range"
             raise kind(f"can't listen on {join_host_port(address, port)} ({error.strerror}): {hint}") from None
         self._listeners = [_Listener(sock) for sock in found]
         close_in_children(self)

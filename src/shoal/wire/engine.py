@@ -173,9 +173,11 @@ class EngineStats(Wire, frozen=True):
     iteration_tokens: Ids = ()  # element i: the number of steps with at most 2**i tokens, and more than half of that
     step_tokens: int = 0  # tokens computed in all steps
     drafts: int = 0  # how many times drafts were made for a sequence
-    busy_before: Ids = ()  # by rank: microseconds of work before the last restart of this replica
+    busy_before: Ids = ()  # by rank: microseconds of work before the last restart of this replica, or of this rank
     accepted_by_position: Ids = ()  # element i: how many drafts in position i of their sequence's drafts were accepted
     activity: Activity = Activity()
+    rank_replacements: int = 0  # ranks that were replaced alone, after their processes had died or hung
+    trouble: str = ""  # why the engine computes nothing at present, although it has not failed: ranks are replaced
 
 
 class Snapshot(Wire, frozen=True):

@@ -33,11 +33,13 @@ class Dismissal(Wire, frozen=True):
 
 
 class StartRank(Wire, frozen=True):
-    """An order of an engine to start the process of a rank."""
+    """An order of an engine to start the process of a rank, which replaces the one that the rank has."""
 
     rank: int
-    world_size: int
     cores: Ids  # the CPU cores to which the process is bound; (): it is not bound
+    address: str = ""  # of the rank's host, as other hosts reach it; "": there are no others
+    # Environment variables that the process gets, unless they are set on its host.
+    variables: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class ForRank(Wire, frozen=True):

@@ -33,6 +33,7 @@ class ReplicaPlace(Wire, frozen=True):
     rendezvous: str = ""  # host:port of the rendezvous where replicas in lockstep, and their ranks, meet
     credentials: Credentials = NO_CREDENTIALS  # those of this host, for the rendezvous; they stay on the host
     address: str = "127.0.0.1"  # the address of this host, as other hosts reach it
+    ports: Span | None = None  # the first and the last port that may be opened for other hosts; None: any
     meeting: int = 0  # the number that the rendezvous gave to this meeting; each restart of the group is a new one
     returning: bool = False  # it was ready before, so a missing replica has failed; no option is to blame
 

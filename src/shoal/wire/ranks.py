@@ -148,13 +148,18 @@ class StepResult(Wire, frozen=True):
 
 
 class RankSetup(Wire, frozen=True):
-    """The first message of an engine to a rank: the plan of its replica, and its own number in the plan."""
+    """The first message to a rank: the plan of its replica, and its own number in the plan.
+
+    A rank that gets another setup, with a larger incarnation, is a survivor: other ranks of its replica were replaced.
+    It drops all messages before, forgets its sequences, keeps its weights, and connects to the others again.
+    """
 
     wire_version: int
     incarnation: int
     rank: int
     plan: EnginePlan
     store: str = ""  # host:port of the store where ranks of several hosts find each other; "": all are on one host
+    num_blocks: int = 0  # KV blocks that the ranks of the replica have agreed on before; 0: not yet
 
     @property
     def address(self) -> str:
@@ -200,6 +205,8 @@ class Heartbeat(Wire, frozen=True):
     rank: int
     step: int  # the last step that it has finished
     doing: str  # what it is doing now, for error messages
+    still_s: float = 0.0  # seconds since it has begun or ended an operation; 0: it has no work
+    waits: bool = False  # True: it is in an operation with other ranks, and may wait for one of them
 
 
 class RankReport(Wire, frozen=True):
@@ -210,6 +217,7 @@ class RankReport(Wire, frozen=True):
     error: str
     user_error: bool = False  # True: the user can correct it
     communication: bool = False  # True: it was waiting for other ranks, one of which may be the cause
+    incarnation: int = 0  # the one of its last RankSetup
 
 
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
@@ -235,6 +243,7 @@ class LoadInfo(Wire, frozen=True):
     kernels: str  # the name of the attention kernels
     linear: str  # how linear layers are computed
     comm: str  # the name of the communicator
+    weights_kept: bool = False  # True: it had its weights already, and has read none
 
 
 class Capacity(Wire, frozen=True):
@@ -266,6 +275,7 @@ class RankStats(Wire, frozen=True):
     stage: int = 0
     busy_us: int = 0  # microseconds in steps, including waits for ranks of the same stage in any replica
     traffic: tuple[Traffic, ...] = ()
+    loads: int = 0  # how many times the rank has read its weights
 
 
 to_rank: msgspec.msgpack.Decoder[ToRankProcess] = msgspec.msgpack.Decoder(ToRankProcess)

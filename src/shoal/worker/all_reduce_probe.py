@@ -18,8 +18,9 @@ import click
 import torch
 
 from shoal.comm.base import Communicator
+from shoal.comm.shared_file_store import SharedFileStore
 from shoal.comm.threads import ThreadComm, ThreadGroup
-from shoal.comm.torch_distributed import TorchComm, file_store
+from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import ShoalError
 from shoal.transport.channel import Channel, wait
 from shoal.transport.process import die_with_parent
@@ -119,7 +120,7 @@ class Places:
             self._store = RendezvousStore(question["rendezvous"], credentials, timeout_s=question["timeout_s"])
             self._interface = self._store.host_address
         elif self._store is None:
-            self._store = file_store(question["store"], question["ranks"])
+            self._store = SharedFileStore(question["store"], timeout_s=question["timeout_s"])
         return self._store
 
     def _measure_threads(self) -> dict[str, Any]:

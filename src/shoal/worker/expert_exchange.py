@@ -16,7 +16,8 @@ import click
 import torch
 
 from shoal.comm.base import Communicator
-from shoal.comm.torch_distributed import TorchComm, file_store
+from shoal.comm.shared_file_store import SharedFileStore
+from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import ShoalError
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
 from shoal.parallel.dispatch import Dispatch
@@ -43,7 +44,7 @@ def main(fd: int, parent: int, rank: int, store: int, text: str) -> None:
     size = question["ranks"]
 
     def connect(axis: str, ranks: Sequence[int]) -> Communicator:
-        file, cpu = file_store(store, size), torch.device("cpu")
+        file, cpu = SharedFileStore(store, timeout_s=_COMM_TIMEOUT_S), torch.device("cpu")
         return TorchComm(file, axis, rank, size, backend="gloo", timeout_s=_COMM_TIMEOUT_S, device=cpu)
 
     try:

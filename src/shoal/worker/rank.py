@@ -12,7 +12,7 @@ log = get_logger("worker")
 
 
 class Rank:
-    """A rank. Its first message must be a RankSetup. After an error it takes no more work."""
+    """A rank. Its first message must be a RankSetup. After an error it takes no more work until the next RankSetup."""
 
     def __init__(self, connect: Connect) -> None:
         self._connect = connect
@@ -31,14 +31,29 @@ class Rank:
         """The current activity of the rank, for error messages."""
         return self._worker.doing if self._worker else "starting"
 
+    @property
+    def position(self) -> tuple[object, ...]:
+        """Something that changes with everything that the rank does; (): it has nothing to do."""
+        return self._worker.position if self._worker else ()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rank is in an operation with other ranks."""
+        return self._worker is not None and self._worker.waits
+
     def answer(self, message: RankSetup | StepPlan | StepMask | RankCall) -> FromRank | None:
         """Handle a message, and return the answer to it, if there is one. Never raises."""
+        if isinstance(message, RankSetup):
+            self._failed = False
         if self._failed:
             return None
         try:
             if isinstance(message, RankSetup):
                 self._rank, self._setup = message.rank, message
-                self._worker = Worker(message, self._connect)
+                if self._worker is None:
+                    self._worker = Worker(message, self._connect)
+                else:
+                    self._worker.rejoin(message)
                 return None
             if self._worker is None:
                 raise ShoalError("a message came before the rank's setup")
@@ -55,6 +70,7 @@ class Rank:
                 error=(self._setup and explain_out_of_memory(error, self._setup)) or _in_one_line(error),
                 user_error=isinstance(error, UserError),
                 communication=isinstance(error, CommError),
+                incarnation=self._setup.incarnation if self._setup is not None else 0,
             )
 
 

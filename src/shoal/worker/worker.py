@@ -11,30 +11,27 @@ from shoal.devices import cpu
 from shoal.errors import EngineError, UserError
 from shoal.kernels.reference import GATHER_BYTES
 from shoal.log import get_logger
-from shoal.parallel.mesh import make_mesh
+from shoal.parallel.mesh import Mesh, make_mesh
 from shoal.parallel.pipeline import Pipeline
 from shoal.parallel.topology import Topology
 from shoal.wire.base import WIRE_VERSION, encode
 from shoal.wire.ranks import (
     Capacity,
     LoadInfo,
-    NewSeq,
     RankCall,
     RankReply,
     RankSetup,
     RankStats,
-    Sampling,
-    SamplingPenalties,
     StepMask,
     StepPlan,
     StepResult,
     Traffic,
-    Work,
 )
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.free_memory import release_memory
 from shoal.worker.kv_cache import KVMemory
+from shoal.worker.made_up_steps import made_up_steps
 from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.rank_model import RankModel
 from shoal.worker.runner import Runner
@@ -57,6 +54,7 @@ class Worker:
         self.setup = setup
         self.last_step = -1
         self._handling = False
+        self._num_handled = 0  # messages so far
         self._anonymous_at_import = cpu.anonymous_memory()
         torch.get_num_threads()  # without this first call, a new thread may get the number that another thread has set
         torch.set_num_threads(len(setup.rank_plan.cores))
@@ -64,13 +62,8 @@ class Worker:
         self.device = torch.device("cuda", mine.device_index) if mine.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        topology = Topology.of(dp=plan.layout.replicas, pp=plan.layout.num_stages, tp=plan.layout.tp)
-        self.mesh = make_mesh(
-            topology,
-            setup.global_rank,
-            lambda axis, ranks: connect(setup, axis, ranks),
-            expert_parallel=bool(plan.layout.experts),
-        )
+        self._connect = connect
+        self.mesh = self._make_mesh()
         self._model = RankModel(setup, self.mesh)
         width, dtype = self._model.stream
         self._pipeline = Pipeline(
@@ -86,7 +79,8 @@ class Worker:
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
         self._runner: Runner | None = None
         self._kv: list[KVMemory] = []
-        self._num_blocks = 0
+        self._num_blocks = setup.num_blocks
+        self._loads = 0  # how many times it has read its weights
         self._busy_ns = 0  # time spent on steps by earlier runners
         self._verbs: dict[str, Callable[[bytes], bytes]] = {
             "connect": lambda _: b"",  # the constructor has connected
@@ -99,6 +93,32 @@ class Worker:
             "wake_up": self._wake_up,
         }
 
+    def _make_mesh(self) -> Mesh:
+        """Connect to the other ranks."""
+        setup, layout = self.setup, self.setup.plan.layout
+        return make_mesh(
+            Topology.of(dp=layout.replicas, pp=layout.num_stages, tp=layout.tp),
+            setup.global_rank,
+            lambda axis, ranks: self._connect(setup, axis, ranks),
+            expert_parallel=bool(layout.experts),
+        )
+
+    def rejoin(self, setup: RankSetup) -> None:
+        """Connect again to the other ranks, some of which were replaced, and forget all sequences.
+
+        Weights and the memory of the KV cache stay. The layers keep their communicators, which have new groups then.
+        """
+        self.setup = setup
+        self._handling = False
+        self._drop_runner()
+        self._pipeline.drop_pending()
+        self.mesh = self._make_mesh()
+
+    def _drop_runner(self) -> None:
+        if self._runner is not None:
+            self._busy_ns += self._runner.busy_ns
+            self._runner = None
+
     @property
     def doing(self) -> str:
         """The current activity of the rank, for error messages."""
@@ -106,6 +126,21 @@ class Worker:
             return "waiting for a plan"
         busy = [axis for axis in self.mesh.axes if axis.comm.progress.operation] or self.mesh.axes[:1]
         return ", ".join(f"{axis.name} {axis.comm.progress}" for axis in busy) or "computing"
+
+    @property
+    def position(self) -> tuple[object, ...]:
+        """Something that changes with everything that the rank does; (): it has nothing to do. For any thread."""
+        if not self._handling:
+            return ()
+        return (
+            self._num_handled,
+            *((axis.comm.progress.count, axis.comm.progress.operation) for axis in self.mesh.axes),
+        )
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rank is in an operation with other ranks. For any thread."""
+        return self._handling and any(axis.comm.progress.operation for axis in self.mesh.axes)
 
     def abort(self) -> None:
         """End a wait for other ranks. Any thread may call it; it never raises."""
@@ -124,6 +159,7 @@ class Worker:
         Step plans are answered only by the first rank of the last stage, because all results there are the same. The
         answer to a masked plan comes with its mask.
         """
+        self._num_handled += 1
         self._handling = True
         answer = self._answer(message)
         self._handling = False  # not reached after an error, so that `doing` says where the rank stopped
@@ -145,8 +181,9 @@ class Worker:
         return result if self._pipeline.last and self.mesh.tp.rank == 0 else None
 
     def _load(self, _: bytes) -> bytes:
-        for each in self._models:
-            each.load(self.device)
+        kept = self._loaded
+        if not kept:
+            self._load_weights()
         model = self._model
         info = LoadInfo(
             rank=self.setup.rank,
@@ -161,8 +198,18 @@ class Worker:
             kernels=model.kernels,
             linear=model.linear,
             comm=type(next(iter(self.mesh.axes), self.mesh.tp).comm).__name__,
+            weights_kept=kept,
         )
         return encode(info)
+
+    def _load_weights(self) -> None:
+        for each in self._models:
+            each.load(self.device)
+        self._loads += 1
+
+    @property
+    def _loaded(self) -> bool:
+        return all(each.loaded for each in self._models)
 
     @property
     def _weight_bytes(self) -> int:
@@ -200,8 +247,12 @@ class Worker:
         return min(int(total * setup.plan.memory_utilization), reachable) - peak
 
     def _allocate(self, payload: bytes) -> bytes:
-        self._allocate_kv(int.from_bytes(payload, "little"))
-        self._make_runner()
+        """Allocate the KV cache, unless the rank has it already."""
+        num_blocks = int.from_bytes(payload, "little")
+        if not self._kv or num_blocks != self._num_blocks:
+            self._allocate_kv(num_blocks)
+        if self._loaded:
+            self._make_runner()
         return b""
 
     def _allocate_kv(self, num_blocks: int) -> None:
@@ -237,8 +288,7 @@ class Worker:
         """Give parts of the memory back to the system. The rank forgets all its sequences."""
         if self._runner is not None:
             self._runner.settle()
-            self._busy_ns += self._runner.busy_ns
-            self._runner = None
+        self._drop_runner()
         parts = payload.decode().split(",")
         if KV_CACHE in parts:
             self._kv = []
@@ -257,8 +307,7 @@ class Worker:
         parts = payload.decode().split(",")
         try:
             if WEIGHTS in parts:
-                for each in self._models:
-                    each.load(self.device)
+                self._load_weights()
             if KV_CACHE in parts:
                 self._allocate_kv(self._num_blocks)
         except Exception as error:
@@ -266,7 +315,7 @@ class Worker:
             if why is None:
                 raise
             return why.encode()
-        if self._kv and all(each.loaded for each in self._models):
+        if self._kv and self._loaded:
             self._make_runner()
         return b""
 
@@ -280,30 +329,10 @@ class Worker:
         self._run_made_up([1] * min(setup.plan.max_num_seqs, setup.plan.max_num_batched_tokens // (1 + drafts)), drafts)
 
     def _run_made_up(self, lengths: Sequence[int], num_drafts: int = 0, *, decode: bool = False) -> None:
-        """Run made-up sequences in the first KV blocks, and forget them. Their keys and values are overwritten later.
-
-        Args:
-            lengths: the number of prompt tokens of each sequence.
-            num_drafts: the number of drafts after each prompt.
-            decode: also run a step in which each sequence computes its first drawn token.
-        """
+        """Run made-up sequences, and forget them. The arguments are those of `made_up_steps`."""
         if self._runner is None:
             return
-        size = self.setup.plan.block_size
-        sampling = Sampling(seed=0, temperature=1.0, top_p=0.9, penalties=SamplingPenalties(1.0), logprobs=1)
-        new, work, first = [], [], 0
-        for i, length in enumerate(lengths):
-            count = -(-(length + num_drafts + decode) // size)
-            seq, blocks = -1 - i, tuple(range(first, first + count))
-            first += count
-            new.append(NewSeq(seq, 0, bytes(4 * length), length, (), sampling))
-            work.append(Work(seq, 0, length + num_drafts, True, blocks, (0,) * num_drafts))
-        plans = [StepPlan(0, -1, tuple(work), new=tuple(new))]
-        if decode:
-            again = tuple(Work(each.seq, each.count, 1, True) for each in work)
-            plans.append(StepPlan(0, -1, again))
-        plans.append(StepPlan(0, -1, (), released=tuple(each.seq for each in work)))
-        for plan in plans:
+        for plan in made_up_steps(lengths, self.setup.plan.block_size, num_drafts, decode=decode):
             self._runner.execute(plan)
         self._runner.settle()
 
@@ -322,5 +351,6 @@ class Worker:
                 for axis in self.mesh.axes
                 for operation, total in axis.comm.progress.totals.items()
             ),
+            loads=self._loads,
         )
         return encode(stats)

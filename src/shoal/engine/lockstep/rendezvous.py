@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from shoal import addresses
+from shoal import addresses, env
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.room_member import RoomMember
@@ -77,7 +77,8 @@ class RendezvousLockstep:
     @property
     def host_address(self) -> str:
         """The address of this host at which the other replicas reach it."""
-        return self._member.host_address
+        named = env.host_ip()
+        return self._member.host_address if named is None else named[1]
 
     @property
     def rank(self) -> int:

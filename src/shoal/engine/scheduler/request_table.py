@@ -51,6 +51,10 @@ class RequestTable:
         return self._requests.keys()
 
     @property
+    def all(self) -> Collection[Request]:
+        return self._requests.values()
+
+    @property
     def num_waiting(self) -> int:
         return len(self._requests) - len(self._running)
 

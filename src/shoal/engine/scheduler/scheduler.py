@@ -211,6 +211,25 @@ class Scheduler:
         self.reset_cache(running=True)
         self._requests.take_released()
 
+    def start_anew(self, incarnation: int) -> None:
+        """Forget the steps in flight and the KV cache, because ranks were replaced and all have forgotten everything.
+
+        Requests keep the tokens that are known, and draw those that were in flight again.
+
+        Args:
+            incarnation: the one of all plans from now on.
+        """
+        self._incarnation = incarnation
+        lost = self.in_flight
+        self._flights.clear()
+        for request in lost:
+            request.in_flight = 0
+        for request in self._requests.all:
+            request.pending = request.num_drafts = 0
+        self.forget_cache()
+        for request in lost:
+            self._queue.push_if_drained(request)
+
     # --- grammars ------------------------------------------------------------------------------------------------
 
     def apply_verdict(self, verdict: Verdict) -> None:
@@ -255,6 +274,11 @@ class Scheduler:
     @property
     def num_in_flight(self) -> int:
         return len(self._flights)
+
+    @property
+    def in_flight(self) -> list[Request]:
+        """The requests that have work in steps in flight, each once. Some of them may have ended."""
+        return list(dict.fromkeys(request for requests in self._flights.values() for request in requests))
 
     @property
     def num_steps(self) -> int:

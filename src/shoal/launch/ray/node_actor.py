@@ -53,10 +53,10 @@ class NodeActor:
         # Ray counts CPUs, and does not bind processes to them; of GPUs it shows this process those of its ranks.
         given = {**order.options, "num_devices": order.ranks}
         options, read = read_options(order.model, given, online=order.online)
-        report, agreement = introduce_host(options, read)
-        address = str(load("ray.util:get_node_ip_address")())
-        report = replace_fields(report, address=address)
         leader = Address.parse(order.leader)
+        report, agreement = introduce_host(options, read, leader.host)
+        if not report.address:  # SHOAL_HOST_IP is not set on this host
+            report = replace_fields(report, address=str(load("ray.util:get_node_ip_address")()))
         credentials = credentials_of_host(options.tls, order.key)
         group = NodeGroup(order.size, order.number, 1, leader, credentials, leader_has_ranks=False)
         with self._running:

@@ -9,6 +9,7 @@ from typing import Any
 from shoal import env
 from shoal.addresses import Address
 from shoal.config.engine_options import EngineOptions
+from shoal.config.engine_options import options as engine_options
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import NodeGroup
@@ -59,7 +60,7 @@ class RayNodes:
         self._indices: list[dict[int, int]] = []  # for each replica: bundle of the given group -> number of ranks
         self._sizes = self._bundle_sizes()
         size = 1 + self._replicas * len(self._sizes)
-        address = cluster.own_address()
+        address = named[1] if (named := env.host_ip()) else cluster.own_address()
         key = env.cluster_key() or secrets.token_hex(_KEY_BYTES)
         credentials = credentials_of_host(options.tls, key)
         self.group = NodeGroup(size, 0, self._replicas, Address(address, 0), credentials, leader_has_ranks=False)
@@ -187,7 +188,7 @@ class RayNodes:
                 max_restarts=-1,
                 max_task_retries=-1,
                 max_concurrency=2,
-                runtime_env={"env_vars": env.shared_variables()},
+                runtime_env={"env_vars": env.shared_variables(option.name for option in engine_options())},
             )
             .remote(order)
         )

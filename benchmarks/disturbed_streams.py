@@ -1,0 +1,61 @@
+"""Streams from a server, one of whose processes is killed meanwhile. Benchmarks of recovery use it."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+
+_SETTLE_S = 300.0
+
+
+async def longest_pause(url: str, streams: int, tokens: int, victim: Callable[[Any], int]) -> float:
+    """Return the longest time between two chunks of any stream, in seconds.
+
+    Args:
+        tokens: the length of each stream. After an eighth of all tokens a process is killed.
+        victim: the number of this process, from the status of the server.
+    """
+    came = [0]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+        tasks = [asyncio.create_task(_longest_gap(session, url, number, tokens, came)) for number in range(streams)]
+        while came[0] < streams * tokens // 8:
+            await asyncio.sleep(0.01)
+        os.kill(victim(status(url)), signal.SIGKILL)
+        return max(await asyncio.gather(*tasks))
+
+
+async def _longest_gap(session: aiohttp.ClientSession, url: str, number: int, tokens: int, came: list[int]) -> float:
+    body = {"prompt": f"Count from {number} to 90:", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    longest, last = 0.0, time.perf_counter()
+    async with session.post(f"{url}/v1/completions", json=body) as answer:
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                now = time.perf_counter()
+                longest, last = max(longest, now - last), now
+                came[0] += 1
+                assert b'"error"' not in line[:16], line
+    return longest
+
+
+def status(url: str) -> Any:
+    with urllib.request.urlopen(f"{url}/v1/admin/status") as answer:
+        return json.load(answer)
+
+
+def settle(url: str) -> None:
+    """Wait until all replicas are ready, and their ranks have told their process numbers."""
+    deadline = time.monotonic() + _SETTLE_S
+    while any(not _is_settled(replica) for replica in status(url)["replicas"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _is_settled(replica: Any) -> bool:
+    ranks = replica["state"] == "ready" and replica["stats"]["ranks"]
+    return bool(ranks) and all(os.path.exists(f"/proc/{rank['pid']}") for rank in ranks)
