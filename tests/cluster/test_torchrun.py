@@ -14,6 +14,7 @@ import pytest
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
 from support import hosts, processes
+from support.certificates import Cluster
 from support.checkpoints import Reference
 from support.programs import Start, found_by, started_programs
 
@@ -158,8 +159,11 @@ def test_the_example(start: Start) -> None:
 
 @pytest.mark.slow
 @needs_hosts
-def test_processes_on_two_hosts_with_unequal_numbers_of_ranks(start: Start, checkpoint: Callable[[str], Path]) -> None:
-    folder = checkpoint("llama")
+def test_processes_on_two_hosts_with_unequal_numbers_of_ranks(
+    start: Start, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Their connections use TLS, with a certificate for each host."""
+    folder, cluster = checkpoint("llama"), Cluster(tmp_path)
     program = write(folder, ONE_CALL, tensor_parallel_size=3, distributed_executor_backend="external_launcher")
     with hosts.two_hosts() as pair:
         where = ["--nnodes", "2", "--master-addr", pair[0].address, "--master-port", "29431"]
@@ -170,10 +174,12 @@ def test_processes_on_two_hosts_with_unequal_numbers_of_ranks(start: Start, chec
                     *torchrun(*where, "--node-rank", str(node), "--nproc-per-node", str(2 - node), *program),
                 ],
                 NCCL_DEBUG="WARN",
+                SHOAL_CLUSTER_TLS=str(cluster.folder(f"host {node}")),
             )
             for node, host in enumerate(pair)
         ]
         assert [job.await_end() for job in jobs] == [0, 0]
+    assert all("connections between hosts use TLS" in job.text for job in jobs)
     name = os.uname().nodename
     assert f"ranks 0-1 on {name} ({pair[0].address}), 2 on {name} ({pair[1].address}): " in jobs[0].text
     variables = f"ranks of node 1 ({name}, {pair[1].address}) get these variables unless they are set there: NCCL_DEBUG"
