@@ -92,6 +92,7 @@ LOADABLE = {
     "shoal.outputs": {"shoal"},
     "shoal.errors": {"shoal"},
     "shoal.cli.commands": {"cli"},
+    "shoal.cli.certificates": {"cli"},
     "shoal.client.top": {"cli"},
     "shoal.client.scale": {"cli"},
     "shoal.client.load.load_test": {"cli"},
@@ -124,6 +125,7 @@ METRICS = {"vllm", "shoal"}
 
 # The packages that may import a library.
 CONFINED = {
+    "cryptography": {"cli"},
     "click": {"cli", "worker", "engine", "text"},
     "tqdm": {"cli", "launch", "llm"},
     "tokenizers": {"text"},

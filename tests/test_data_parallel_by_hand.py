@@ -21,6 +21,7 @@ from shoal.errors import ConfigError, EngineError
 from shoal.launch.open_model import open_model
 from shoal.llm.data_parallel import DataParallelRank
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.credentials import Credentials
 from support import hosts
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "offline_data_parallel.py"
@@ -208,7 +209,7 @@ def rank_place(rank: int, port: int) -> dict[str, str]:
 def test_a_number_that_is_used_twice_is_refused() -> None:
     """The second process is refused, and the first one goes on waiting for the missing rank."""
     port = hosts.free_port()
-    with Rendezvous(port=port, key=KEY):
+    with Rendezvous(port=port, credentials=Credentials(KEY)):
         processes = [run_example(SHOAL_CLUSTER_KEY=KEY, **rank_place(1, port)) for _ in range(2)]
         until(lambda: any(process.poll() is not None for process in processes), "one is refused")
         (refused,) = (process for process in processes if process.poll() is not None)

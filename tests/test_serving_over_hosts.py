@@ -26,6 +26,7 @@ from shoal.cluster.replicas.rendezvous_doors import FleetDoor
 from shoal.errors import EngineError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.credentials import Credentials
 from shoal.wire.rendezvous import FRONT_END_DOOR
 from support import hosts
 
@@ -235,7 +236,7 @@ def front_end() -> Iterator[str]:
     )
     arrived: list[ConnectedReplica] = []
     door.open(lambda _, arrival: arrived.append(arrival))
-    with Rendezvous(key=KEY, doors={FRONT_END_DOOR: door}) as rendezvous:
+    with Rendezvous(credentials=Credentials(KEY), doors={FRONT_END_DOOR: door}) as rendezvous:
         yield rendezvous.address.rpartition(":")[2]
     for arrival in arrived:
         arrival.close()
@@ -275,7 +276,7 @@ def test_a_replica_is_started_again_until_it_is_dismissed() -> None:
     )
     arrivals: SimpleQueue[ConnectedReplica] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
-    with Rendezvous(key=KEY, doors={FRONT_END_DOOR: door}) as rendezvous, programs() as start:
+    with Rendezvous(credentials=Credentials(KEY), doors={FRONT_END_DOOR: door}) as rendezvous, programs() as start:
         port = rendezvous.address.rpartition(":")[2]
         program = start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
         first = arrivals.get(timeout=280)
@@ -306,7 +307,7 @@ def test_a_sleeping_replica_reports_its_activity_to_the_next_front_end() -> None
     )
     arrivals: SimpleQueue[ConnectedReplica] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
-    with Rendezvous(key=KEY, doors={FRONT_END_DOOR: door}) as rendezvous, programs() as start:
+    with Rendezvous(credentials=Credentials(KEY), doors={FRONT_END_DOOR: door}) as rendezvous, programs() as start:
         port = rendezvous.address.rpartition(":")[2]
         start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
         first = arrivals.get(timeout=280)

@@ -16,6 +16,7 @@ from shoal.devices.hardware import Hardware
 from shoal.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.calls import CallError, ToFollower, to_follower
+from shoal.wire.credentials import Credentials, TlsFiles, credentials_decoder
 from shoal.wire.engine import (
     EngineRequest,
     FromEngine,
@@ -88,7 +89,7 @@ from shoal.wire.ranks import (
     StepPlan,
     StepTimes,
     TokenLogprobs,
-    ToRank,
+    ToRankProcess,
     Traffic,
     Work,
     decode_capacity,
@@ -171,7 +172,7 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
 
 
 UNIONS = {
-    "to_rank": ToRank,
+    "to_rank": ToRankProcess,
     "from_rank": FromRank,
     "to_follower": ToFollower,
     "to_node": ToNode,
@@ -211,6 +212,7 @@ PAYLOADS = {
     LoadInfo: decode_load_info,
     Capacity: decode_capacity,
     RankStats: decode_rank_stats,
+    Credentials: credentials_decoder.decode,
     Hello: hello_decoder.decode,
     HostReport: host_report_decoder.decode,
     HeadlessSetup: headless_setup_decoder.decode,
@@ -245,7 +247,7 @@ def test_every_message_is_covered() -> None:
     parts = {
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
         *(CallError, SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
-        *(ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
+        *(TlsFiles, ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
         *(Layout, ShardPlan, ModelPlan, NodePlan, RankPlan, Timeouts, ServedModel),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts

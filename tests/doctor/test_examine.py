@@ -12,6 +12,7 @@ from shoal.doctor.examine import HostFindings, examine_host
 from shoal.doctor.kinds import failure
 from shoal.doctor.meeting import Peers
 from shoal.doctor.settings import Settings
+from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.doctor import DoctorReport, Finding, HostExamination
 from shoal.wire.topology import HostTopology, Interface
 from support.recorded_host import recorded
@@ -59,7 +60,8 @@ class _Group:
 
 class _ThreadPeers:
     def __init__(self, group: _Group, rank: int) -> None:
-        self.rank, self.size, self.address, self.rendezvous, self.key = rank, group.size, "127.0.0.1", "", ""
+        self.rank, self.size, self.address, self.rendezvous = rank, group.size, "127.0.0.1", ""
+        self.credentials = NO_CREDENTIALS
         self._group = group
 
     def exchange(self, topic: str, payload: bytes, timeout_s: float) -> dict[int, bytes]:

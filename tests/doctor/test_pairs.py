@@ -10,6 +10,7 @@ from shoal.doctor import pairs
 from shoal.doctor.meeting import RoomPeers
 from shoal.doctor.settings import Settings
 from shoal.errors import ConfigError
+from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.doctor import PairAddress
 from support.hosts import free_port
 
@@ -22,7 +23,7 @@ def together(size: int, work: Callable[[RoomPeers], object]) -> list[object]:
 
     def run(rank: int) -> object:
         settings = Settings(nnodes=size, node_rank=rank, master="127.0.0.1", master_port=port, timeout_s=WAIT_S)
-        peers = RoomPeers(settings, "")
+        peers = RoomPeers(settings, NO_CREDENTIALS)
         try:
             return work(peers)
         finally:
@@ -84,4 +85,4 @@ def test_a_stranger_gets_no_answer() -> None:
 def test_a_host_that_does_not_come() -> None:
     settings = Settings(nnodes=2, node_rank=0, master="127.0.0.1", master_port=free_port(), timeout_s=0.3)
     with pytest.raises(ConfigError, match="rank 1 missing"):
-        RoomPeers(settings, "")
+        RoomPeers(settings, NO_CREDENTIALS)

@@ -11,6 +11,7 @@ from shoal.engine.process import join_lockstep
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.credentials import Credentials
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.rendezvous import PEERS_DOOR
 
@@ -26,12 +27,12 @@ def log_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def rendezvous() -> Iterator[Rendezvous]:
     opened = open_model(None, OPTIONS)
     door = PeersDoor(size=2, agreement=opened.agreement)
-    with Rendezvous(key="key", doors={PEERS_DOOR: door}) as found:
+    with Rendezvous(credentials=Credentials("key"), doors={PEERS_DOOR: door}) as found:
         yield found
 
 
 def plan(rendezvous: Rendezvous, number: int = 1, model: str | None = None, **changes: object) -> EnginePlan:
-    place = ReplicaPlace(number, 2, number, 2, rendezvous=rendezvous.address, key="key")
+    place = ReplicaPlace(number, 2, number, 2, rendezvous=rendezvous.address, credentials=Credentials("key"))
     return open_model(model, {**OPTIONS, **changes}).plan_at(place)
 
 
@@ -46,7 +47,7 @@ def test_a_replica_with_other_options_is_refused(rendezvous: Rendezvous) -> None
 
 
 def test_replicas_that_share_experts_stay_connected() -> None:
-    with Rendezvous(key="key", reopen_rooms=True) as meeting:
+    with Rendezvous(credentials=Credentials("key"), reopen_rooms=True) as meeting:
         plans = [plan(meeting, number, "bundled:moe", enable_expert_parallel=True) for number in range(2)]
         found: list[object] = []
         other = threading.Thread(target=lambda: found.append(join_lockstep(plans[1])))

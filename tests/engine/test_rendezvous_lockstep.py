@@ -12,6 +12,7 @@ from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import wait
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
+from shoal.wire.credentials import Credentials
 from shoal.wire.plan import ReplicaPlace
 
 pytestmark = pytest.mark.slow
@@ -20,12 +21,12 @@ SIZE = 3
 
 
 def place(meeting: Rendezvous, rank: int) -> ReplicaPlace:
-    return ReplicaPlace(rank, SIZE, rendezvous=meeting.address, key="key")
+    return ReplicaPlace(rank, SIZE, rendezvous=meeting.address, credentials=Credentials("key"))
 
 
 @pytest.fixture
 def replicas() -> Iterator[list[RendezvousLockstep]]:
-    with Rendezvous(key="key") as meeting, ThreadPoolExecutor(SIZE) as pool:
+    with Rendezvous(credentials=Credentials("key")) as meeting, ThreadPoolExecutor(SIZE) as pool:
         found = list(pool.map(lambda rank: RendezvousLockstep(place(meeting, rank), {}, timeout=60), range(SIZE)))
         yield found
         for each in found:
@@ -36,7 +37,7 @@ def refusals(meeting: Rendezvous, at: list[str]) -> set[str]:
     """Return the errors of two replicas that join the rendezvous, each at an address of its own."""
 
     def join(rank: int) -> str:
-        there = ReplicaPlace(rank, 2, rendezvous=at[rank], key="key")
+        there = ReplicaPlace(rank, 2, rendezvous=at[rank], credentials=Credentials("key"))
         with pytest.raises(ConfigError) as found:
             RendezvousLockstep(there, {}, timeout=60)
         return str(found.value)
@@ -46,7 +47,7 @@ def refusals(meeting: Rendezvous, at: list[str]) -> set[str]:
 
 
 def test_replicas_over_ipv4_and_over_ipv6_are_refused() -> None:
-    with Rendezvous("::", key="key") as meeting:
+    with Rendezvous("::", credentials=Credentials("key")) as meeting:
         port = meeting.address.rpartition(":")[2]
         (why,) = refusals(meeting, [f"127.0.0.1:{port}", f"[::1]:{port}"])
     assert "some over IPv6 (replica 0: 127.0.0.1, replica 1: ::1)" in why
@@ -64,7 +65,7 @@ def test_an_address_that_other_hosts_cannot_reach_is_refused(
     monkeypatch: pytest.MonkeyPatch, known: list[str], says: str
 ) -> None:
     monkeypatch.setattr(RendezvousLockstep, "host_address", property(lambda replica: known[replica.rank]))
-    with Rendezvous(key="key") as meeting:
+    with Rendezvous(credentials=Credentials("key")) as meeting:
         (why,) = refusals(meeting, [meeting.address] * 2)
     assert says in why
 
@@ -124,7 +125,7 @@ def test_a_replica_that_leaves_early_fails_those_that_have_work(replicas: list[R
 
 
 def test_engines_made_one_after_the_other_meet_in_rooms_of_their_own() -> None:
-    with Rendezvous(key="key") as meeting, ThreadPoolExecutor(SIZE) as pool, ExitStack() as stack:
+    with Rendezvous(credentials=Credentials("key")) as meeting, ThreadPoolExecutor(SIZE) as pool, ExitStack() as stack:
         for number in range(2):  # the first engines are still in their room
             places = [replace_fields(place(meeting, rank), meeting=number) for rank in range(SIZE)]
             found = list(pool.map(lambda each: RendezvousLockstep(each, {}, timeout=60), places))
@@ -136,7 +137,7 @@ def test_engines_made_one_after_the_other_meet_in_rooms_of_their_own() -> None:
 
 @pytest.mark.slow
 def test_replicas_that_differ_are_refused() -> None:
-    with Rendezvous(key="key") as meeting, ThreadPoolExecutor(1) as pool:
+    with Rendezvous(credentials=Credentials("key")) as meeting, ThreadPoolExecutor(1) as pool:
         first = pool.submit(RendezvousLockstep, place(meeting, 0), {"dtype": "float32"}, timeout=5)
         for _ in range(6000):
             if meeting.rooms:
@@ -149,5 +150,5 @@ def test_replicas_that_differ_are_refused() -> None:
 
 
 def test_a_returning_replica_that_waits_too_long_has_no_wrong_options() -> None:
-    with Rendezvous(key="key") as meeting, pytest.raises(EngineError, match="ranks 0, 2 missing"):
+    with Rendezvous(credentials=Credentials("key")) as meeting, pytest.raises(EngineError, match="ranks 0, 2 missing"):
         RendezvousLockstep(replace_fields(place(meeting, 1), returning=True), {}, timeout=1)

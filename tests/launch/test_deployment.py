@@ -8,6 +8,7 @@ import pytest
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
 from shoal.launch.deployment import DEFAULT_PORT, Deployment, Mode
+from shoal.wire.credentials import Credentials
 
 ADDRESS: dict[str, Any] = {"data_parallel_address": "127.0.0.1"}
 
@@ -131,7 +132,7 @@ def test_other_hosts_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"other hosts can reach 192\.0\.2\.1, but there is no shared key"):
         deployment(rank=1, data_parallel_address="192.0.2.1")
     monkeypatch.setenv("SHOAL_CLUSTER_KEY", "secret")
-    assert deployment(rank=1, data_parallel_address="192.0.2.1").key == "secret"
+    assert deployment(rank=1, data_parallel_address="192.0.2.1").credentials == Credentials("secret")
 
 
 # --- a replica over several hosts --------------------------------------------------------------------------------

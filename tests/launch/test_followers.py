@@ -22,6 +22,7 @@ from shoal.outputs import (
 from shoal.params import SamplingParams
 from shoal.transport.rendezvous import Door, Rendezvous
 from shoal.wire.calls import FOLLOWERS_DOOR
+from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.engine import EngineStats
 
 AGREEMENT = {"wire version": "7"}
@@ -40,7 +41,7 @@ class Group:
     def follow(self, rank: int = 1, size: int | None = None, agreement: dict[str, str] = AGREEMENT) -> FollowedEngine:
         found = FollowedEngine(
             Address.parse(self.rendezvous.address),
-            "",
+            NO_CREDENTIALS,
             rank=rank,
             size=size or self.size,
             agreement=agreement,

@@ -14,6 +14,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import Rendezvous
 from shoal.transport.room_member import connect
 from shoal.wire.base import encode
+from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.hosts import HostReport
 from shoal.wire.nodes import Dismissal, EngineCall, leader_to_node
 from shoal.wire.plan import ModelFiles
@@ -29,13 +30,14 @@ class Meeting:
 
     def __init__(self, spares: int = 0) -> None:
         self.nodes: list[Channel] = []
-        self.pool = NodePool(NodeGroup(3, 0, 1, Address("127.0.0.1", 29501), "", spares=spares), AGREEMENT)
+        group = NodeGroup(3, 0, 1, Address("127.0.0.1", 29501), NO_CREDENTIALS, spares=spares)
+        self.pool = NodePool(group, AGREEMENT)
         self.rendezvous = Rendezvous(doors={NODES_DOOR: self.pool}, reopen_rooms=True)
 
     def come(self, rank: int, size: int = 3, agreement: dict[str, str] = AGREEMENT, timeout: float = 30) -> Channel:
         node = connect(
             Address.parse(self.rendezvous.address),
-            "",
+            NO_CREDENTIALS,
             room=NODES_DOOR,
             rank=rank,
             size=size,

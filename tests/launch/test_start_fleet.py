@@ -7,6 +7,7 @@ import pytest
 from shoal.launch import launchers
 from shoal.launch.deployment import Deployment
 from shoal.launch.open_model import open_model
+from shoal.wire.credentials import Credentials
 from shoal.wire.plan import ReplicaPlace
 
 MEETING = "127.0.0.1:29550"
@@ -22,7 +23,9 @@ def launches(
     local = {"data_parallel_start_rank": 1, "data_parallel_size_local": 2, "max_model_len": 64}
     opened = open_model(model, {**hosts, **local, **options}, online=True)
     numbers_here = Deployment.of(opened.options).local
-    launch = launchers.ProcessLauncher(opened, numbers_here, rendezvous=MEETING, key="key", compared=numbers_here)
+    launch = launchers.ProcessLauncher(
+        opened, numbers_here, rendezvous=MEETING, credentials=Credentials("key"), compared=numbers_here
+    )
     for number in numbers:
         launch(number, 0)
     return places

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _NETWORK = 0x40000000  # CLONE_NEWNET
+_ALL_PROTOCOLS = 3  # ETH_P_ALL
+_QUIET_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,15 @@ class Host:
             return pool.submit(self._connect, address, timeout).result()
 
     def _connect(self, address: tuple[str, int], timeout: float) -> socket.socket:
-        with (Path("/run/netns") / self.netns).open() as place:
-            if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), _NETWORK):
-                raise OSError(ctypes.get_errno(), f"no way into {self.netns}")
+        _enter(self)
         return socket.create_connection(address, timeout)
+
+
+def _enter(host: Host) -> None:
+    """Move this thread to a host."""
+    with (Path("/run/netns") / host.netns).open() as place:
+        if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), _NETWORK):
+            raise OSError(ctypes.get_errno(), f"no way into {host.netns}")
 
 
 def free_port() -> int:
@@ -118,3 +126,34 @@ def _links(host: Host) -> list[dict[str, Any]]:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
+
+
+@contextmanager
+def recorded(host: Host) -> Iterator[bytearray]:
+    """Yield the bytes of all packets between this host and others. They are complete after the block."""
+    found, ended = bytearray(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:  # only this thread moves to the host
+        pool.submit(_enter, host).result()
+        tap = pool.submit(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL_PROTOCOLS)).result()
+        with tap:
+            tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 26)
+            tap.settimeout(_QUIET_S)
+            recording = pool.submit(_record, tap, found, ended)
+            try:
+                yield found
+            finally:
+                ended.set()
+                recording.result()
+
+
+def _record(tap: socket.socket, found: bytearray, ended: threading.Event) -> None:
+    """Add packets to `found`, until it has ended and none comes any more."""
+    while True:
+        try:
+            packet, (interface, *_) = tap.recvfrom(1 << 17)
+        except TimeoutError:
+            if ended.is_set():
+                return
+        else:
+            if interface != "lo":
+                found += packet

@@ -246,11 +246,12 @@ FORK = """
 import os, socket
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.credentials import Credentials
 
 ours, theirs = Channel.pair()
 other = Channel(theirs)
 inbox, outbox = os.pipe()
-with Rendezvous(key="key") as meeting:
+with Rendezvous(credentials=Credentials("key")) as meeting:
     port = int(meeting.address.rpartition(":")[2])
     pid = os.fork()
     if pid == 0:

@@ -29,11 +29,13 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import Rendezvous, enable_keepalive, proof, require_key
 from shoal.transport.room_member import RoomMember, connect
 from shoal.wire.base import encode
+from shoal.wire.credentials import Credentials
 from shoal.wire.rendezvous import (
     Alive,
     Challenge,
     Hello,
     JoinRefused,
+    Knock,
     RoomComplete,
     RoomMessage,
     Signed,
@@ -50,17 +52,18 @@ from support.descriptors import many_open_files
 pytestmark = pytest.mark.slow
 
 KEY = "a key"
+OURS = Credentials(KEY)
 
 
 @pytest.fixture
 def meeting() -> Iterator[Rendezvous]:
-    with Rendezvous(key=KEY) as found:
+    with Rendezvous(credentials=OURS) as found:
         yield found
 
 
 def join(meeting: Rendezvous, rank: int, size: int = 2, key: str = KEY, **options: Any) -> RoomMember:
     settings = {"room": "room", "agreement": {}, "timeout": 60.0, **options}
-    return RoomMember(Address.parse(meeting.address), key, rank=rank, size=size, **settings)
+    return RoomMember(Address.parse(meeting.address), Credentials(key), rank=rank, size=size, **settings)
 
 
 def together(joins: list[Callable[[], RoomMember]]) -> list[RoomMember]:
@@ -86,8 +89,8 @@ def test_a_member_may_come_before_the_rendezvous() -> None:
         port = probe.getsockname()[1]
     address = Address("127.0.0.1", port)
     with ThreadPoolExecutor(1) as pool:
-        early = pool.submit(connect, address, KEY, timeout=60.0)
-        with Rendezvous(port=port, key=KEY):
+        early = pool.submit(connect, address, OURS, timeout=60.0)
+        with Rendezvous(port=port, credentials=OURS):
             early.result().close()
 
 
@@ -95,7 +98,7 @@ def test_an_error_without_a_rendezvous_names_address_port_and_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(ConfigError, match=rf"no answer from 127.0.0.1:{port} within 0.5 s \(.*refused\)"):
-        connect(Address("127.0.0.1", port), KEY, timeout=0.5)
+        connect(Address("127.0.0.1", port), OURS, timeout=0.5)
 
 
 @pytest.mark.slow
@@ -103,19 +106,19 @@ def test_a_missing_rendezvous_is_an_engine_error_for_a_returning_process() -> No
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = Address("127.0.0.1", probe.getsockname()[1])
         with pytest.raises(EngineError, match="did not answer in time"):  # it is suspended
-            connect(address, KEY, timeout=0.5, returning=True)
+            connect(address, OURS, timeout=0.5, returning=True)
     with pytest.raises(EngineError, match=r"no answer from .* within 0.5 s \(.*refused\)"):
-        connect(address, KEY, timeout=0.5, returning=True)
-    with Rendezvous(key=KEY) as meeting:
+        connect(address, OURS, timeout=0.5, returning=True)
+    with Rendezvous(credentials=OURS) as meeting:
         with pytest.raises(EngineError, match=r"within 1 s: rank 0 missing"):
-            RoomMember(Address.parse(meeting.address), KEY, room="room", rank=1, size=2, timeout=1.0, returning=True)
+            RoomMember(Address.parse(meeting.address), OURS, room="room", rank=1, size=2, timeout=1.0, returning=True)
         with pytest.raises(ConfigError, match="the shared key differs"):
-            connect(Address.parse(meeting.address), "another key", timeout=60.0, returning=True)
+            connect(Address.parse(meeting.address), Credentials("another key"), timeout=60.0, returning=True)
 
 
 def test_a_rendezvous_that_ends_before_the_room_is_complete_is_an_engine_error() -> None:
     with ThreadPoolExecutor(1) as pool:
-        with Rendezvous(key=KEY) as meeting:
+        with Rendezvous(credentials=OURS) as meeting:
             waiting = pool.submit(join, meeting, 1)
             arrive(meeting)
         with pytest.raises(EngineError, match=r"the rendezvous at .* has gone"):
@@ -126,13 +129,13 @@ def test_another_program_at_the_address_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = Address("127.0.0.1", probe.getsockname()[1])
         with pytest.raises(ConfigError, match="is another program there"):
-            connect(address, KEY, timeout=0.5)
+            connect(address, OURS, timeout=0.5)
 
 
 def test_a_closed_connection_is_tried_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
-        coming = pool.submit(connect, address, KEY, timeout=60.0)
+        coming = pool.submit(connect, address, OURS, timeout=60.0)
         for _ in range(2):
             listener.accept()[0].close()
         host(listener).close()
@@ -143,7 +146,7 @@ def test_a_rendezvous_that_ends_during_the_handshake_is_tried_again() -> None:
     """Its process is ending, and the next process will listen at the same address."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
-        coming = pool.submit(connect, address, KEY, room="room", rank=0, size=2, timeout=60.0)
+        coming = pool.submit(connect, address, OURS, room="room", rank=0, size=2, timeout=60.0)
         first = Channel(listener.accept()[0])
         first.send(encode(Challenge(bytes(32))))
         next_of(first, Signed)
@@ -161,7 +164,7 @@ def test_an_address_that_closes_every_connection_is_another_program() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         pool.submit(shut_down)
         with pytest.raises(ConfigError, match=r"closed every connection for 0.5 s: is another program there"):
-            connect(Address("127.0.0.1", listener.getsockname()[1]), KEY, timeout=0.5)
+            connect(Address("127.0.0.1", listener.getsockname()[1]), OURS, timeout=0.5)
         listener.shutdown(socket.SHUT_RDWR)
 
 
@@ -259,7 +262,7 @@ def member_by_hand() -> Iterator[tuple[RoomMember, Channel]]:
     """Return a member, and the other end of its connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
-        joined = pool.submit(RoomMember, address, KEY, room="room", rank=0, size=2, timeout=60.0)
+        joined = pool.submit(RoomMember, address, OURS, room="room", rank=0, size=2, timeout=60.0)
         with closing(host(listener)) as channel:
             member = joined.result()
             yield member, channel
@@ -412,7 +415,8 @@ MEMBER = """
 import sys, time
 from shoal.addresses import Address
 from shoal.transport.room_member import RoomMember
-RoomMember(Address.parse(sys.argv[1]), "a key", room="room", rank=1, size=2, timeout=60.0)
+from shoal.wire.credentials import Credentials
+RoomMember(Address.parse(sys.argv[1]), Credentials("a key"), room="room", rank=1, size=2, timeout=60.0)
 print("in", flush=True)
 time.sleep(600)
 """
@@ -456,7 +460,7 @@ def test_unauthenticated_connections_change_nothing(meeting: Rendezvous) -> None
         while stranger.recv(4096):
             pass
         channel.close()
-    asking = connect(address, KEY, timeout=60.0)
+    asking = connect(address, OURS, timeout=60.0)
     asking.send(encode(StoreGet(("a",), wait=False)))
     assert wait([asking], 60)
     assert [from_rendezvous.decode(frame) for frame in asking.receive()] == [StoreValue(None)]
@@ -466,12 +470,14 @@ def test_unauthenticated_connections_change_nothing(meeting: Rendezvous) -> None
 
 
 def test_silent_connections_do_not_keep_members_out() -> None:
-    with Rendezvous(key=KEY, max_unauthenticated=4, hello_s=600.0) as meeting:
+    with Rendezvous(credentials=OURS, max_unauthenticated=4, hello_s=600.0) as meeting:
         address = Address.parse(meeting.address)
         strangers = [socket.create_connection((address.host, address.port), timeout=60) for _ in range(4)]
+        knock = encode(Knock())
         for stranger in strangers:
+            stranger.sendall(struct.pack("<I", len(knock)) + knock)
             assert stranger.recv(4)  # it was accepted
-        connect(address, KEY, timeout=1.0).close()
+        connect(address, OURS, timeout=1.0).close()
         while strangers[0].recv(4096):
             pass
         for each in both(meeting):
@@ -483,6 +489,7 @@ def test_silent_connections_do_not_keep_members_out() -> None:
 def test_messages_after_a_refusal_are_ignored(meeting: Rendezvous) -> None:
     address = Address.parse(meeting.address)
     with closing(Channel(socket.create_connection((address.host, address.port)))) as channel:
+        channel.send(encode(Knock()))
         assert wait([channel], 60)
         (challenge,) = (from_rendezvous.decode(frame) for frame in channel.receive())
         assert isinstance(challenge, Challenge)
@@ -509,7 +516,7 @@ def test_without_file_descriptors_the_next_connection_is_waited_for(
         return accept(listener)
 
     monkeypatch.setattr(socket.socket, "accept", accept_the_third_time)
-    connect(Address.parse(meeting.address), KEY, timeout=60.0).close()
+    connect(Address.parse(meeting.address), OURS, timeout=60.0).close()
     assert len(called) == 3
     assert all(later - sooner >= 0.4 for sooner, later in pairwise(called))
 
@@ -519,7 +526,7 @@ def test_keepalive_is_enabled_on_both_ends(monkeypatch: pytest.MonkeyPatch) -> N
     watched = list[socket.socket]()
     for module in (members_module, rendezvous_module):
         monkeypatch.setattr(module, "enable_keepalive", watched.append)
-    with Rendezvous(key=KEY) as meeting, closing(connect(Address.parse(meeting.address), KEY, timeout=60.0)):
+    with Rendezvous(credentials=OURS) as meeting, closing(connect(Address.parse(meeting.address), OURS, timeout=60.0)):
         assert len({sock.fileno() for sock in watched}) == 2
     with socket.socket() as sock:
         enable_keepalive(sock)

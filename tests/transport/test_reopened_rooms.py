@@ -18,7 +18,18 @@ from shoal.transport.channel import Channel, wait
 from shoal.transport.rendezvous import Rendezvous, proof
 from shoal.transport.room_member import RoomMember, connect
 from shoal.wire.base import encode
-from shoal.wire.rendezvous import Challenge, Hello, JoinRefused, Signed, Welcome, hello_decoder, to_rendezvous
+from shoal.wire.credentials import Credentials
+from shoal.wire.rendezvous import (
+    Challenge,
+    Hello,
+    JoinRefused,
+    Knock,
+    Signed,
+    ToRendezvous,
+    Welcome,
+    hello_decoder,
+    to_rendezvous,
+)
 from support.fakes import steady
 
 pytestmark = pytest.mark.slow
@@ -44,13 +55,13 @@ class Door:
 
 @pytest.fixture
 def meeting() -> Iterator[Rendezvous]:
-    with Rendezvous(key=KEY, reopen_rooms=True) as found:
+    with Rendezvous(credentials=Credentials(KEY), reopen_rooms=True) as found:
         yield found
 
 
 def join(meeting: Rendezvous, rank: int, size: int = 2) -> RoomMember:
     return RoomMember(
-        Address.parse(meeting.address), KEY, room="room", rank=rank, size=size, agreement={}, timeout=60.0
+        Address.parse(meeting.address), Credentials(KEY), room="room", rank=rank, size=size, agreement={}, timeout=60.0
     )
 
 
@@ -83,7 +94,7 @@ def test_members_after_a_failure_are_in_a_room_of_their_own(meeting: Rendezvous)
 @settings(steady, max_examples=10)
 @given(leavers=st.lists(st.integers(0, 2), min_size=1, max_size=4))
 def test_formations_are_never_used_twice(leavers: list[int]) -> None:
-    with Rendezvous(key=KEY, reopen_rooms=True) as meeting:
+    with Rendezvous(credentials=Credentials(KEY), reopen_rooms=True) as meeting:
         for count, leaver in enumerate(leavers):
             members = all_of(meeting, [2, 0, 1])
             assert {each.formation for each in members} == {count}
@@ -106,12 +117,12 @@ def test_a_second_process_with_the_same_rank_is_refused_after_a_while(
 
 def enter(meeting: Rendezvous, key: str = KEY, **options: Any) -> Channel:
     settings = {"room": "door", "rank": 3, "size": 4, "agreement": {"a": "b"}, "timeout": 60.0, **options}
-    return connect(Address.parse(meeting.address), key, **settings)
+    return connect(Address.parse(meeting.address), Credentials(key), **settings)
 
 
 def test_a_connection_through_a_door_works_in_both_directions() -> None:
     door = Door()
-    with Rendezvous(key=KEY, doors={"door": door}) as meeting:
+    with Rendezvous(credentials=Credentials(KEY), doors={"door": door}) as meeting:
         theirs = enter(meeting)
         hello, ours = door.entered.get(timeout=60)
     assert (hello.rank, hello.size, hello.agreement) == (3, 4, {"a": "b"})
@@ -125,7 +136,7 @@ def test_a_connection_through_a_door_works_in_both_directions() -> None:
 
 def test_a_door_that_refuses_for_now_is_asked_again() -> None:
     door = Door(refusals=2)
-    with Rendezvous(key=KEY, doors={"door": door}) as meeting:
+    with Rendezvous(credentials=Credentials(KEY), doors={"door": door}) as meeting:
         enter(meeting).close()
         door.entered.get(timeout=60)[1].close()
 
@@ -171,8 +182,12 @@ class ScriptedRendezvous:
             if answer == "hang up":
                 return
             channel.send(encode(Challenge(bytes(32))))
-            assert wait([channel], 60)
-            (signed,) = (to_rendezvous.decode(frame) for frame in channel.receive(1))
+            received = list[ToRendezvous]()
+            while len(received) < 2:
+                assert wait([channel], 60)
+                received += [to_rendezvous.decode(frame) for frame in channel.receive()]
+            knock, signed = received
+            assert isinstance(knock, Knock)
             assert isinstance(signed, Signed)
             nonce = hello_decoder.decode(signed.hello).nonce
             welcome = Welcome(proof(KEY, "rendezvous", nonce, signed.hello))
@@ -186,18 +201,18 @@ def test_only_consecutive_refusals_end_the_attempts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(members_module, "time", FakeTime(members_module.REFUSED_TIMEOUT_S * 2))
     monkeypatch.setattr("shoal.transport.room_member.addresses.connect", script.connect)
     script.answers = ["not now", "hang up", "not now", "unreachable", "not now", "come in"]
-    connect(script.address, KEY, timeout=1e6).close()
+    connect(script.address, Credentials(KEY), timeout=1e6).close()
     script.answers = ["not now", "not now"]
     with pytest.raises(ConfigError, match="not now"):
-        connect(script.address, KEY, timeout=1e6)
+        connect(script.address, Credentials(KEY), timeout=1e6)
     script.answers = [*["not now"] * 9, "come in"]  # type: ignore[list-item]
-    connect(script.address, KEY, timeout=1e6, returning=True).close()  # a returning process keeps trying
+    connect(script.address, Credentials(KEY), timeout=1e6, returning=True).close()  # a returning process keeps trying
     assert not script.answers
 
 
 def test_a_final_refusal_of_a_door_shows_its_reason() -> None:
     with (
-        Rendezvous(key=KEY, doors={"door": Door(refusals=1, again=False)}) as meeting,
+        Rendezvous(credentials=Credentials(KEY), doors={"door": Door(refusals=1, again=False)}) as meeting,
         pytest.raises(ConfigError, match=r"rank 3 may not join at .*: not now"),
     ):
         enter(meeting)
@@ -205,7 +220,7 @@ def test_a_final_refusal_of_a_door_shows_its_reason() -> None:
 
 def test_a_process_with_another_key_does_not_reach_the_door() -> None:
     door = Door()
-    with Rendezvous(key=KEY, doors={"door": door}) as meeting:
+    with Rendezvous(credentials=Credentials(KEY), doors={"door": door}) as meeting:
         with pytest.raises(ConfigError, match="the shared key differs"):
             enter(meeting, "another key")
         assert door.entered.empty()

@@ -13,6 +13,7 @@ import torch
 from shoal.comm.base import Communicator
 from shoal.errors import CommAborted
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.credentials import Credentials
 from shoal.wire.plan import Layout, ReplicaPlace, Timeouts
 from shoal.wire.ranks import RankSetup
 from shoal.worker.process_groups import ProcessGroups
@@ -21,16 +22,17 @@ from support.plans import setup_of as first_message
 
 
 def setup_of(rank: int, address: str, meeting: int) -> RankSetup:
-    place = ReplicaPlace(rank, 2, rendezvous=address, key="key", meeting=meeting)
+    place = ReplicaPlace(rank, 2, rendezvous=address, meeting=meeting)
     timeouts = Timeouts(20.0, 20.0, 20.0)
     return first_message(bare_plan(place=place, layout=Layout(replica=rank, replicas=2), timeouts=timeouts))
 
 
 def test_groups_of_a_second_start_ignore_the_addresses_of_the_first() -> None:
-    with Rendezvous(key="key") as found, ThreadPoolExecutor(2) as pool:
+    with Rendezvous(credentials=Credentials("key")) as found, ThreadPoolExecutor(2) as pool:
 
         def run(rank: int, meeting: int) -> list[float]:
             with closing(ProcessGroups(-1)) as groups:
+                groups.credentials = Credentials("key")
                 comm = groups(setup_of(rank, found.address, meeting), "ep", [0, 1])
                 summed: list[float] = comm.all_reduce(torch.full((2,), float(rank + 1))).tolist()
                 if rank == 0:

@@ -11,18 +11,19 @@ import torch
 from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import CommError, CommTimeout, ConfigError
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.credentials import Credentials
 from shoal.worker.rendezvous_store import RendezvousStore
 
 
 @pytest.fixture
 def meeting() -> Iterator[Rendezvous]:
-    with Rendezvous(key="key") as found:
+    with Rendezvous(credentials=Credentials("key")) as found:
         yield found
 
 
 @pytest.fixture
 def store(meeting: Rendezvous) -> Iterator[RendezvousStore]:
-    with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as found:
+    with closing(RendezvousStore(meeting.address, Credentials("key"), timeout_s=60)) as found:
         yield found
 
 
@@ -41,7 +42,10 @@ def test_values_are_set_added_compared_and_deleted(store: RendezvousStore) -> No
 
 
 def test_get_and_wait_return_when_the_key_is_set(meeting: Rendezvous, store: RendezvousStore) -> None:
-    with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as other, ThreadPoolExecutor(1) as pool:
+    with (
+        closing(RendezvousStore(meeting.address, Credentials("key"), timeout_s=60)) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
         waiting = pool.submit(other.get, "late")
         store.set("late", b"\0\xff")
         assert waiting.result() == b"\0\xff"
@@ -56,18 +60,18 @@ def test_an_invalid_request_ends_only_its_own_connection(
     with pytest.raises(CommError, match="can't add a number to a, which is b'x'"):
         store.add("a", 1)
     assert "failed to answer rank 0 (" in caplog.text
-    with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as other:
+    with closing(RendezvousStore(meeting.address, Credentials("key"), timeout_s=60)) as other:
         assert other.get("a") == b"x"
 
 
 def test_a_wrong_shared_key_is_refused(meeting: Rendezvous) -> None:
     with pytest.raises(ConfigError, match="the shared key differs"):
-        RendezvousStore(meeting.address, "guess", timeout_s=60)
+        RendezvousStore(meeting.address, Credentials("guess"), timeout_s=60)
 
 
 def test_gloo_groups_connect_through_the_store(meeting: Rendezvous) -> None:
     def run(rank: int) -> list[float]:
-        with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as store:
+        with closing(RendezvousStore(meeting.address, Credentials("key"), timeout_s=60)) as store:
             comm = TorchComm(store, "tp:0", rank, 3, backend="gloo", timeout_s=60, device=torch.device("cpu"))
             found: list[float] = comm.all_reduce(torch.full((2,), float(rank + 1))).tolist()
             return found

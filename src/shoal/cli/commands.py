@@ -7,6 +7,7 @@ import click
 
 from shoal import __version__
 from shoal.cli.bench import bench
+from shoal.cli.cluster_keys import cluster_keys
 from shoal.cli.completion import completion
 from shoal.cli.doctor import doctor
 from shoal.cli.download import download
@@ -64,7 +65,7 @@ cli.add("Run models", generate, serve)
 cli.add("Decide", plan, doctor)
 cli.add("Measure", bench)
 cli.add("Operate", top, scale)
-cli.add("Set up", download, completion)
+cli.add("Set up", download, cluster_keys, completion)
 
 
 def run() -> int:

@@ -1,5 +1,6 @@
 """`shoal doctor`: checks of this host, or of several, before anything is served."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import click
 from rich.console import Console
 
+from shoal.cli.options import cluster_tls_flags
+from shoal.config.engine_options import ClusterTlsOptions
 from shoal.doctor import runs
 from shoal.doctor.report import print_report
 from shoal.doctor.settings import MEETING_PORT, Settings
@@ -15,6 +18,7 @@ from shoal.wire.doctor import DoctorReport
 from shoal.wire.topology import pretty_document
 
 _WIDTH = 140  # columns of a table that goes to a file or a pipe
+_TLS = tuple(each.name for each in dataclasses.fields(ClusterTlsOptions))
 _OPTIONS = ("dtype", "max_model_len", "revision")  # of an engine, for the question whether the model fits
 
 
@@ -41,6 +45,7 @@ _OPTIONS = ("dtype", "max_model_len", "revision")  # of an engine, for the quest
 @click.option(
     "--timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="seconds to wait for other hosts"
 )
+@cluster_tls_flags
 @click.option("--dtype", help="type of the weights, for the question whether MODEL fits")
 @click.option("--max-model-len", type=click.IntRange(1), help="context length, for the question whether MODEL fits")
 @click.option("--revision", help="branch, tag or commit of MODEL on the hub")
@@ -71,6 +76,7 @@ def doctor(
         node_rank=node_rank,
         master=master_addr or "",
         master_port=master_port,
+        tls=ClusterTlsOptions(**{name: options[name] for name in _TLS}),
         timeout_s=timeout,
     )
     report = runs.run(settings)

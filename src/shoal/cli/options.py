@@ -1,10 +1,12 @@
 """Command line flags for every engine option, made from the config classes, and help that shows them by group."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from shoal import env
 from shoal.cli.config_file import read_config_file
 from shoal.cli.numbers import AnyNumber, Integer
 from shoal.config import engine_options, vllm_options
@@ -78,6 +80,15 @@ def engine_flags(command: F) -> F:
 def serving_flags(command: F) -> F:
     """Add the flags of `engine_flags`, and those for `shoal serve` only."""
     return _add_flags(command, list(engine_options.options()), server=True)
+
+
+def cluster_tls_flags(command: F) -> F:
+    """Add the flags of `ClusterTlsOptions`, also read from their variables. The command gets them as keywords."""
+    names = {each.name for each in dataclasses.fields(engine_options.ClusterTlsOptions)}
+    for option in reversed([option for option in engine_options.options() if option.name in names]):
+        variable = env.option_variable(option.name)
+        click.option(option.flag, option.name, help=option.help, metavar=option.metavar, envvar=variable)(command)
+    return command
 
 
 def _add_flags(command: F, options: list[Option], *, server: bool) -> F:

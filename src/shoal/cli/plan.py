@@ -16,7 +16,7 @@ from shoal.wire.base import as_json
 from shoal.wire.plan import EnginePlan, RankPlan
 
 _WIDTH = 140  # columns of a table that goes to a file or a pipe
-_SECRETS = ("key",)  # fields of a plan that are not printed
+_SECRETS = ("credentials",)  # fields of a plan that are not printed
 
 
 @click.command(cls=GroupedCommand)

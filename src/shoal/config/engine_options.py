@@ -250,6 +250,27 @@ class HostOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterTlsOptions:
+    """Encryption"""
+
+    cluster_tls: str | None = option(
+        None,
+        "folder with ca.pem, cert.pem and key.pem: encrypt connections between hosts; `shoal cluster-keys` makes it",
+        metavar="DIR",
+        local=True,
+    )
+    cluster_tls_ca: str | None = option(
+        None, "instead of the folder: certificate of the cluster's CA", metavar="FILE", local=True
+    )
+    cluster_tls_cert: str | None = option(
+        None, "instead of the folder: certificate of this host", metavar="FILE", local=True
+    )
+    cluster_tls_key: str | None = option(
+        None, "instead of the folder: private key of the certificate", metavar="FILE", local=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ServingOptions:
     """Requests and restarts"""
 
@@ -276,6 +297,7 @@ class EngineOptions:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     nodes: NodeOptions = field(default_factory=NodeOptions)
     hosts: HostOptions = field(default_factory=HostOptions)
+    tls: ClusterTlsOptions = field(default_factory=ClusterTlsOptions)
     serving: ServingOptions = field(default_factory=ServingOptions)
 
     @classmethod
@@ -321,6 +343,7 @@ SECTIONS: dict[str, type] = {
     "scheduler": SchedulerOptions,
     "nodes": NodeOptions,
     "hosts": HostOptions,
+    "tls": ClusterTlsOptions,
     "serving": ServingOptions,
 }
 ONLINE = ("hosts", "serving")  # sections for `shoal serve` and AsyncLLM only

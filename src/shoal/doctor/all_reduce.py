@@ -12,6 +12,8 @@ from shoal.doctor.kinds import KINDS, failure, ok, warning
 from shoal.transport.channel import ChannelClosed, wait
 from shoal.transport.process import ChildProcess, end_all
 from shoal.values import format_bytes
+from shoal.wire.base import encode
+from shoal.wire.credentials import Credentials
 from shoal.wire.doctor import Finding
 from shoal.wire.topology import AllReduceSpeed
 
@@ -72,17 +74,18 @@ def measure_host(ranks: int, num_gpus: int, timeout_s: float) -> AllReduceFacts:
     sizes = {"gloo": ranks, "threads": ranks, "nccl": min(ranks, max(num_gpus, 1))}
     store = os.memfd_create("shoal-store")
     try:
-        question = {"ranks": ranks, "store": store, "rendezvous": "", "key": "", "bytes": _BYTES}
+        question = {"ranks": ranks, "store": store, "rendezvous": "", "credentials": "", "bytes": _BYTES}
         return _run({**question, "backends": backends, "sizes": sizes}, range(ranks), timeout_s, [store])
     finally:
         os.close(store)
 
 
 def measure_between_hosts(
-    rank: int, hosts: int, rendezvous: str, key: str, backends: Sequence[str], timeout_s: float
+    rank: int, hosts: int, rendezvous: str, credentials: Credentials, backends: Sequence[str], timeout_s: float
 ) -> AllReduceFacts:
     """Take part in an all-reduce over all hosts, with one process on each. All hosts call this at the same time."""
-    question = {"ranks": hosts, "store": -1, "rendezvous": rendezvous, "key": key, "bytes": _HOST_BYTES}
+    place = {"rendezvous": rendezvous, "credentials": encode(credentials).hex()}
+    question = {"ranks": hosts, "store": -1, **place, "bytes": _HOST_BYTES}
     sizes = dict.fromkeys(("gloo", "nccl"), hosts)
     found = _run({**question, "backends": list(backends), "sizes": sizes}, [rank], timeout_s, [])
     found.ranks = hosts

@@ -12,6 +12,7 @@ from shoal.doctor.settings import Settings
 from shoal.errors import EngineError
 from shoal.transport.rendezvous import Rendezvous
 from shoal.transport.room_member import RoomMember
+from shoal.wire.credentials import Credentials
 
 _ROOM = "doctor"
 _PROTOCOL = "1"  # of what the doctors exchange; it changes less often than Shoal's version
@@ -25,7 +26,7 @@ class Peers(Protocol):
     size: int
     address: str  # of this host, at which the others reach it
     rendezvous: str  # host:port of a rendezvous whose store all hosts reach; "": there is none, and no all-reduce
-    key: str  # the shared key of that rendezvous
+    credentials: Credentials  # of this host, for that rendezvous
 
     def exchange(self, topic: str, payload: bytes, timeout_s: float) -> dict[int, bytes]:
         """Give a payload to all, and return the payloads of all by rank, without those that did not come in time."""
@@ -37,20 +38,22 @@ class Peers(Protocol):
 class RoomPeers:
     """Doctors that were started by hand on each host, and that meet in a room of a rendezvous at rank 0."""
 
-    def __init__(self, settings: Settings, key: str) -> None:
+    def __init__(self, settings: Settings, credentials: Credentials) -> None:
         """Open the rendezvous on the host with rank 0, and wait for all hosts.
 
         Raises:
             ConfigError: the rendezvous cannot be opened or reached, or not all hosts have come in time.
             EngineError: the connection has ended.
         """
-        self.rank, self.size, self.key = settings.node_rank, settings.nnodes, key
+        self.rank, self.size, self.credentials = settings.node_rank, settings.nnodes, credentials
         self.rendezvous = join_host_port(settings.master, settings.master_port)
-        self._server = Rendezvous(settings.master, settings.master_port, key=key) if settings.node_rank == 0 else None
+        self._server: Rendezvous | None = None
+        if settings.node_rank == 0:
+            self._server = Rendezvous(settings.master, settings.master_port, credentials=credentials)
         try:
             self._member = RoomMember(
                 Address(settings.master, settings.master_port),
-                key,
+                credentials,
                 room=_ROOM,
                 rank=settings.node_rank,
                 size=settings.nnodes,

@@ -4,7 +4,6 @@ import socket
 from collections.abc import Mapping, Sequence
 
 import shoal
-from shoal import env
 from shoal.doctor import all_reduce, compare, model_fit, pairs, ports
 from shoal.doctor.concurrent import run_all
 from shoal.doctor.examine import HostFindings, examine_host, report_of_host
@@ -12,6 +11,7 @@ from shoal.doctor.kinds import failure, warning
 from shoal.doctor.meeting import Peers, RoomPeers
 from shoal.doctor.settings import Settings
 from shoal.errors import ConfigError, ShoalError
+from shoal.launch.credentials import credentials_of_host, log_protection
 from shoal.transport.rendezvous import require_key
 from shoal.wire.doctor import DoctorReport, Finding, HostExamination, LayoutFit, Measurements
 from shoal.wire.hosts import HostFacts
@@ -26,15 +26,19 @@ def run(settings: Settings) -> DoctorReport:
     """Examine this host, and with `nnodes` above 1 the connections to the others, and return the report.
 
     Raises:
-        ConfigError: the key that the hosts share is missing.
+        ConfigError: the key that the hosts share is missing, or the files for TLS cannot be used.
     """
     if not settings.several_hosts:
         return report_of_host(examine_host(settings))
-    key = env.cluster_key()
-    require_key(key, settings.master)
+    credentials = credentials_of_host(settings.tls)
+    require_key(credentials.key, settings.master)
+    log_protection(credentials, settings.master)
     own_port = ports.gather(settings.master, settings.master_port) if settings.node_rank == 0 else None
     outcomes = run_all(
-        {"host": lambda: examine_host(settings, own_port=own_port), "meeting": lambda: RoomPeers(settings, key)},
+        {
+            "host": lambda: examine_host(settings, own_port=own_port),
+            "meeting": lambda: RoomPeers(settings, credentials),
+        },
         max(settings.timeout_s, settings.local_timeout_s) + _GRACE_S,
     )
     found, peers = outcomes["host"].value or _not_examined(settings, outcomes["host"].error), outcomes["meeting"].value
@@ -114,7 +118,7 @@ def _measure(peers: Peers, examinations: Sequence[HostExamination], timeout_s: f
             return with_fields(measured, findings=(warning("check-failed", f"all-reduce over the hosts: {why}"),))
         backends = ["gloo", *(["nccl"] if all(each.has_gpus for each in examinations) else [])]
         facts = all_reduce.measure_between_hosts(
-            peers.rank, peers.size, peers.rendezvous, peers.key, backends, _REDUCE_S
+            peers.rank, peers.size, peers.rendezvous, peers.credentials, backends, _REDUCE_S
         )
     except (ShoalError, OSError) as error:
         found = warning("check-failed", f"measurements of host {peers.rank}: {error}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shoal.config.engine_options import ClusterTlsOptions
 from shoal.devices import cpu
 
 MEETING_PORT = 29501  # where the doctors of several hosts meet: the default port of `shoal serve --nnodes`
@@ -21,6 +22,7 @@ class Settings:
     node_rank: int = 0
     master: str = ""
     master_port: int = MEETING_PORT
+    tls: ClusterTlsOptions = field(default_factory=ClusterTlsOptions)
     timeout_s: float = 60.0  # the longest wait for other hosts
     local_timeout_s: float = 60.0  # the longest wait for a check of this host
     root: Path = cpu.ROOT  # the folder that contains proc, sys and dev

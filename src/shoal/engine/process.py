@@ -51,7 +51,7 @@ def join_lockstep(plan: EnginePlan) -> RendezvousLockstep | None:
         return RendezvousLockstep(place, plan.agreement, timeout=plan.timeouts.start_s)
     connect(
         Address.parse(place.rendezvous),
-        place.key,
+        place.credentials,
         room=PEERS_DOOR,
         rank=place.rank,
         size=place.size,

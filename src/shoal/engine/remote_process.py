@@ -108,7 +108,7 @@ class FrontEnd:
         setup = self._setup
         channel = connect(
             self.address,
-            setup.place.key,
+            setup.place.credentials,
             room=FRONT_END_DOOR,
             rank=setup.place.rank,
             size=setup.place.size,
@@ -127,16 +127,20 @@ class FrontEnd:
         return plan
 
     def _receive_plan(self, channel: Channel) -> EnginePlan:
-        if not channel.has_frame and not wait([channel], _PLAN_S):
-            raise EngineError(f"the front end at {self.address} has sent no plan within {_PLAN_S:g} s")
         try:
-            plan = to_engine.decode(channel.receive(1)[0])
+            deadline = time.monotonic() + _PLAN_S
+            while not (frames := channel.receive(1)):  # a plan may come in several parts
+                if not wait([channel], max(deadline - time.monotonic(), 0)):
+                    raise EngineError(f"the front end at {self.address} has sent no plan within {_PLAN_S:g} s")
+            plan = to_engine.decode(frames[0])
         except ChannelClosed:
             raise EngineError(f"the front end at {self.address} has gone before it sent a plan") from None
         if not isinstance(plan, EnginePlan):
             raise EngineError(f"the front end at {self.address} has sent {type(plan).__name__} instead of a plan")
         ours = self._setup.place
-        place = replace_fields(plan.place, rendezvous=ours.rendezvous, key=ours.key, returning=ours.returning)
+        place = replace_fields(
+            plan.place, rendezvous=ours.rendezvous, credentials=ours.credentials, returning=ours.returning
+        )
         plan = replace_fields(plan, place=place)
         changed = [] if self._plan is None else differences(self._plan, plan)
         if changed:

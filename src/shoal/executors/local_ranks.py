@@ -8,7 +8,8 @@ from shoal.addresses import is_local
 from shoal.devices import cpu, network
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import ChildProcess, end_all
-from shoal.wire.base import Ids
+from shoal.wire.base import Ids, encode
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.nodes import StartRank
 from shoal.wire.ranks import FromRank, RankSetup, from_rank
 
@@ -22,10 +23,11 @@ def start_order(setup: RankSetup) -> StartRank:
     return StartRank(setup.rank, cores, "" if is_local(setup.address) else setup.address)
 
 
-def start_rank(order: StartRank, store: int = NO_STORE) -> ChildProcess:
+def start_rank(order: StartRank, credentials: Credentials, store: int = NO_STORE) -> ChildProcess:
     """Start the process of a rank.
 
     Args:
+        credentials: of this host, for the places where ranks of several hosts find each other.
         store: the descriptor of the file through which ranks of one host find each other.
 
     Raises:
@@ -37,7 +39,9 @@ def start_rank(order: StartRank, store: int = NO_STORE) -> ChildProcess:
         environment |= network.socket_environment(order.address)
     if order.cores:
         environment |= cpu.pinning_environment(order.cores)
-    return ChildProcess("shoal.worker", arguments, environment, [] if store == NO_STORE else [store])
+    child = ChildProcess("shoal.worker", arguments, environment, [] if store == NO_STORE else [store])
+    child.say(encode(credentials))
+    return child
 
 
 class LocalRanks:
@@ -49,17 +53,18 @@ class LocalRanks:
         self.ended: dict[int, str] = {}
         self.can_replace = True
         self._orders = {setup.rank: start_order(setup) for setup in setups}
+        self._credentials = setups[0].plan.place.credentials if setups else NO_CREDENTIALS
         self._store = store
         self._children: dict[int, ChildProcess] = {}
 
     def start(self) -> None:
         for rank, order in self._orders.items():
-            self._children[rank] = start_rank(order, self._store)
+            self._children[rank] = start_rank(order, self._credentials, self._store)
 
     def replace(self, rank: int) -> None:
         self._children[rank].kill()
         self.ended.pop(rank, None)
-        self._children[rank] = start_rank(self._orders[rank], self._store)
+        self._children[rank] = start_rank(self._orders[rank], self._credentials, self._store)
 
     @property
     def channels(self) -> list[Channel]:

@@ -10,6 +10,7 @@ from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import ChildProcess, end_all
 from shoal.transport.room_member import connect
 from shoal.wire.base import Stop, WireError, encode
+from shoal.wire.credentials import Credentials
 from shoal.wire.nodes import (
     ENGINE_DOOR,
     ENGINE_START,
@@ -36,21 +37,22 @@ class NodeAgent:
     second.
     """
 
-    def __init__(self, call: EngineCall, key: str) -> None:
-        """Connect to the engine that calls.
+    def __init__(self, call: EngineCall, credentials: Credentials) -> None:
+        """Connect to the engine that calls. The ranks get the same credentials.
 
         Raises:
             ConfigError: it cannot be reached in time, or refuses this node.
         """
         self._engine = connect(
             Address.parse(call.address),
-            key,
+            credentials,
             room=ENGINE_DOOR,
             rank=call.number,
             size=call.size,
             agreement={ENGINE_START: call.start},
             timeout=call.within_s,
         )
+        self._credentials = credentials
         self._children: dict[int, ChildProcess] = {}
         self._suspended: set[int] = set()
 
@@ -107,7 +109,7 @@ class NodeAgent:
             former.kill()
         self._suspended.discard(order.rank)
         try:
-            child = self._children[order.rank] = start_rank(order)
+            child = self._children[order.rank] = start_rank(order, self._credentials)
         except OSError as error:  # no memory for a process, or no file descriptor left
             self._engine.send(encode(RankEnded(order.rank, f"cannot be started: {error}")))
             return

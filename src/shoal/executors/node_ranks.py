@@ -49,7 +49,9 @@ class NodeListener:
         self.nodes: Mapping[int, NodePlan] = plan.nodes_elsewhere
         self._door = _EngineDoor(self.nodes, len(plan.nodes), start)
         place = plan.place
-        self._rendezvous = Rendezvous(place.address, key=place.key, ports=place.ports, doors={ENGINE_DOOR: self._door})
+        self._rendezvous = Rendezvous(
+            place.address, credentials=place.credentials, ports=place.ports, doors={ENGINE_DOOR: self._door}
+        )
         self.address = self._rendezvous.address
 
     def gather(self, timeout: float) -> dict[int, Channel]:

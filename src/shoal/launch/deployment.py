@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from shoal import env
 from shoal.addresses import Address, parse_host, refuse_loopback_name
 from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.executors.table import EXECUTORS
+from shoal.launch.credentials import credentials_of_host
 from shoal.launch.host_network import check_ports
 from shoal.transport.rendezvous import require_key
 from shoal.values import numbered
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.plan import ReplicaPlace
 
 DEFAULT_PORT = 29550
@@ -34,7 +35,7 @@ class NodeGroup:
     rank: int  # the number of this host; number 0 leads
     replicas: int
     address: Address  # where node 0 awaits the others
-    key: str  # the shared key
+    credentials: Credentials  # of this host
     leader_has_ranks: bool = True  # False: the host of the leader is no node, only its number is used
     spares: int = 0  # nodes that wait to take the place of one that is gone; their numbers come after the others
 
@@ -76,9 +77,9 @@ class NodeGroup:
         host = parse_host(nodes.master_addr, "--master-addr")
         refuse_loopback_name(host, "--master-addr")
         address = Address(host, nodes.master_port)
-        key = env.cluster_key() if key is None else key
+        credentials = credentials_of_host(options.tls, key)
         check_ports(options, "--master-port", nodes.master_port, 1 if nodes.node_rank else 1 + replicas)
-        return cls(nodes.nnodes, nodes.node_rank, replicas, address, key, spares=nodes.spare_hosts)
+        return cls(nodes.nnodes, nodes.node_rank, replicas, address, credentials, spares=nodes.spare_hosts)
 
 
 def _flags_of_whole_replicas(hosts: HostOptions) -> list[str]:
@@ -133,7 +134,7 @@ class Deployment:
     size: int  # the number of replicas on all hosts
     local: Sequence[int]  # the numbers of the replicas on this host
     address: Address | None = None  # of the rendezvous; None: there is no other host
-    key: str = ""  # the shared key of the rendezvous
+    credentials: Credentials = NO_CREDENTIALS  # of this host, for the rendezvous
     nodes: NodeGroup | None = None  # the hosts that share the ranks of each replica; None: each replica is on one host
     by_ray: bool = False  # the ranks of all replicas run where Ray places them
 
@@ -171,10 +172,10 @@ class Deployment:
         host = parse_host(hosts.data_parallel_address, "--data-parallel-address")
         refuse_loopback_name(host, "--data-parallel-address")
         address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
-        key = env.cluster_key()
-        require_key(key, address.host)
+        credentials = credentials_of_host(options.tls)
+        require_key(credentials.key, address.host)
         check_ports(options, "--data-parallel-rpc-port", address.port, 1)
-        return cls(mode, size, local, address, key)
+        return cls(mode, size, local, address, credentials)
 
     @property
     def awaited(self) -> Sequence[int]:

@@ -14,6 +14,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.room_member import connect
 from shoal.wire.base import WireError
 from shoal.wire.calls import FOLLOWERS_DOOR, CallAnswer, EngineReady, LeaderFailed, to_follower
+from shoal.wire.credentials import Credentials
 from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class FollowedEngine:
     def __init__(
         self,
         address: Address,
-        key: str,
+        credentials: Credentials,
         *,
         rank: int,
         size: int,
@@ -38,7 +39,7 @@ class FollowedEngine:
         """Connect to the process that leads, and wait until its engine is ready.
 
         Args:
-            address, key: of the rendezvous of that process.
+            address, credentials: of the rendezvous of that process, and for it.
             rank, size: the number of this process, and of all.
             agreement: what all of them must have in common.
             timeout: how long to try to connect, in seconds.
@@ -56,7 +57,7 @@ class FollowedEngine:
         self._closing = False
         self._node = node
         self._channel: Channel = connect(
-            address, key, room=FOLLOWERS_DOOR, rank=rank, size=size, agreement=agreement, timeout=timeout
+            address, credentials, room=FOLLOWERS_DOOR, rank=rank, size=size, agreement=agreement, timeout=timeout
         )
         self._thread = threading.Thread(target=self._read, daemon=True, name="shoal-follower")
         self._thread.start()

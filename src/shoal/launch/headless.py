@@ -13,6 +13,7 @@ from shoal.cluster.replicas.supervised import RunState, Supervised
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import EngineError, ShoalError, UserError
 from shoal.launch.agreement import host_agreement
+from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, place_of
 from shoal.launch.host_network import own_address
 from shoal.launch.open_model import locate_files, locate_tokenizer, read_options, refuse_manual_place
@@ -52,6 +53,8 @@ def run(model: str | None, given: Mapping[str, Any]) -> int:
         *("replicas %s of %d for the front end at %s", _shortened(deployment.local)),
         *(deployment.size, deployment.address),
     )
+    if deployment.address is not None:
+        log_protection(deployment.credentials, deployment.address.host)
     with SignalEvent() as signals:
         host = HeadlessHost(setups, max_restarts=options.serving.max_restarts)
         try:
@@ -80,7 +83,7 @@ def headless_setups(options: EngineOptions, given: Mapping[str, Any], deployment
     places = [place_of(deployment.size, number, deployment.local) for number in deployment.local]
     return [
         HeadlessSetup(
-            place=replace_fields(place, rendezvous=str(deployment.address), key=deployment.key),
+            place=replace_fields(place, rendezvous=str(deployment.address), credentials=deployment.credentials),
             report=replace_fields(report, local_rank=place.local_rank, local_size=place.local_size),
             agreement=agreement,
             start_s=options.parallel.start_timeout,

@@ -17,6 +17,7 @@ from shoal.launch.open_model import OpenModel
 from shoal.log import get_logger
 from shoal.transport.channel import Channel
 from shoal.wire.base import replace_fields
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.engine import EngineStats, NoPlan
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 
@@ -39,7 +40,7 @@ class ProcessLauncher:
         local: Sequence[int],
         *,
         rendezvous: str = "",
-        key: str = "",
+        credentials: Credentials = NO_CREDENTIALS,
         compared: Container[int] = (),
         leader: Leader | None = None,
     ) -> None:
@@ -48,14 +49,14 @@ class ProcessLauncher:
         Args:
             local: the numbers of the replicas that were planned for this host.
             rendezvous: host:port of the rendezvous; "" if replicas need not meet.
-            key: the shared key of the rendezvous.
+            credentials: for the rendezvous.
             compared: the numbers of the replicas that compare their agreement although they share no experts.
             leader: the leader of the nodes over which each replica is spread; None: each replica is on this host.
         """
         self._model = model
         self._local = local
         self._rendezvous = rendezvous
-        self._key = key
+        self._credentials = credentials
         self._compared = compared
         self._leader = leader
         self._started: set[int] = set()  # replicas started before; those that a fleet starts again were ready once
@@ -71,7 +72,7 @@ class ProcessLauncher:
         """
         place, again = place_of(self._model.num_replicas, number, self._local), number in self._started
         if self._model.plan.layout.shares_experts or (number in self._compared and not again):
-            place = replace_fields(place, rendezvous=self._rendezvous, key=self._key, returning=again)
+            place = replace_fields(place, rendezvous=self._rendezvous, credentials=self._credentials, returning=again)
         self._started.add(number)
         if self._leader is not None:
             return self._start_over_nodes(self._leader, replace_fields(place, returning=again))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from shoal.errors import UserError
+from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.followers import Followers, NoFollowers
 from shoal.launch.host_network import leader_address, warn_of_kernel_ports
@@ -87,20 +88,21 @@ class Leader:
         self._group = group
         self._starter = starter
         where = group.address
+        log_protection(group.credentials, where.host)
         self._own_address = leader_address(where.host, "--master-addr")
         warn_of_kernel_ports(model.options)
         self._pool = NodePool(group, model.agreement)
         self._rendezvous = Rendezvous(
             where.host,
             where.port,
-            key=group.key,
+            credentials=group.credentials,
             ports=model.options.nodes.port_range,
             doors={NODES_DOOR: self._pool, FOLLOWERS_DOOR: followers or NoFollowers()},
             reopen_rooms=True,
         )
         self.rendezvous = self._rendezvous.address
         self._pool.address = self.rendezvous
-        self.key = group.key
+        self.credentials = group.credentials
         self.num_replicas = group.replicas
         self._logged = False
 
@@ -124,7 +126,7 @@ class Leader:
             local_size=1,
             address=self._own_address,
             ports=self._model.options.nodes.port_range,
-            key=self._group.key,
+            credentials=self._group.credentials,
         )
         hosts = {n: (nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers}
         plan = self._model.plan_over(place, hosts)

@@ -9,6 +9,7 @@ from typing import Any
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.executors.node_agent import NodeAgent
+from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.headless import introduce_host
 from shoal.launch.host_network import warn_of_kernel_ports
@@ -97,13 +98,14 @@ class Node:
         Raises:
             ConfigError: the leader cannot be reached in time, or refuses this node.
         """
+        log_protection(self._group.credentials, self._group.address.host)
         deadline = time.monotonic() + self._options.parallel.start_timeout
         while not self._stop.arrived:
             patience = _RECONNECT_S if returning else deadline - time.monotonic()
             try:
                 self._leader = connect(
                     self._group.address,
-                    self._group.key,
+                    self._group.credentials,
                     room=NODES_DOOR,
                     rank=self._group.rank,
                     size=self._group.size,
@@ -153,7 +155,7 @@ class Node:
             return False
         self._end_ranks()
         try:
-            self._agent = NodeAgent(message, self._group.key)
+            self._agent = NodeAgent(message, self._group.credentials)
         except ShoalError as error:  # the engine has ended meanwhile; the leader will call again
             log.warning("%s", error)
         else:

@@ -13,6 +13,7 @@ from shoal.engine.build import build_engine
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import AddressInUse, EngineError, ShoalError
 from shoal.executors.table import EXECUTORS
+from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import place_of
 from shoal.launch.followers import Followers
 from shoal.launch.launchers import (
@@ -28,6 +29,7 @@ from shoal.launch.open_model import OpenModel
 from shoal.protocols import Engine
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 
 KEY_BYTES = 32
@@ -87,11 +89,12 @@ def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
     The replicas first meet and compare their agreement.
     """
     place = replace_fields(place, meeting=next(_meetings))
+    address = Address.parse(place.rendezvous)
+    log_protection(place.credentials, address.host)
     with ExitStack() as stack:
         if place.rank == 0:
             with suppress(AddressInUse):  # a DataParallelRank of this process has opened it already
-                address = Address.parse(place.rendezvous)
-                stack.enter_context(Rendezvous(address.host, address.port, key=place.key))
+                stack.enter_context(Rendezvous(address.host, address.port, credentials=place.credentials))
         plan = model.plan_at(place)
         if plan.layout.shares_experts:  # the engine must compute when others have work, whatever this process does
             engine = _start_process(model, plan)
@@ -102,7 +105,8 @@ def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
                 on_close=stack.pop_all().close,
             )
         RendezvousLockstep(place, plan.agreement, timeout=plan.timeouts.start_s).close()
-        alone = replace_fields(place, rendezvous="", key="")  # so that the engine does not meet the others again
+        # Without a rendezvous, so that the engine does not meet the others again.
+        alone = replace_fields(place, rendezvous="", credentials=NO_CREDENTIALS)
         return _start_alone(model, replace_fields(plan, place=alone))
 
 
@@ -111,17 +115,19 @@ def _start_replicas(model: OpenModel, leader: Leader | None = None) -> ReplicaSe
     size = model.options.parallel.data_parallel_size
     in_lockstep = model.plan.layout.shares_experts
     with ExitStack() as stack:
-        rendezvous, key = "", secrets.token_hex(KEY_BYTES)
+        rendezvous, credentials = "", Credentials(secrets.token_hex(KEY_BYTES))
         launch: ProcessLauncher | ThreadLauncher
         if leader is not None:
-            launch = ProcessLauncher(model, range(size), rendezvous=leader.rendezvous, key=leader.key, leader=leader)
+            launch = ProcessLauncher(
+                model, range(size), rendezvous=leader.rendezvous, credentials=leader.credentials, leader=leader
+            )
             stack.callback(leader.dismiss)
         elif EXECUTORS[model.plan.executor].replicas_are_threads:
             launch = ThreadLauncher(model)
         else:
             if in_lockstep:
-                rendezvous = stack.enter_context(Rendezvous(key=key)).address
-            launch = ProcessLauncher(model, range(size), rendezvous=rendezvous, key=key)
+                rendezvous = stack.enter_context(Rendezvous(credentials=credentials)).address
+            launch = ProcessLauncher(model, range(size), rendezvous=rendezvous, credentials=credentials)
         replicas: dict[int, Replica] = {}
         try:
             for number in range(size):

@@ -17,6 +17,7 @@ from shoal.config.engine_options import EngineOptions, refuse_online
 from shoal.errors import ConfigError
 from shoal.launch import hub
 from shoal.launch.agreement import host_agreement, replica_agreement
+from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.ray.choice import choose_executor
 from shoal.launch.torchrun import EXTERNAL_LAUNCHER, TorchrunJob
@@ -363,7 +364,7 @@ def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
         local_rank=found.rank_local,
         local_size=found.size_local,
         rendezvous=join_host_port(found.master_ip, found.master_port),
-        key=env.cluster_key(),
+        credentials=credentials_of_host(options.tls),
     )
 
 

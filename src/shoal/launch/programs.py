@@ -1,5 +1,6 @@
 """The engine of a program, which may be one of several processes that run the same program and make the same calls."""
 
+from shoal.launch.credentials import credentials_of_host
 from shoal.launch.followed_engine import FollowedEngine
 from shoal.launch.followers import Followers
 from shoal.launch.headless import introduce_host
@@ -50,7 +51,8 @@ def _lead(model: OpenModel, size: int) -> tuple[Engine, SharedCalls]:
     try:
         if model.job is not None and model.node_group is None:
             where = model.job.address
-            rendezvous = Rendezvous(where.host, where.port, key=model.job.key, doors={FOLLOWERS_DOOR: followers})
+            credentials = credentials_of_host(model.options.tls, model.job.key)
+            rendezvous = Rendezvous(where.host, where.port, credentials=credentials, doors={FOLLOWERS_DOOR: followers})
             followers.on_close([rendezvous.close])
         engine = start_engine(model, followers)
         try:
@@ -79,7 +81,7 @@ def _follow(model: OpenModel, rank: int, size: int) -> FollowedEngine:
     assert meeting is not None
     return FollowedEngine(
         meeting.address,
-        meeting.key,
+        credentials_of_host(model.options.tls, None if job is None else job.key),
         rank=rank,
         size=size,
         agreement={} if node else model.agreement,

@@ -7,6 +7,7 @@ from shoal.cluster.fleet import Fleet, ModelSummary
 from shoal.cluster.limits import FleetLimits
 from shoal.cluster.replicas.rendezvous_doors import FleetDoor, PeersDoor
 from shoal.executors.table import EXECUTORS
+from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, Mode
 from shoal.launch.host_network import leader_address, own_address
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
@@ -15,6 +16,7 @@ from shoal.launch.offline_engines import KEY_BYTES
 from shoal.launch.open_model import OpenModel
 from shoal.protocols import Recorder
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.rendezvous import FRONT_END_DOOR, PEERS_DOOR
 
 
@@ -32,16 +34,21 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
         door, leader = _front_door(model, deployment), make_leader(model)
         if leader is not None:
             stack.callback(_release_nodes, leader, fleets)
-            rendezvous, key = leader.rendezvous, leader.key
+            rendezvous, credentials = leader.rendezvous, leader.credentials
         else:
-            rendezvous, key = _open_rendezvous(model, deployment, door, stack)
+            rendezvous, credentials = _open_rendezvous(model, deployment, door, stack)
         launch: ProcessLauncher | ThreadLauncher
         if EXECUTORS[model.plan.executor].replicas_are_threads:
             launch = ThreadLauncher(model)
         else:
             compared = deployment.local if deployment.mode is Mode.PEERS else ()
             launch = ProcessLauncher(
-                model, deployment.local, rendezvous=rendezvous, key=key, compared=compared, leader=leader
+                model,
+                deployment.local,
+                rendezvous=rendezvous,
+                credentials=credentials,
+                compared=compared,
+                leader=leader,
             )
         fleet = Fleet(
             launch,
@@ -93,24 +100,25 @@ def _front_door(model: OpenModel, deployment: Deployment) -> FleetDoor | None:
 
 def _open_rendezvous(
     model: OpenModel, deployment: Deployment, door: FleetDoor | None, stack: ExitStack
-) -> tuple[str, str]:
-    """Return the address of the rendezvous where this host's replicas meet others, and its key.
+) -> tuple[str, Credentials]:
+    """Return the address of the rendezvous where this host's replicas meet others, and the credentials for it.
 
-    If the rendezvous belongs to this process, it is opened here and closed with the `stack`. Both texts are empty if
-    the replicas need not meet.
+    If the rendezvous belongs to this process, it is opened here and closed with the `stack`. The address is empty
+    if the replicas need not meet.
     """
     doors: dict[str, FleetDoor | PeersDoor] = {} if door is None else {FRONT_END_DOOR: door}
     if deployment.address is None:
         if not model.plan.layout.shares_experts or EXECUTORS[model.plan.executor].replicas_are_threads:
-            return "", ""
-        key = secrets.token_hex(KEY_BYTES)
-        return stack.enter_context(Rendezvous(key=key, reopen_rooms=True)).address, key
+            return "", NO_CREDENTIALS
+        credentials = Credentials(secrets.token_hex(KEY_BYTES))
+        return stack.enter_context(Rendezvous(credentials=credentials, reopen_rooms=True)).address, credentials
+    log_protection(deployment.credentials, deployment.address.host)
     if not deployment.listens:
         own_address(deployment.address.host)
     else:
         leader_address(deployment.address.host, "--data-parallel-address")
         if deployment.mode is Mode.PEERS:
             doors[PEERS_DOOR] = PeersDoor(size=deployment.size, agreement=model.agreement)
-        host, port, key = deployment.address.host, deployment.address.port, deployment.key
-        stack.enter_context(Rendezvous(host, port, key=key, doors=doors, reopen_rooms=True))
-    return str(deployment.address), deployment.key
+        host, port = deployment.address.host, deployment.address.port
+        stack.enter_context(Rendezvous(host, port, credentials=deployment.credentials, doors=doors, reopen_rooms=True))
+    return str(deployment.address), deployment.credentials

@@ -1,13 +1,17 @@
 """Data parallelism by hand: the user starts one process for each replica, on one host or on several."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
 from shoal import env
 from shoal.addresses import Address, refuse_loopback_name
+from shoal.config.engine_options import ClusterTlsOptions, from_environment
 from shoal.errors import ConfigError, EngineError
+from shoal.launch.credentials import credentials_of_host, log_protection
 from shoal.log import get_logger
 from shoal.process.forks import Owner
 from shoal.transport.rendezvous import Rendezvous
@@ -32,20 +36,28 @@ class DataParallelRank:
     """
 
     def __init__(
-        self, place: env.DataParallel, *, key: str = "", timeout: float = 600.0, results_timeout: float = _RESULTS_S
+        self,
+        place: env.DataParallel,
+        *,
+        key: str = "",
+        cluster_tls: str | PathLike[str] | None = None,
+        timeout: float = 600.0,
+        results_timeout: float = _RESULTS_S,
     ) -> None:
         """Wait until all processes of the job have connected. Rank 0 listens at the master's address.
 
         Args:
             place: the number of this process, and the master's address.
             key: the shared key of the job.
+            cluster_tls: the folder with the certificates of this host, which encrypt the connections between hosts; the
+                `LLM` of this process needs the same. None: they are not encrypted.
             timeout: how long to wait for the others, in seconds.
             results_timeout: how long `gather` waits for the slowest rank, in seconds. Ranks that fail are noticed
                 sooner.
 
         Raises:
-            ConfigError: the address cannot be used, or other hosts reach it and there is no key, or a process did not
-                connect in time, or two have the same number.
+            ConfigError: the address cannot be used, or other hosts reach it and there is no key, or the certificates
+                cannot be used, or a process did not connect in time, or two have the same number.
         """
         self.rank = place.rank
         self.size = place.size
@@ -55,10 +67,13 @@ class DataParallelRank:
         address = Address(place.master_ip, place.master_port)
         if place.size_local < place.size:
             refuse_loopback_name(place.master_ip, "SHOAL_DP_MASTER_IP")
-        self._rendezvous = Rendezvous(address.host, address.port, key=key) if self.rank == 0 else None
+        tls = ClusterTlsOptions(None if cluster_tls is None else os.fspath(cluster_tls))
+        credentials = credentials_of_host(tls, key)
+        log_protection(credentials, address.host)
+        self._rendezvous = Rendezvous(address.host, address.port, credentials=credentials) if self.rank == 0 else None
         self._total = 0
         try:
-            self._member = RoomMember(address, key, room=_ROOM, rank=self.rank, size=self.size, timeout=timeout)
+            self._member = RoomMember(address, credentials, room=_ROOM, rank=self.rank, size=self.size, timeout=timeout)
         except BaseException:
             self._close_rendezvous()
             raise
@@ -68,8 +83,8 @@ class DataParallelRank:
     def from_environment(cls, *, timeout: float = 600.0, results_timeout: float = _RESULTS_S) -> "DataParallelRank":
         """Connect with the settings of the environment.
 
-        They are SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT (or VLLM_DP_*), and
-        SHOAL_CLUSTER_KEY for the key.
+        They are SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT (or VLLM_DP_*),
+        SHOAL_CLUSTER_KEY for the key, and SHOAL_CLUSTER_TLS for the folder with the certificates.
 
         Raises:
             ConfigError: a variable is missing or wrong, or the processes could not connect.
@@ -80,7 +95,13 @@ class DataParallelRank:
                 "SHOAL_DP_RANK and SHOAL_DP_SIZE are not set: start one process for each rank, and set them to its "
                 "number and to the number of ranks"
             )
-        return cls(place, key=env.cluster_key(), timeout=timeout, results_timeout=results_timeout)
+        return cls(
+            place,
+            key=env.cluster_key(),
+            cluster_tls=from_environment().get("cluster_tls"),
+            timeout=timeout,
+            results_timeout=results_timeout,
+        )
 
     def share(self, prompts: Sequence[T]) -> dict[int, T]:
         """Return this rank's share of the prompts, by index.

@@ -1,5 +1,7 @@
 """Frames of bytes between two processes: over a socket pair between a process and its child, over TCP between hosts.
 
+Connections to other hosts may be encrypted; then the channel has a `tls.TlsSocket` in place of a socket.
+
 A socket pair has no name and no port, and nothing of it remains after its processes. When one process dies, for any
 reason, the other one notices immediately.
 """
@@ -12,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from shoal.process.forks import close_in_children
 
@@ -22,7 +25,35 @@ _MAX_READS = 64
 
 
 class ChannelClosed(Exception):
-    """The connection has ended: the other process closed it or died."""
+    """The connection has ended: the other process closed it or died. Its cause is the error of the socket, if any."""
+
+
+class FrameTooLong(ChannelClosed):
+    """The other process has announced a frame that is longer than allowed. `start` is the beginning of its bytes."""
+
+    def __init__(self, message: str, start: bytes) -> None:
+        super().__init__(message)
+        self.start = start
+
+
+class Socket(Protocol):
+    """What a channel needs of a socket that does not block."""
+
+    def setblocking(self, flag: bool, /) -> None: ...
+
+    def fileno(self) -> int: ...
+
+    def recv(self, size: int, /) -> bytes: ...
+
+    def send(self, data: memoryview, /) -> int: ...
+
+    def getsockname(self) -> Any: ...
+
+    def getpeername(self) -> Any: ...
+
+    def shutdown(self, how: int, /) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Channel:
@@ -31,7 +62,7 @@ class Channel:
     Several threads may call `send`; only one may call `receive`. In a forked child the channel is closed.
     """
 
-    def __init__(self, sock: socket.socket, max_frame_bytes: int = _MAX_FRAME_BYTES) -> None:
+    def __init__(self, sock: Socket, max_frame_bytes: int = _MAX_FRAME_BYTES) -> None:
         """A frame that is longer than `max_frame_bytes` makes `receive` raise ChannelClosed."""
         sock.setblocking(False)
         self.max_frame_bytes = max_frame_bytes
@@ -100,7 +131,7 @@ class Channel:
 
     def _wait_writable(self, timeout: float) -> bool:
         poller = select.poll()
-        poller.register(self._socket, select.POLLOUT)
+        poller.register(self._socket.fileno(), select.POLLOUT)
         return bool(poller.poll(timeout * 1000))
 
     @property
@@ -131,6 +162,7 @@ class Channel:
             ChannelClosed: the connection has ended and no complete frame is left.
         """
         closed = False
+        failure: OSError | None = None
         try:
             for _ in range(_MAX_READS):  # a limit, so that an endless stream does not fill the memory
                 data = self._socket.recv(_RECEIVE_BYTES)
@@ -140,11 +172,11 @@ class Channel:
                 self._incoming += data
         except BlockingIOError:
             pass
-        except OSError:
-            closed = True
+        except OSError as error:
+            closed, failure = True, error
         frames = self._take_frames(max_frames)
         if closed and not frames:
-            raise ChannelClosed("end of file")
+            raise ChannelClosed("end of file" if failure is None else str(failure)) from failure
         return frames
 
     def _take_frames(self, max_frames: int | None) -> list[bytes]:
@@ -153,7 +185,8 @@ class Channel:
         while len(self._incoming) - start >= _LENGTH.size and len(frames) != max_frames:
             (length,) = _LENGTH.unpack_from(self._incoming, start)
             if length > self.max_frame_bytes:
-                raise ChannelClosed(f"a frame of {length} bytes, at most {self.max_frame_bytes} are allowed")
+                too_long = f"a frame of {length} bytes, at most {self.max_frame_bytes} are allowed"
+                raise FrameTooLong(too_long, bytes(self._incoming[start : start + _LENGTH.size]))
             stop = start + _LENGTH.size + length
             if len(self._incoming) < stop:
                 break

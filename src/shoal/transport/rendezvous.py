@@ -5,9 +5,10 @@ room wait until it is complete, post messages to each other, and are informed wh
 store of keys and values, through which groups of ranks find each other.
 
 A process that joins proves that it knows the shared key (HMAC-SHA256 over a nonce of the other side; the key itself is
-never sent). It also sends its agreement: the versions, options and digests of the model that must be equal for all. The
-first member of a room sets its agreement; a process whose agreement differs is refused, and the answer names the
-difference.
+never sent). If the credentials name files for TLS, both sides first show a certificate of the cluster's CA, and
+everything is encrypted. A process also sends its agreement: the versions, options and digests of the model that must be
+equal for all. The first member of a room sets its agreement; a process whose agreement differs is refused, and the
+answer names the difference.
 
 A door is an entrance for processes that join one by one. They authenticate in the same way, but then the owner of the
 door takes over their connection.
@@ -20,6 +21,8 @@ import hmac
 import os
 import secrets
 import socket
+import ssl
+import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -31,14 +34,17 @@ from shoal.addresses import is_loopback, join_host_port
 from shoal.errors import AddressInUse, ConfigError
 from shoal.log import get_logger
 from shoal.process.forks import close_in_children
-from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.channel import Channel, ChannelClosed, FrameTooLong, Socket, wait
+from shoal.transport.tls import NotTls, TlsSocket, explain, server_socket, starts_tls
 from shoal.wire.base import WireError, encode
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 from shoal.wire.rendezvous import (
     Alive,
     Challenge,
     FromRendezvous,
     Hello,
     JoinRefused,
+    Knock,
     Leave,
     MemberGone,
     RoomComplete,
@@ -61,12 +67,17 @@ log = get_logger("rendezvous")
 REPORT_S = 10.0  # how often the members of an incomplete room are told who is missing
 HEARTBEAT_S = 3.0  # each side sends a message at least this often
 HEARTBEAT_TIMEOUT_S = 20.0  # a connection without a message for this long is closed
+_MAX_KNOCK_BYTES = 64
 _MAX_HELLO_BYTES = 1 << 20
 _MAX_FRAME_BYTES = 2**32 - 1
 _POLL_S = 0.5
 _FLUSH_S = 1.0
 _PAUSE_S = 0.5  # before the next connection is accepted, when file descriptors have run out
+_WARN_S = 10.0  # how often the log has the same line about a process that cannot join
+_MAX_WARNINGS = 100  # different lines that are remembered for that
 _SET_KEY = "set SHOAL_CLUSTER_KEY, or the content of SHOAL_CLUSTER_KEY_FILE, to the same secret on all hosts"
+_USE_TLS = "it uses TLS: give --cluster-tls here too, with certificates of the same CA"
+_NO_TLS = "it does not use TLS: give --cluster-tls to all hosts, or to none"
 _UNREACHABLE_S = 8  # the kernel ends a connection whose host does not answer for this long
 _KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 2),
@@ -116,10 +127,13 @@ class _Peer:
     """A connected process. `hello` is None until it has authenticated."""
 
     channel: Channel
+    socket: Socket  # of the channel
+    address: str
     nonce: bytes
     since: float
     last_received: float
     last_sent: float = 0.0
+    challenged: bool = False
     hello: Hello | None = None
     pending_get: StoreGet | None = None
     room: "_Room | None" = None
@@ -149,7 +163,7 @@ class Rendezvous:
         address: str = "127.0.0.1",
         port: int = 0,
         *,
-        key: str = "",
+        credentials: Credentials = NO_CREDENTIALS,
         ports: tuple[int, int] | None = None,
         doors: Mapping[str, Door] | None = None,
         reopen_rooms: bool = False,
@@ -161,6 +175,7 @@ class Rendezvous:
         Args:
             port: 0 for a free one.
             ports: the first and the last port to choose from, if `port` is 0; None: any.
+            credentials: what this process proves to those that join, and they to it.
             doors: by name. A Hello names a door in its field `room`.
             reopen_rooms: after a member has left a complete room, the next process that joins opens a new room of that
                 name. Otherwise it is refused.
@@ -170,8 +185,8 @@ class Rendezvous:
         Raises:
             ConfigError: this address or port cannot be used, or other hosts can reach it and there is no key.
         """
-        require_key(key, address)
-        self._key = key
+        self._credentials = credentials
+        require_key(self._credentials.key, address)
         self._peers: dict[int, _Peer] = {}  # by file descriptor
         self._rooms: dict[str, _Room] = {}  # the latest room of each name
         self._doors = dict(doors or {})
@@ -182,6 +197,7 @@ class Rendezvous:
         self._store: dict[str, bytes] = {}
         self._closing = threading.Event()
         self._accepts_again_at = 0.0
+        self._warned_at: dict[str, float] = {}  # line of the log -> when it was written
         try:
             if ports is not None and not port:
                 found = addresses.listen_within(address, range(ports[0], ports[1] + 1))
@@ -247,7 +263,7 @@ class Rendezvous:
 
     def _accept(self, listener: socket.socket) -> None:
         try:
-            sock, _ = listener.accept()
+            sock, there = listener.accept()
         except BlockingIOError:  # the connection has ended already
             return
         except OSError as error:
@@ -260,10 +276,18 @@ class Rendezvous:
             self._drop(min(unauthenticated, key=lambda peer: peer.since), "")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         enable_keepalive(sock)
+        connection: Socket = sock
+        if self._credentials.tls is not None:
+            try:
+                connection = server_socket(sock, self._credentials.tls)
+            except OSError as error:  # the connection has ended already, or the files were removed
+                self._warn(str(there[0]), f"TLS has failed: {error}")
+                sock.close()
+                return
         now = time.monotonic()
-        peer = _Peer(Channel(sock, _MAX_HELLO_BYTES), secrets.token_bytes(32), now, now)
+        channel = Channel(connection, _MAX_KNOCK_BYTES)
+        peer = _Peer(channel, connection, str(there[0]), secrets.token_bytes(32), now, now)
         self._peers[peer.channel.fileno()] = peer
-        self._send(peer, Challenge(peer.nonce))
 
     def _read(self, peer: _Peer) -> None:
         peer.last_received = time.monotonic()
@@ -272,7 +296,11 @@ class Rendezvous:
                 if self._peers.get(peer.channel.fileno()) is not peer:
                     return
                 self._answer(peer, to_rendezvous.decode(frame))
-        except ChannelClosed:
+            if not peer.challenged and isinstance(peer.socket, TlsSocket) and peer.socket.is_open:
+                self._challenge(peer)
+        except ChannelClosed as ended:
+            if peer.hello is None:
+                self._explain_end(peer, ended)
             self._drop(peer, "ended, or lost its connection")
         except WireError as error:
             self._drop(peer, f"sent a message that cannot be read: {error}")
@@ -282,8 +310,40 @@ class Rendezvous:
             self._send(peer, JoinRefused(f"the request failed: {error}"))
             self._drop(peer, f"was removed: {error}")
 
+    def _challenge(self, peer: _Peer) -> None:
+        peer.challenged = True
+        peer.channel.max_frame_bytes = _MAX_HELLO_BYTES
+        self._send(peer, Challenge(peer.nonce))
+
+    def _explain_end(self, peer: _Peer, ended: ChannelClosed) -> None:
+        """Log and answer why a process cannot join, if one of both sides uses TLS and the other does not understand."""
+        cause = ended.__cause__
+        if isinstance(cause, NotTls) and isinstance(peer.socket, TlsSocket):
+            self._warn(peer.address, _NO_TLS)
+            peer.socket.drop_unread()
+            peer.socket.send_plainly(_frame(JoinRefused(_USE_TLS)))
+        elif isinstance(cause, ssl.SSLError) and isinstance(peer.socket, TlsSocket):
+            self._warn(peer.address, explain(cause))
+            peer.socket.drop_unread()  # so that the other side reads the reason
+        elif isinstance(ended, FrameTooLong) and starts_tls(ended.start):
+            self._warn(peer.address, "it uses TLS, and this host does not: give --cluster-tls to all, or to none")
+            self._send(peer, JoinRefused("it does not use TLS"))  # the other side sees at least that it is no TLS
+
+    def _warn(self, who: str, why: str) -> None:
+        """Log that a process cannot join. The same line is not repeated often, since anybody may connect."""
+        line, now = f"a process at {who} cannot join at {self.address}: {why}", time.monotonic()
+        if now - self._warned_at.get(line, -_WARN_S) < _WARN_S:
+            return
+        if len(self._warned_at) >= _MAX_WARNINGS:
+            self._warned_at.clear()
+        self._warned_at[line] = now
+        log.warning("%s", line)
+
     def _answer(self, peer: _Peer, message: ToRendezvous) -> None:
         if peer.hello is None:
+            if isinstance(message, Knock) and not peer.challenged:
+                self._challenge(peer)
+                return
             if not isinstance(message, Signed):
                 self._drop(peer, "")
                 return
@@ -326,7 +386,7 @@ class Rendezvous:
                 self._send(peer, StoreValue(self._store[asked.keys[-1]] if there else None))
 
     def _welcome(self, peer: _Peer, signed: Signed) -> None:
-        if not hmac.compare_digest(signed.proof, proof(self._key, "member", peer.nonce, signed.hello)):
+        if not hmac.compare_digest(signed.proof, proof(self._credentials.key, "member", peer.nonce, signed.hello)):
             self._refuse(peer, JoinRefused(f"the shared key differs: {_SET_KEY}"))
             return
         hello = hello_decoder.decode(signed.hello)
@@ -337,7 +397,7 @@ class Rendezvous:
             return
         peer.hello = hello
         peer.channel.max_frame_bytes = _MAX_FRAME_BYTES
-        self._send(peer, Welcome(proof(self._key, "rendezvous", hello.nonce, signed.hello)))
+        self._send(peer, Welcome(proof(self._credentials.key, "rendezvous", hello.nonce, signed.hello)))
         if door is not None:
             del self._peers[peer.channel.fileno()]
             door.enter(hello, peer.channel)
@@ -436,6 +496,12 @@ class Rendezvous:
         peer.last_sent = time.monotonic()
         with contextlib.suppress(ChannelClosed):  # `_read` will notice it and drop the peer
             peer.channel.send(encode(message))
+
+
+def _frame(message: FromRendezvous) -> bytes:
+    """Return a message as a channel without TLS sends it."""
+    encoded = encode(message)
+    return struct.pack("<I", len(encoded)) + encoded
 
 
 class _Listener:

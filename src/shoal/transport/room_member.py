@@ -4,7 +4,9 @@ import contextlib
 import hmac
 import os
 import secrets
+import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,13 +26,16 @@ from shoal.transport.rendezvous import (
     require_key,
     this_process,
 )
+from shoal.transport.tls import NotTls, TlsSocket, client_socket, explain
 from shoal.wire.base import WireError, encode
+from shoal.wire.credentials import Credentials, TlsFiles
 from shoal.wire.rendezvous import (
     Alive,
     Challenge,
     FromRendezvous,
     Hello,
     JoinRefused,
+    Knock,
     Leave,
     MemberGone,
     RoomComplete,
@@ -46,6 +51,7 @@ log = get_logger("rendezvous")
 _RETRY_S = 0.2
 _REPORT_RETURNING_S = 60.0  # how often a process that returns logs what it waits for
 _ATTEMPT_S = 2.0
+_ENDED = (ssl.SSLEOFError, ssl.SSLZeroReturnError)  # the other side has closed the connection
 REFUSED_TIMEOUT_S = 15.0  # the wait for an unreachable member with the same rank to be removed
 
 
@@ -57,13 +63,17 @@ class _NoAnswer(Exception):
     """The other side accepted the connection but sends nothing."""
 
 
+class _FilesUnusable(Exception):
+    """The files for TLS cannot be used now. Somebody may be replacing them."""
+
+
 class _RefusedForNow(Exception):
     pass
 
 
 def connect(
     address: Address,
-    key: str,
+    credentials: Credentials,
     *,
     room: str = "",
     rank: int = 0,
@@ -75,6 +85,8 @@ def connect(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Channel:
     """Connect to a rendezvous, and return the connection after both sides have proved that they know the key.
+
+    If the credentials name files for TLS, both sides have also shown their certificates.
 
     The rendezvous may open later than this call, or may be so busy that it closes the connection: this is tried again.
 
@@ -89,7 +101,7 @@ def connect(
         EngineError: with `returning`, the rendezvous cannot be reached in time, or does not admit this process in time;
             or the attempts were cancelled.
     """
-    require_key(key, address.host)
+    require_key(credentials.key, address.host)
     host, pid = this_process()
     hello = Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}), report)
     begun = time.monotonic()
@@ -102,7 +114,8 @@ def connect(
             raise EngineError(f"gave up waiting for {address}")
         try:
             sock = addresses.connect(address, max(min(left, _ATTEMPT_S), 0.01))
-            return _authenticated(sock, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))
+            left = max(timeout - (time.monotonic() - begun), _ATTEMPT_S)
+            return _authenticated(sock, hello, address, credentials, left)
         except OSError as error:
             why = error.strerror or str(error)
             final = (
@@ -118,6 +131,9 @@ def connect(
             refused_since = None
             why = "it closes the connection"
             final = f"{address} closed every connection for {timeout:g} s: is another program there?"
+        except _FilesUnusable as error:
+            refused_since = None
+            why = final = f"the files of --cluster-tls can't be used: {error}"
         except _RefusedForNow as error:
             refused_since = time.monotonic() if refused_since is None else refused_since
             why = final = str(error)
@@ -131,22 +147,57 @@ def connect(
         time.sleep(_RETRY_S)
 
 
-def _authenticated(sock: socket.socket, hello: Hello, address: Address, key: str, timeout: float) -> Channel:
+def _authenticated(
+    sock: socket.socket, hello: Hello, address: Address, credentials: Credentials, timeout: float
+) -> Channel:
     """Return a channel on this socket after authentication. If that fails, the socket is closed."""
+    deadline = time.monotonic() + timeout
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     enable_keepalive(sock)
-    channel = Channel(sock)
+    if credentials.tls is None:
+        channel = Channel(sock)
+    else:
+        channel = Channel(_encrypted(sock, credentials.tls, address, deadline))
     try:
-        _authenticate(channel, hello, address, key, timeout)
+        _authenticate(channel, hello, address, credentials.key, deadline, encrypted=credentials.tls is not None)
     except BaseException:
         channel.close()
         raise
     return channel
 
 
-def _authenticate(channel: Channel, hello: Hello, address: Address, key: str, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+def _encrypted(sock: socket.socket, files: TlsFiles, address: Address, deadline: float) -> TlsSocket:
+    """Return the connection with TLS, after its handshake. If that fails, the socket is closed."""
+    try:
+        connection = client_socket(sock, files)
+    except OSError as error:
+        sock.close()
+        raise _FilesUnusable(str(error)) from None
+    try:
+        while not connection.shake_hands():
+            poller = select.poll()
+            poller.register(connection.fileno(), select.POLLIN)
+            if not poller.poll(max(deadline - time.monotonic(), 0) * 1000):
+                raise _NoAnswer
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, NotTls):
+            raise ConfigError(f"{address} does not use TLS: give --cluster-tls to all hosts, or to none") from None
+        if isinstance(error, ssl.SSLError) and not isinstance(error, _ENDED):
+            raise ConfigError(f"{address} can't be joined: {explain(error)}") from None
+        if isinstance(error, OSError):
+            raise _ConnectionEnded from None
+        raise
+    return connection
+
+
+def _authenticate(
+    channel: Channel, hello: Hello, address: Address, key: str, deadline: float, *, encrypted: bool
+) -> None:
     encoded = encode(hello)
+    if not encrypted:
+        with contextlib.suppress(ChannelClosed):  # `_receive` will notice it
+            channel.send(encode(Knock()))
     while True:
         for message in _receive(channel, deadline, address):
             match message:
@@ -169,7 +220,10 @@ def _receive(channel: Channel, deadline: float, address: Address) -> list[FromRe
         raise _NoAnswer
     try:
         return [from_rendezvous.decode(frame) for frame in channel.receive(1)]
-    except ChannelClosed:
+    except ChannelClosed as ended:
+        cause = ended.__cause__
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, _ENDED):  # it has checked our certificate last
+            raise ConfigError(f"{address} can't be joined: {explain(cause)}") from None
         raise _ConnectionEnded from None
     except WireError:
         raise ConfigError(f"{address} uses another protocol: is another program there?") from None
@@ -193,7 +247,7 @@ class RoomMember:
     def __init__(
         self,
         address: Address,
-        key: str,
+        credentials: Credentials,
         *,
         room: str,
         rank: int,
@@ -219,7 +273,7 @@ class RoomMember:
         try:
             self._channel = connect(
                 address,
-                key,
+                credentials,
                 room=room,
                 rank=rank,
                 size=size,

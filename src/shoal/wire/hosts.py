@@ -33,7 +33,7 @@ class HostReport(Wire, frozen=True):
 class HeadlessSetup(Wire, frozen=True):
     """The first message to a process with a replica for a front end elsewhere. The front end sends the plan."""
 
-    place: ReplicaPlace  # with the address of the front end's rendezvous, and the key
+    place: ReplicaPlace  # with the address of the front end's rendezvous, and the credentials
     report: HostReport
     agreement: dict[str, str]  # of this host (`launch.agreement`)
     start_s: float  # deadline for the first connection to the front end, in seconds

@@ -6,6 +6,7 @@ import msgspec
 
 from shoal.config.option_forms import SpeculativeConfig
 from shoal.wire.base import Ids, Wire, replace_fields
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
 
 Span = tuple[int, int]  # a range of numbers: the first, and the one after the last
 
@@ -30,7 +31,7 @@ class ReplicaPlace(Wire, frozen=True):
     local_rank: int = 0  # its number among the replicas on its host, which share the host's devices and memory
     local_size: int = 1  # replicas on its host; 0: the plan is for a front end without replicas of its own
     rendezvous: str = ""  # host:port of the rendezvous where replicas in lockstep, and their ranks, meet
-    key: str = ""  # the shared secret that the rendezvous asks for
+    credentials: Credentials = NO_CREDENTIALS  # those of this host, for the rendezvous; they stay on the host
     address: str = "127.0.0.1"  # the address of this host, as other hosts reach it
     ports: Span | None = None  # the first and the last port that may be opened for other hosts; None: any
     meeting: int = 0  # the number that the rendezvous gave to this meeting; each restart of the group is a new one
@@ -183,13 +184,18 @@ class EnginePlan(Wire, frozen=True):
         return {number: node for number, node in enumerate(self.nodes) if not node.here}
 
     def on_node(self, number: int) -> "EnginePlan":
-        """Return the plan for the ranks of a node, with the folders that the models have on its host."""
+        """Return the plan for the ranks of a node, with the folders that the models have on its host.
+
+        A plan for another host has no credentials: that host has its own.
+        """
         if not self.nodes:
             return self
-        files = self.nodes[number].files
+        node = self.nodes[number]
+        files = node.files
+        place = self.place if node.here else replace_fields(self.place, credentials=NO_CREDENTIALS)
         model = replace_fields(self.model, folder=files.folder, file_state=files.state)
         draft = self.draft and replace_fields(self.draft, folder=files.draft_folder, file_state=files.draft_state)
-        return replace_fields(self, model=model, draft=draft)
+        return replace_fields(self, place=place, model=model, draft=draft)
 
     @property
     def num_drafts(self) -> int:

@@ -7,6 +7,7 @@ through one queue, and every rank gets them in the same order.
 import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
+from shoal.wire.credentials import Credentials
 from shoal.wire.plan import EnginePlan, RankPlan
 
 
@@ -147,7 +148,7 @@ class StepResult(Wire, frozen=True):
 
 
 class RankSetup(Wire, frozen=True):
-    """The first message to a rank: the plan of its replica, and its own number in the plan.
+    """The first message of an engine to a rank: the plan of its replica, and its own number in the plan.
 
     A rank that gets another setup, with a larger incarnation, is a survivor: other ranks of its replica were replaced.
     It drops all messages before, forgets its sequences, keeps its weights, and connects to the others again.
@@ -221,6 +222,9 @@ class RankReport(Wire, frozen=True):
 
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
 
+# The process of a rank first gets the credentials of its host, from the process that has started it.
+ToRankProcess = Credentials | ToRank
+
 FromRank = StepResult | RankReply | Heartbeat | RankReport
 
 
@@ -274,7 +278,7 @@ class RankStats(Wire, frozen=True):
     loads: int = 0  # how many times the rank has read its weights
 
 
-to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+to_rank: msgspec.msgpack.Decoder[ToRankProcess] = msgspec.msgpack.Decoder(ToRankProcess)
 
 from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 

@@ -10,8 +10,15 @@ PEERS_DOOR = "peers"
 NODES_DOOR = "nodes"
 
 
+class Knock(Wire, frozen=True):
+    """The first message of a process that connects without TLS, so that a rendezvous with TLS sees it at once."""
+
+
 class Challenge(Wire, frozen=True):
-    """The first message of a rendezvous to a process that connects. The process signs its Hello with the nonce."""
+    """The first message of a rendezvous, after a Knock or after the handshake of TLS.
+
+    The process signs its Hello with the nonce.
+    """
 
     nonce: bytes
 
@@ -130,7 +137,7 @@ class StoreValue(Wire, frozen=True):
     value: bytes | None  # None: there is no such key
 
 
-ToRendezvous = Signed | RoomMessage | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete
+ToRendezvous = Knock | Signed | RoomMessage | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete
 
 FromRendezvous = (
     Challenge | Welcome | JoinRefused | RoomWaiting | RoomComplete | RoomMessage | MemberGone | Alive | StoreValue

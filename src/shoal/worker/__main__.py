@@ -20,7 +20,8 @@ from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
-from shoal.wire.ranks import Heartbeat, RankSetup, ToRank, to_rank
+from shoal.wire.credentials import Credentials
+from shoal.wire.ranks import Heartbeat, RankSetup, ToRankProcess, to_rank
 
 _HEARTBEAT_S = 0.5
 
@@ -36,7 +37,7 @@ def main(fd: int, parent: int, number: int, store: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     configure_logging(f"(rank {number}) ")
     channel = Channel.from_fd(fd)
-    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToRankProcess] = queue.SimpleQueue()
     status = _Status(number)
     threading.Thread(target=_listen, args=(channel, inbox, status), daemon=True, name="listen").start()
 
@@ -47,6 +48,9 @@ def main(fd: int, parent: int, number: int, store: int) -> None:
     status.groups = groups = ProcessGroups(store)
     status.rank = rank = Rank(groups)
     while not isinstance(message := inbox.get(), Stop):
+        if isinstance(message, Credentials):
+            groups.credentials = message
+            continue
         answer = rank.answer(message)
         if answer is not None:
             channel.send(encode(answer))
@@ -91,7 +95,7 @@ class _Status:
         return Heartbeat(self.number, self.rank.last_step, self.rank.doing, now - self._moved, self.rank.waits)
 
 
-def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
+def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRankProcess]", status: _Status) -> None:
     next_heartbeat = time.monotonic()
     try:
         while True:
@@ -109,11 +113,16 @@ def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Statu
         os._exit(1)
 
 
-def _drop_before(setup: RankSetup, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
-    """Drop all messages before a setup, and have the main thread end what it is doing for them."""
+def _drop_before(setup: RankSetup, inbox: "queue.SimpleQueue[ToRankProcess]", status: _Status) -> None:
+    """Drop all messages before a setup but the credentials, and have the main thread end what it is doing for them."""
+    kept: list[Credentials] = []
     with contextlib.suppress(queue.Empty):
         while True:
-            inbox.get_nowait()
+            message = inbox.get_nowait()
+            if isinstance(message, Credentials):
+                kept.append(message)
+    for message in kept:
+        inbox.put(message)
     if status.groups is not None:
         status.groups.abort_before(setup.incarnation)
 

@@ -24,6 +24,7 @@ from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import ShoalError
 from shoal.transport.channel import Channel, wait
 from shoal.transport.process import die_with_parent
+from shoal.wire.credentials import credentials_decoder
 from shoal.worker.rendezvous_store import RendezvousStore
 
 _QUESTION_S = 10.0
@@ -115,7 +116,8 @@ class Places:
     def _meet(self) -> Any:
         question = self._question
         if self._store is None and question["rendezvous"]:
-            self._store = RendezvousStore(question["rendezvous"], question["key"], timeout_s=question["timeout_s"])
+            credentials = credentials_decoder.decode(bytes.fromhex(question["credentials"]))
+            self._store = RendezvousStore(question["rendezvous"], credentials, timeout_s=question["timeout_s"])
             self._interface = self._store.host_address
         elif self._store is None:
             self._store = SharedFileStore(question["store"], timeout_s=question["timeout_s"])

@@ -13,6 +13,7 @@ from shoal.comm.base import Communicator
 from shoal.comm.shared_file_store import SharedFileStore
 from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import CommAborted
+from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.ranks import RankSetup
 from shoal.worker.rendezvous_store import RendezvousStore
 
@@ -30,6 +31,7 @@ class ProcessGroups:
     """
 
     def __init__(self, store: int) -> None:
+        self.credentials = NO_CREDENTIALS  # of this host; the owner sets them before ranks of other hosts are met
         self._own_store = store
         self._own: RendezvousStore | SharedFileStore | None = None
         self._shared: RendezvousStore | None = None
@@ -106,11 +108,11 @@ class ProcessGroups:
         if not set(ranks) <= set(replica):
             if self._shared is None:
                 place = setup.plan.place
-                self._shared = RendezvousStore(place.rendezvous, place.key, timeout_s=timeout)
+                self._shared = RendezvousStore(place.rendezvous, self.credentials, timeout_s=timeout)
             return self._shared
         if self._own is None:
             if setup.store:
-                self._own = RendezvousStore(setup.store, setup.plan.place.key, timeout_s=timeout)
+                self._own = RendezvousStore(setup.store, self.credentials, timeout_s=timeout)
             else:
                 self._own = SharedFileStore(self._own_store, timeout_s=timeout)
         return self._own

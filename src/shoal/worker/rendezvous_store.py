@@ -12,6 +12,7 @@ from shoal.errors import CommError, CommTimeout
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.room_member import connect
 from shoal.wire.base import encode
+from shoal.wire.credentials import Credentials
 from shoal.wire.rendezvous import (
     JoinRefused,
     StoreAdd,
@@ -30,16 +31,16 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
     It has one connection, on which one question is asked at a time.
     """
 
-    def __init__(self, address: str, key: str, *, timeout_s: float) -> None:
+    def __init__(self, address: str, credentials: Credentials, *, timeout_s: float) -> None:
         """Connect to the rendezvous at `address`, host:port.
 
         Raises:
-            ConfigError: it cannot be reached in time, or has another shared key.
+            ConfigError: it cannot be reached in time, or has another shared key or CA.
         """
         super().__init__()
         self._address = Address.parse(address)
         self._timeout_s = timeout_s
-        self._channel: Channel = connect(self._address, key, timeout=timeout_s)
+        self._channel: Channel = connect(self._address, credentials, timeout=timeout_s)
         self._lock = threading.Lock()
 
     @property

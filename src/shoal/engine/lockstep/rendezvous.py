@@ -29,7 +29,7 @@ class RendezvousLockstep:
         """
         self._member = RoomMember(
             Address.parse(place.rendezvous),
-            place.key,
+            place.credentials,
             room=f"{_ROOM} {place.meeting}",
             rank=place.rank,
             size=place.size,

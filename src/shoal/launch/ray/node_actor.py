@@ -7,6 +7,7 @@ from typing import Any
 
 from shoal.addresses import Address
 from shoal.errors import EngineError
+from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.headless import introduce_host
 from shoal.launch.node import Node
@@ -29,7 +30,7 @@ class NodeOrder:
     size: int  # how many nodes there are, and the leader
     ranks: int  # how many ranks its resources are for
     leader: str  # host:port where the leader awaits its nodes
-    key: str
+    key: str  # the shared key
     online: bool
 
 
@@ -52,10 +53,12 @@ class NodeActor:
         # Ray counts CPUs, and does not bind processes to them; of GPUs it shows this process those of its ranks.
         given = {**order.options, "num_devices": order.ranks}
         options, read = read_options(order.model, given, online=order.online)
-        report, agreement = introduce_host(options, read, Address.parse(order.leader).host)
+        leader = Address.parse(order.leader)
+        report, agreement = introduce_host(options, read, leader.host)
         if not report.address:  # SHOAL_HOST_IP is not set on this host
             report = replace_fields(report, address=str(load("ray.util:get_node_ip_address")()))
-        group = NodeGroup(order.size, order.number, 1, Address.parse(order.leader), order.key, leader_has_ranks=False)
+        credentials = credentials_of_host(options.tls, order.key)
+        group = NodeGroup(order.size, order.number, 1, leader, credentials, leader_has_ranks=False)
         with self._running:
             node = Node(group, options, report, agreement, self._stop)
             try:

@@ -11,6 +11,7 @@ from shoal.addresses import Address
 from shoal.config.engine_options import EngineOptions
 from shoal.config.engine_options import options as engine_options
 from shoal.errors import ConfigError, EngineError, ShoalError
+from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.open_model import OpenModel
 from shoal.launch.ray import cluster
@@ -59,14 +60,10 @@ class RayNodes:
         self._indices: list[dict[int, int]] = []  # for each replica: bundle of the given group -> number of ranks
         self._sizes = self._bundle_sizes()
         size = 1 + self._replicas * len(self._sizes)
-        self.group = NodeGroup(
-            size,
-            0,
-            self._replicas,
-            Address(named[1] if (named := env.host_ip()) else cluster.own_address(), 0),
-            env.cluster_key() or secrets.token_hex(_KEY_BYTES),
-            leader_has_ranks=False,
-        )
+        address = named[1] if (named := env.host_ip()) else cluster.own_address()
+        key = env.cluster_key() or secrets.token_hex(_KEY_BYTES)
+        credentials = credentials_of_host(options.tls, key)
+        self.group = NodeGroup(size, 0, self._replicas, Address(address, 0), credentials, leader_has_ranks=False)
         self._placed: dict[int, _Placed] = {}
 
     def _bundle_sizes(self) -> list[int]:
@@ -177,7 +174,7 @@ class RayNodes:
             size=self.group.size,
             ranks=len(ranks),
             leader=leader,
-            key=self.group.key,
+            key=self.group.credentials.key,
             online=self._model.online,
         )
         actor = (
