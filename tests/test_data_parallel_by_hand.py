@@ -23,17 +23,19 @@ from shoal.llm.data_parallel import DataParallelRank
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.credentials import Credentials
 from support import hosts
+from support.certificates import Cluster
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "offline_data_parallel.py"
 KEY = "a key of the test"
 
 
-@pytest.fixture
-def job() -> Iterator[list[DataParallelRank]]:
+@pytest.fixture(params=["plain", "tls"])
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[DataParallelRank]]:
     port = hosts.free_port()
+    folder = Cluster(tmp_path).folder() if request.param == "tls" else None
     places = [env.DataParallel(rank, 3, rank, 3, "127.0.0.1", port) for rank in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        ranks = list(pool.map(lambda place: DataParallelRank(place, key=KEY, timeout=60), places))
+        ranks = list(pool.map(lambda place: DataParallelRank(place, key=KEY, cluster_tls=folder, timeout=60), places))
         yield ranks
         for rank in reversed(ranks):
             rank.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import hosts
+from support.certificates import Cluster
 from support.checkpoints import Reference
 from support.host_programs import NUM_TOKENS, PORT, PROMPT, SMALL, WAIT_S, Program, ask, generation
 from support.ray_cluster import ENVIRONMENT, RayNode, ray_cluster
@@ -44,13 +45,13 @@ def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[li
 
 
 @pytest.mark.parametrize(
-    ("flags", "sizes"),
+    ("flags", "sizes", "encrypted"),
     [
-        (["-tp", "2", "-pp", "2"], "2 + 2"),  # Ray is chosen, because one host has two cores
-        (["-tp", "2", "--placement", "tp-across", "--distributed-executor-backend", "ray"], "1 + 1"),
-        (["-tp", "3", "--distributed-executor-backend", "ray"], "2 + 1"),
+        (["-tp", "2", "-pp", "2"], "2 + 2", False),  # Ray is chosen, because one host has two cores
+        (["-tp", "2", "--placement", "tp-across", "--distributed-executor-backend", "ray"], "1 + 1", False),
+        (["-tp", "3", "--distributed-executor-backend", "ray"], "2 + 1", True),
     ],
-    ids=["tp x pp", "tp across", "tp 3"],
+    ids=["tp x pp", "tp across", "tp 3, TLS"],
 )
 def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
     start: Start,
@@ -59,12 +60,17 @@ def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
     checkpoint: Callable[[str], Path],
     flags: list[str],
     sizes: str,
+    encrypted: bool,
+    tmp_path: Path,
 ) -> None:
     folder = checkpoint("llama")
+    if encrypted:
+        flags = [*flags, "--cluster-tls", str(Cluster(tmp_path).folder())]
     before = hosts.sent_bytes(two[0])
     tokens, program = generate(start, cluster[0], folder, *flags)
     assert tokens == Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
     assert f"2 bundles of {sizes} ranks" in program.text
+    assert ("connections between hosts use TLS" in program.text) == encrypted
     addresses = set(re.findall(r"has come from (\S+)", program.text))
     assert addresses == {host.address for host in two}
     assert hosts.sent_bytes(two[0]) > before
