@@ -75,6 +75,8 @@ def test_a_given_placement_group_is_filled_in_order() -> None:
 
 
 def test_what_the_own_process_uses_of_a_given_group_is_not_free() -> None:
-    own = own_share({"CPU_group_0_ab12": 1.0, "CPU_group_ab12": 1.0, "node:10.0.0.1": 0.1})
+    own = own_share(
+        {"CPU_group_0_ab12": 1.0, "CPU_group_ab12": 1.0, "bundle_group_0_ab12": 0.001, "node:10.0.0.1": 0.1}
+    )
     assert own == {0: {"CPU": 1.0}}
     assert ranks_of_bundles([{"CPU": 2.0}, {"CPU": 2.0}], {"CPU": 1.0}, 3, own) == {0: 1, 1: 2}

@@ -7,7 +7,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from support import hosts
 
@@ -19,15 +21,24 @@ SMALL = ["--kv-cache-memory-bytes", "16MiB", "--max-model-len", "128"]
 WAIT_S = 120.0
 
 
-class Program:
-    """A command of Shoal on one of the hosts, with everything that it prints."""
+SHOAL = (sys.executable, "-m", "shoal")
 
-    def __init__(self, host: hosts.Host, *arguments: str, environment: dict[str, str] | None = None) -> None:
+
+class Program:
+    """A command of Shoal, or another one, on one of the hosts, with everything that it prints."""
+
+    def __init__(
+        self,
+        host: hosts.Host,
+        *arguments: str,
+        command: Sequence[str] = SHOAL,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.host = host
         self.arguments = arguments
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the program
         self.process = subprocess.Popen(
-            [*host.inside, sys.executable, "-m", "shoal", *arguments],
+            [*host.inside, *command, *arguments],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "SHOAL_CLUSTER_KEY": KEY, **(environment or {})},
@@ -61,21 +72,26 @@ def generation(folder: Path) -> list[str]:
     return ["generate", str(folder), "--prompts-file", str(prompts), *parameters, *SMALL]
 
 
-def ask(host: hosts.Host, prompt: str, seed: int) -> list[str]:
-    """Return the texts of a stream of 48 sampled tokens."""
+def ask(host: hosts.Host, prompt: str, seed: int, *, port: int = PORT, **fields: Any) -> list[str]:
+    """Return the texts of a stream of 48 sampled tokens. `fields`: further fields of the request."""
     body = {"model": "bundled", "prompt": prompt, "max_tokens": 48, "seed": seed, "stream": True, "ignore_eos": True}
-    with host.connect(("127.0.0.1", PORT), 30) as connection:
+    answer = exchange(host, port, "POST", "/v1/completions", json.dumps({**body, **fields}))
+    lines = [line[6:] for line in answer.splitlines() if line.startswith("data: {")]
+    found = [json.loads(line) for line in lines]
+    assert all("choices" in each for each in found), found
+    assert "data: [DONE]" in answer, answer
+    return [each["choices"][0]["text"] for each in found if each["choices"]]
+
+
+def exchange(host: hosts.Host, port: int, method: str, path: str, body: str = "") -> str:
+    """Return the answer to a request to a server on this host, with its headers."""
+    with host.connect(("127.0.0.1", port), 30) as connection:
         connection.settimeout(WAIT_S)
-        payload = json.dumps(body)
         connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n{payload}".encode()
+            f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
         )
         answer = b""
         while part := connection.recv(1 << 16):
             answer += part
-    lines = [line[6:] for line in answer.decode().splitlines() if line.startswith("data: {")]
-    found = [json.loads(line) for line in lines]
-    assert all("choices" in each for each in found), found
-    assert "data: [DONE]" in answer.decode(), answer
-    return [each["choices"][0]["text"] for each in found if each["choices"]]
+    return answer.decode()

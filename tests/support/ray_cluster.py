@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,12 +20,28 @@ _START_S = 120.0
 class RayNode:
     """Ray on one host: `ray start`, and the processes that belong to it."""
 
-    def __init__(self, host: hosts.Host, *, head: hosts.Host | None = None, cpus: int) -> None:
-        """Start Ray. `head`: the host with the head node; None: this one."""
+    def __init__(
+        self,
+        host: hosts.Host,
+        *,
+        head: hosts.Host | None = None,
+        cpus: int,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] = ENVIRONMENT,
+    ) -> None:
+        """Start Ray.
+
+        Args:
+            head: the host with the head node; None: this one.
+            cpus: how many Ray counts, whatever the host has.
+            flags: further flags of `ray start`.
+        """
         self.host = host
         self._folder = tempfile.mkdtemp(prefix="ray")  # short, because Ray puts sockets into it
         self._cpus = cpus
         self._head = head
+        self._flags = flags
+        self._environment = environment
         self.start()
 
     @property
@@ -41,8 +57,8 @@ class RayNode:
         ray = str(Path(sys.executable).parent / "ray")
         command = [ray, "start", *role, f"--node-ip-address={self.host.address}", f"--num-cpus={self._cpus}"]
         subprocess.run(
-            [*self.host.inside, *command, f"--temp-dir={self._folder}", "--object-store-memory=80000000"],
-            env={**os.environ, **ENVIRONMENT},
+            [*self.host.inside, *command, f"--temp-dir={self._folder}", "--object-store-memory=80000000", *self._flags],
+            env={**os.environ, **self._environment},
             stdout=subprocess.DEVNULL,
             check=True,
             timeout=_START_S,

@@ -16,16 +16,16 @@ import uvloop
 from shoal.activity import ActivityState
 from shoal.errors import ClosedError, EngineError, ShoalError
 from shoal.launch.open_model import OpenModel
-from shoal.llm.async_llm import AsyncLLM
 from shoal.log import get_logger
 from shoal.process import garbage_collector
-from shoal.server.api.responses.response_store import ResponseStore
 from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
 from shoal.server.backend import Backend
 from shoal.server.http.listening import LAST_BYTES_S, Listening, make_server
+from shoal.server.operations.ray_export import export_to_ray
 from shoal.server.operations.request_metrics import RequestMetrics
 from shoal.server.settings import ServerSettings
+from shoal.server.start_llm import start_llm
 
 log = get_logger("serve")
 
@@ -121,8 +121,8 @@ async def _serve(
     signals = EndSignals(at_once=lambda: _leave_soon(1))
     signals.listen()
     metrics = RequestMetrics(model.served.max_model_len)
-    verbs = metrics.verbs | ResponseStore.of(settings).verbs
-    llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
+    llm = start_llm(model, settings, metrics)
+    exporting = asyncio.create_task(export_to_ray(llm, settings.name_of(model)))
     try:
         front: Front = (
             _OwnServer(llm, settings, listening, sockets)
@@ -131,6 +131,7 @@ async def _serve(
         )
         code = await serve_until_end(llm, front, signals, listening.url(sockets), shutdown_timeout)
     finally:
+        exporting.cancel()
         await _apart(llm.close)
     _leave_soon(code)
     return code

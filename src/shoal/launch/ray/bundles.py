@@ -11,6 +11,7 @@ from shoal.values import numbered
 Resources = Mapping[str, float]
 
 _GROUP = "_group_"
+_MARK = "bundle"  # a resource that Ray itself adds to each bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,9 @@ def own_share(assigned: Resources) -> dict[int, dict[str, float]]:
     """
     found: dict[int, dict[str, float]] = {}
     for name, amount in assigned.items():
-        kind, marker, rest = name.partition(_GROUP)
+        kind, marker, rest = name.rpartition(_GROUP)
         index = rest.partition("_")[0]
-        if marker and index.isdigit() and "_" in rest:
+        if marker and index.isdigit() and "_" in rest and kind != _MARK:
             found.setdefault(int(index), {})[kind] = amount
     return found
 

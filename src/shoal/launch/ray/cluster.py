@@ -82,23 +82,34 @@ def _check_reachable(address: str) -> None:
 
 def is_reachable(options: EngineOptions) -> bool:
     """Return whether a Ray cluster seems to be there for this process: connected, named, or started on this host."""
+    return is_connected() or bool(options.nodes.ray_address or env.ray_address()) or _LOCAL_CLUSTER.exists()
+
+
+def is_connected() -> bool:
+    """Return whether this process is connected to a Ray cluster. It loads nothing of Ray."""
     ray = sys.modules.get("ray")
-    connected = ray is not None and bool(getattr(ray, "is_initialized", lambda: False)())
-    return connected or bool(options.nodes.ray_address or env.ray_address()) or _LOCAL_CLUSTER.exists()
+    return ray is not None and bool(getattr(ray, "is_initialized", lambda: False)())
 
 
 def given_group() -> GivenGroup | None:
     """Return the placement group in which this process runs; None if it runs in none, or not in Ray."""
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
+    if not is_connected():
         return None
     group = load("ray.util:get_current_placement_group")()
     if group is None:
         return None
-    assigned: dict[str, float] = {}
+    return GivenGroup(group, tuple(group.bundle_specs), own_share(_own_resources()))
+
+
+def _own_resources() -> dict[str, float]:
+    """Return the resources that Ray counts for this process, by the names of its placement group.
+
+    The public `get_assigned_resources` does not tell from which bundles they are.
+    """
     with suppress(Exception):  # a driver has no resources
-        assigned = ray.get_runtime_context().get_assigned_resources()
-    return GivenGroup(group, tuple(group.bundle_specs), own_share(assigned))
+        ids = load("ray._private.worker:global_worker").core_worker.resource_ids()
+        return {name: sum(amount for _, amount in parts) for name, parts in ids.items()}
+    return {}
 
 
 def nodes() -> list[ClusterNode]:
