@@ -171,6 +171,7 @@ class FakeLinks:
         self.world_size = 2
         self.closed: list[bool] = []
         self.replaced: list[int] = []
+        self.hanging: list[int] = []
         self.sent: list[ToRank] = []
         self._answers = answers
         self._inbox: list[FromRank] = []
@@ -187,6 +188,9 @@ class FakeLinks:
 
     def replace(self, ranks: Sequence[int]) -> None:
         self.replaced += ranks
+
+    def stuck(self, seconds: float) -> list[int]:
+        return self.hanging
 
     def describe(self, rank: int) -> str:
         return f"process 100{rank}"
@@ -464,6 +468,22 @@ def test_a_rank_that_raises_is_not_replaced_even_if_another_has_died(plan: StepP
         found.poll(1)
     assert not isinstance(caught.value, RanksDied)
     assert links.closed == [True]
+
+
+def test_a_rank_that_hangs_counts_as_dead(scripted: tuple[ScriptedLinks, RankExecutor], plan: StepPlan) -> None:
+    """Only once a step takes far longer than steps like it, and not a rank that waits for another."""
+    links, found = scripted
+    found.launch(plan)
+    links.script = [[StepResult(0, 7, (), StepTimes(1, 1))]]
+    assert len(found.poll(1.0)) == 1  # it took half a second: ten times as much is allowed
+    found.launch(plan)
+    links.hanging = [1]
+    assert found.poll(4.0) == []
+    with pytest.raises(RanksDied) as caught:
+        found.poll(4.0)
+    says = "rank 1 (process 1001) does nothing in step 7 (steps like it took 0.50 s at most); rank 0 waits for that"
+    assert (str(caught.value), caught.value.ranks) == (says, (1,))
+    assert links.closed == []
 
 
 def test_a_rank_that_dies_while_all_start_or_where_none_may_be_replaced_ends_the_executor() -> None:

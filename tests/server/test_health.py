@@ -15,7 +15,7 @@ from shoal.wire.base import replace_fields
 from shoal.wire.fleet import FleetStatus
 from support.asgi import get
 from support.fake_backend import FakeBackend
-from support.fleet_status import fleet, replica
+from support.fleet_status import engine, fleet, replica
 
 T = TypeVar("T")
 
@@ -87,6 +87,15 @@ def test_an_unhealthy_fleet_gives_the_cause(path: str, engine: FakeBackend, why:
     assert code == 503
     assert why in body["error"]["message"]
     assert body["error"]["type"] == "server_error"
+
+
+def test_ranks_that_are_being_replaced_make_a_fleet_unhealthy_if_no_other_replica_computes() -> None:
+    computing = replica(0, stats=engine())
+    trouble = "rank 1 (process 17) does nothing in step 9; rank 0 waits for that; it is replaced"
+    replacing = replica(1, stats=replace_fields(engine(), trouble=trouble))
+    assert ask(backend(fleet(computing, replacing)), "/health")[0] == 200
+    code, body = ask(backend(fleet(replacing)), "/health")
+    assert (code, body["error"]["message"]) == (503, f"replica 1: {trouble}")
 
 
 def test_a_replica_that_can_never_start_is_named() -> None:

@@ -59,7 +59,9 @@ def add_past_counters(past: EngineStats, now: EngineStats) -> EngineStats:
 def keep_counters(stats: EngineStats) -> EngineStats:
     """Return the stats of a replica that has ended: its counters, without requests, blocks and ranks."""
     busy = _sum_elements([stats.busy_before, tuple(rank.busy_us for rank in stats.ranks)])
-    return replace_fields(stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy)
+    return replace_fields(
+        stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy, trouble=""
+    )
 
 
 def _sum_elements(counts: Sequence[Ids]) -> Ids:

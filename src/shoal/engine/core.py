@@ -7,15 +7,16 @@ from typing import NoReturn
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
+from shoal.engine.engine_stats import RankCounts, StepCounts, describe_engine
 from shoal.engine.rank_deaths import RankDeaths
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.scheduler import Scheduler
 from shoal.engine.scheduler.waiting_queue import PriorityPolicy
 from shoal.engine.speculation import Drafter
-from shoal.engine.step_counts import RankCounts, StepCounts
 from shoal.errors import CheckpointError, ClosedError, EngineError, RankFailed, RanksDied
 from shoal.log import get_logger
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
+from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
 from shoal.wire.ranks import StepMask, StepPlan, StepResult, decode_rank_stats
 
@@ -99,6 +100,7 @@ class EngineCore:
         self._counts = StepCounts()
         self._deaths = RankDeaths(clock)
         self._ranks = RankCounts()
+        self._trouble = ""  # why ranks were replaced the last time
 
     def add(self, request: EngineRequest) -> None:
         self._check_open()
@@ -241,7 +243,8 @@ class EngineCore:
         if why_not := self._deaths.note_death(self._scheduler.in_flight):
             self._fail(RankFailed(f"{error}; {why_not}"), error)
         them = "they are" if len(error.ranks) > 1 else "it is"
-        log.warning("%s; %s replaced, the other ranks keep their weights", error, them)
+        self._trouble = f"{error}; {them} replaced, the other ranks keep their weights"
+        log.warning("%s", self._trouble)
         self._incarnation += 1
         self._scheduler.start_anew(self._incarnation)
         try:
@@ -347,34 +350,13 @@ class EngineCore:
 
     def snapshot(self) -> EngineStats:
         """Return statistics of the engine, with those that the ranks gave last. Sends nothing to the ranks."""
-        counters = self._scheduler.counters
-        return EngineStats(
-            waiting=self._scheduler.num_waiting,
-            running=self._scheduler.num_running,
-            num_blocks=self._pool.num_blocks,
-            free_blocks=self._pool.num_free,
-            block_size=self._pool.block_size,
+        return replace_fields(
+            describe_engine(self._scheduler, self._pool, self._counts, self._ranks),
             max_model_len=self._limits.max_model_len,
-            steps=self._counts.steps,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            preemptions=counters.preemptions,
-            draft_tokens=counters.draft_tokens,
-            accepted_tokens=counters.accepted_tokens,
             schedule_us=self._schedule_ns // 1000,
-            step_total_us=self._counts.total_us,
-            step_forward_us=self._counts.forward_us,
             start_s=tuple(self._executor.start_times.items()),
-            ranks=self._ranks.latest,
-            busy_before=self._ranks.busy_before,
-            iteration_tokens=tuple(self._counts.iteration_tokens),
-            step_tokens=self._counts.tokens,
-            drafts=counters.drafts,
-            accepted_by_position=tuple(counters.accepted_by_position),
             activity=self._activity,
-            rank_replacements=self._ranks.replacements,
+            trouble=self._trouble if self._executor.reforming else "",
         )
 
     def close(self) -> None:

@@ -6,11 +6,13 @@ Executors differ only in how they start ranks and exchange messages with them, w
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, TypeVar
 
 from shoal.activity import KV_CACHE, WEIGHTS
 from shoal.errors import ClosedError, RankFailed, RanksDied, UserError
 from shoal.executors.descriptions import describe_compute, describe_load
+from shoal.executors.links import Links
+from shoal.executors.step_durations import StepDurations
 from shoal.log import get_logger
 from shoal.wire.base import replace_fields
 from shoal.wire.ranks import (
@@ -22,7 +24,6 @@ from shoal.wire.ranks import (
     StepMask,
     StepPlan,
     StepResult,
-    ToRank,
     decode_capacity,
     decode_load_info,
 )
@@ -36,37 +37,6 @@ _CAUSE_S = 2.0  # how long to wait for another report, if a rank has only lost c
 T = TypeVar("T")
 # An exchange with the ranks that waits for messages: it yields the most seconds to wait, and is continued after that.
 Exchange = Generator[float, None, T]
-
-
-class Links(Protocol):
-    """The connections to the ranks of a replica, which start and end them too."""
-
-    world_size: int  # number of ranks
-
-    def send(self, message: ToRank, rank: int | None = None) -> None:
-        """Send a message to one rank, or to all. Never blocks, and keeps the order of messages."""
-
-    def receive(self, timeout: float) -> list[FromRank]:
-        """Return the messages that have arrived, after waiting up to `timeout` seconds for the first.
-
-        Raises:
-            RanksDied: ranks have died or stand still, and `replace` can start them again. Each later call raises it
-                too, until then.
-            RankFailed: a rank has died or does not answer, and cannot be replaced.
-        """
-
-    def replace(self, ranks: Sequence[int]) -> None:
-        """Start new processes for ranks that have died, which await their setup. What is left of the old ones is ended.
-
-        Raises:
-            RankFailed: a process cannot be started.
-        """
-
-    def describe(self, rank: int) -> str:
-        """Return a description of a rank for error messages: its process or thread, and what it was doing last."""
-
-    def close(self, *, failed: bool) -> None:
-        """End the ranks, immediately if one has failed. Idempotent, never raises."""
 
 
 class RankExecutor:
@@ -104,7 +74,8 @@ class RankExecutor:
         self._start_timeout = start_timeout
         self._step_timeout = step_timeout
         self._replaces_ranks = False  # not while it starts: there is nothing to keep yet
-        self._launched: deque[int] = deque()  # steps that are not answered yet
+        self._launched: deque[tuple[int, int]] = deque()  # steps that are not answered yet, with their tokens
+        self._durations = StepDurations()
         self._waiting_since = 0.0  # when the wait for the first of them began
         self._results: list[StepResult] = []
         self._replies: dict[int, bytes] = {}
@@ -212,7 +183,7 @@ class RankExecutor:
         self._check_open()
         if not self._launched:
             self._waiting_since = time.monotonic()
-        self._launched.append(plan.step)
+        self._launched.append((plan.step, sum(work.count for work in plan.work)))
         self._links.send(plan)
 
     def mask(self, mask: StepMask) -> None:
@@ -289,8 +260,9 @@ class RankExecutor:
         for message in messages:
             match message:
                 case StepResult() if message.incarnation == self._incarnation:
-                    self._launched.popleft()
-                    self._waiting_since = time.monotonic()
+                    _, tokens = self._launched.popleft()
+                    self._durations.note(tokens, self._watched - self._waiting_since)
+                    self._waiting_since = self._watched
                     self._results.append(message)
                 case RankReply() if message.id == self._call_id:
                     self._replies[message.rank] = message.payload
@@ -299,11 +271,15 @@ class RankExecutor:
         try:
             return self._links.receive(timeout)
         except RankFailed as error:
-            if isinstance(error, RanksDied) and self._replaces_ranks:
-                self._dead, self._reform = error, None
-                raise
-            self.fail(str(error))
-            raise RankFailed(str(error)) from None
+            self._handle_death(error)
+
+    def _handle_death(self, error: RankFailed) -> NoReturn:
+        """Raise the error, as `RanksDied` only if the ranks may be replaced. Else this executor has failed."""
+        if isinstance(error, RanksDied) and self._replaces_ranks:
+            self._dead, self._reform = error, None
+            raise error
+        self.fail(str(error))
+        raise RankFailed(str(error)) from None
 
     def _reports_in(self, messages: Sequence[FromRank]) -> list[RankReport]:
         """Return the reports of ranks, without those that belong to ranks or groups that were replaced since."""
@@ -324,12 +300,27 @@ class RankExecutor:
         self._raise_failure(f"rank {report.rank} ({self._links.describe(report.rank)}): {report.error}")
 
     def _check_step_deadline(self) -> None:
-        if self._launched and time.monotonic() - self._waiting_since > self._step_timeout:
+        if not self._launched:
+            return
+        (step, tokens), waited = self._launched[0], time.monotonic() - self._waiting_since
+        limit = self._durations.limit(tokens)
+        if waited > limit and (stuck := self._links.stuck(limit)):
+            self._raise_hang(step, tokens, stuck)
+        if waited > self._step_timeout:
             ranks = list(range(self._links.world_size))
             self._raise_failure(
-                f"step {self._launched[0]} did not finish within {self._step_timeout:g} s (--step-timeout): "
-                f"{self._describe(ranks)}"
+                f"step {step} did not finish within {self._step_timeout:g} s (--step-timeout): {self._describe(ranks)}"
             )
+
+    def _raise_hang(self, step: int, tokens: int, ranks: Sequence[int]) -> NoReturn:
+        """Raise the error of ranks that hang in a step. It is the same as if they had died."""
+        longest = self._durations.longest(tokens)
+        usual = "" if longest is None else f" (steps like it took {longest:.2f} s at most)"
+        others = [rank for rank in range(self._links.world_size) if rank not in ranks]
+        wait = "wait" if len(others) > 1 else "waits"
+        waiting = f"; {_names(others)} {wait} for that" if others else ""
+        hang = f"{self._describe(ranks)} does nothing in step {step}{usual}{waiting}"
+        self._handle_death(RanksDied(hang, ranks))
 
     def _describe(self, ranks: Sequence[int]) -> str:
         return "; ".join(f"rank {rank} ({self._links.describe(rank)})" for rank in ranks)
@@ -346,3 +337,7 @@ class RankExecutor:
     def _raise_failure(self, message: str) -> NoReturn:
         self.fail(message)
         raise RankFailed(message)
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -40,6 +40,7 @@ class ProcessLinks:
         self._store = os.memfd_create("shoal-store") if listener is None else NO_STORE
         self._listener = listener
         self._closed = False
+        self._finds_hangs = all(setup.rank_plan.device == "cpu" for setup in setups)
         self._last_result = -1
         now = time.monotonic()
         self._watched = now
@@ -119,6 +120,17 @@ class ProcessLinks:
             if quiet > _LOST_S or (quiet > _QUIET_S and part.suspended(rank)):
                 why = "is stopped (SIGSTOP or a debugger)" if part.suspended(rank) else "does not answer"
                 found[rank] = f"{why}; its last message was {quiet:.1f} s ago"
+        return found
+
+    def stuck(self, seconds: float) -> list[int]:
+        """Return the ranks that hang, by what they have told. On a GPU they wait for others without being seen to."""
+        now, found = time.monotonic(), []
+        for rank, heartbeat in enumerate(self._heartbeats):
+            quiet = now - self._heard[rank]
+            still = heartbeat.still_s + quiet
+            told = heartbeat.still_s > 0 and not heartbeat.waits and still > seconds
+            if self._finds_hangs and (told or quiet > max(seconds, _QUIET_S)):
+                found.append(rank)
         return found
 
     def replace(self, ranks: Sequence[int]) -> None:

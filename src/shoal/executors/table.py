@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.executors.base import Links
+from shoal.executors.links import Links
 from shoal.executors.node_ranks import NodeListener
 from shoal.lazy import load
 from shoal.wire.ranks import RankSetup

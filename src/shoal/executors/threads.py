@@ -67,6 +67,9 @@ class ThreadLinks:
     def replace(self, ranks: Sequence[int]) -> None:
         raise RankFailed("a rank that is a thread can't be replaced")
 
+    def stuck(self, seconds: float) -> list[int]:
+        return []  # a rank in this process cannot be ended alone
+
     def describe(self, rank: int) -> str:
         return f"thread {self._threads[rank].name}, after step {self._ranks[rank].last_step}, {self._ranks[rank].doing}"
 

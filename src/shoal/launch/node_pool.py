@@ -160,9 +160,9 @@ class NodePool:
                 node.channel.close()
                 del self._nodes[number]
         missing = [number for number in wanted if number not in self._nodes]
-        return [number for number in missing if not self._replace(number)]
+        return [number for number in missing if not self._take_spare_for(number)]
 
-    def _replace(self, number: int) -> bool:
+    def _take_spare_for(self, number: int) -> bool:
         """Put a spare node in the place of one that was here and is gone. Return whether there is a spare node."""
         first_spare = self._group.size
         spare = next((n for n in range(first_spare, first_spare + self._group.spares) if n in self._nodes), None)

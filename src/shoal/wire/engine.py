@@ -176,7 +176,8 @@ class EngineStats(Wire, frozen=True):
     busy_before: Ids = ()  # by rank: microseconds of work before the last restart of this replica, or of this rank
     accepted_by_position: Ids = ()  # element i: how many drafts in position i of their sequence's drafts were accepted
     activity: Activity = Activity()
-    rank_replacements: int = 0  # ranks that were replaced alone, after their processes had died
+    rank_replacements: int = 0  # ranks that were replaced alone, after their processes had died or hung
+    trouble: str = ""  # why the engine computes nothing at present, although it has not failed: ranks are replaced
 
 
 class Snapshot(Wire, frozen=True):

@@ -204,6 +204,8 @@ class Heartbeat(Wire, frozen=True):
     rank: int
     step: int  # the last step that it has finished
     doing: str  # what it is doing now, for error messages
+    still_s: float = 0.0  # seconds since it has begun or ended an operation; 0: it has no work
+    waits: bool = False  # True: it is in an operation with other ranks, and may wait for one of them
 
 
 class RankReport(Wire, frozen=True):

@@ -61,6 +61,12 @@ class _Describable(Protocol):
     @property
     def doing(self) -> str: ...
 
+    @property
+    def position(self) -> tuple[object, ...]: ...
+
+    @property
+    def waits(self) -> bool: ...
+
 
 class _Abortable(Protocol):
     def abort_before(self, incarnation: int) -> None: ...
@@ -73,11 +79,16 @@ class _Status:
         self.number = number
         self.rank: _Describable | None = None  # None: it is still loading torch
         self.groups: _Abortable | None = None
+        self._position: tuple[object, ...] = ()
+        self._moved = 0.0  # when the position was seen first
 
     def heartbeat(self) -> Heartbeat:
         if self.rank is None:
             return Heartbeat(self.number, -1, "loading torch")
-        return Heartbeat(self.number, self.rank.last_step, self.rank.doing)
+        position, now = self.rank.position, time.monotonic()
+        if position != self._position or not position:
+            self._position, self._moved = position, now
+        return Heartbeat(self.number, self.rank.last_step, self.rank.doing, now - self._moved, self.rank.waits)
 
 
 def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:

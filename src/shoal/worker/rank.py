@@ -31,6 +31,16 @@ class Rank:
         """The current activity of the rank, for error messages."""
         return self._worker.doing if self._worker else "starting"
 
+    @property
+    def position(self) -> tuple[object, ...]:
+        """Something that changes with everything that the rank does; (): it has nothing to do."""
+        return self._worker.position if self._worker else ()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rank is in an operation with other ranks."""
+        return self._worker is not None and self._worker.waits
+
     def answer(self, message: RankSetup | StepPlan | StepMask | RankCall) -> FromRank | None:
         """Handle a message, and return the answer to it, if there is one. Never raises."""
         if isinstance(message, RankSetup):

@@ -18,23 +18,20 @@ from shoal.wire.base import WIRE_VERSION, encode
 from shoal.wire.ranks import (
     Capacity,
     LoadInfo,
-    NewSeq,
     RankCall,
     RankReply,
     RankSetup,
     RankStats,
-    Sampling,
-    SamplingPenalties,
     StepMask,
     StepPlan,
     StepResult,
     Traffic,
-    Work,
 )
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.free_memory import release_memory
 from shoal.worker.kv_cache import KVMemory
+from shoal.worker.made_up_steps import made_up_steps
 from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.rank_model import RankModel
 from shoal.worker.runner import Runner
@@ -57,6 +54,7 @@ class Worker:
         self.setup = setup
         self.last_step = -1
         self._handling = False
+        self._num_handled = 0  # messages so far
         self._anonymous_at_import = cpu.anonymous_memory()
         torch.get_num_threads()  # without this first call, a new thread may get the number that another thread has set
         torch.set_num_threads(len(setup.rank_plan.cores))
@@ -129,6 +127,21 @@ class Worker:
         busy = [axis for axis in self.mesh.axes if axis.comm.progress.operation] or self.mesh.axes[:1]
         return ", ".join(f"{axis.name} {axis.comm.progress}" for axis in busy) or "computing"
 
+    @property
+    def position(self) -> tuple[object, ...]:
+        """Something that changes with everything that the rank does; (): it has nothing to do. For any thread."""
+        if not self._handling:
+            return ()
+        return (
+            self._num_handled,
+            *((axis.comm.progress.count, axis.comm.progress.operation) for axis in self.mesh.axes),
+        )
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rank is in an operation with other ranks. For any thread."""
+        return self._handling and any(axis.comm.progress.operation for axis in self.mesh.axes)
+
     def abort(self) -> None:
         """End a wait for other ranks. Any thread may call it; it never raises."""
         for axis in self.mesh.axes:
@@ -146,6 +159,7 @@ class Worker:
         Step plans are answered only by the first rank of the last stage, because all results there are the same. The
         answer to a masked plan comes with its mask.
         """
+        self._num_handled += 1
         self._handling = True
         answer = self._answer(message)
         self._handling = False  # not reached after an error, so that `doing` says where the rank stopped
@@ -315,30 +329,10 @@ class Worker:
         self._run_made_up([1] * min(setup.plan.max_num_seqs, setup.plan.max_num_batched_tokens // (1 + drafts)), drafts)
 
     def _run_made_up(self, lengths: Sequence[int], num_drafts: int = 0, *, decode: bool = False) -> None:
-        """Run made-up sequences in the first KV blocks, and forget them. Their keys and values are overwritten later.
-
-        Args:
-            lengths: the number of prompt tokens of each sequence.
-            num_drafts: the number of drafts after each prompt.
-            decode: also run a step in which each sequence computes its first drawn token.
-        """
+        """Run made-up sequences, and forget them. The arguments are those of `made_up_steps`."""
         if self._runner is None:
             return
-        size = self.setup.plan.block_size
-        sampling = Sampling(seed=0, temperature=1.0, top_p=0.9, penalties=SamplingPenalties(1.0), logprobs=1)
-        new, work, first = [], [], 0
-        for i, length in enumerate(lengths):
-            count = -(-(length + num_drafts + decode) // size)
-            seq, blocks = -1 - i, tuple(range(first, first + count))
-            first += count
-            new.append(NewSeq(seq, 0, bytes(4 * length), length, (), sampling))
-            work.append(Work(seq, 0, length + num_drafts, True, blocks, (0,) * num_drafts))
-        plans = [StepPlan(0, -1, tuple(work), new=tuple(new))]
-        if decode:
-            again = tuple(Work(each.seq, each.count, 1, True) for each in work)
-            plans.append(StepPlan(0, -1, again))
-        plans.append(StepPlan(0, -1, (), released=tuple(each.seq for each in work)))
-        for plan in plans:
+        for plan in made_up_steps(lengths, self.setup.plan.block_size, num_drafts, decode=decode):
             self._runner.execute(plan)
         self._runner.settle()
 

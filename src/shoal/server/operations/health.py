@@ -33,6 +33,8 @@ def routes(llm: Backend, *, answer_s: float = 5.0) -> APIRouter:
             raise _unavailable(_why_not_accepting(status))
         if not any(replica.state == "ready" for replica in status.replicas):
             raise _unavailable(f"no replica is ready: {_states(status, local_only=False)}")
+        if why := _why_none_computes(status):
+            raise _unavailable(why)
         # A paused or sleeping server is healthy: it must not be restarted for that.
         return _answer({"status": "ok" if status.activity == ActivityState.AWAKE else status.activity})
 
@@ -68,6 +70,16 @@ async def _answered(question: Awaitable[T], answer_s: float) -> T:
 
 def _why_not_accepting(status: FleetStatus) -> str:
     return status.failure or "the server is shutting down and takes no new requests"
+
+
+def _why_none_computes(status: FleetStatus) -> str:
+    """Return why no replica that is ready computes at present, because ranks are replaced; "" if one does."""
+    troubles = [
+        f"replica {replica.number}: {replica.stats.trouble}" if replica.stats and replica.stats.trouble else ""
+        for replica in status.replicas
+        if replica.state == "ready"
+    ]
+    return "; ".join(troubles[:_MOST_NAMED]) if all(troubles) else ""
 
 
 def _why_not_awake(status: FleetStatus) -> str:

@@ -1,8 +1,11 @@
-"""Counts of the steps and the ranks of an engine, for its stats."""
+"""Counts of the steps and the ranks of an engine, and its stats."""
 
 from collections.abc import Collection, Sequence
 
+from shoal.engine.blocks import BlockPool
+from shoal.engine.scheduler.scheduler import Scheduler
 from shoal.wire.base import Ids, replace_fields
+from shoal.wire.engine import EngineStats
 from shoal.wire.ranks import RankStats, StepPlan, StepResult
 
 _NUM_TOKEN_BUCKETS = 24  # buckets of the histogram of tokens per step; the upper bounds are 1, 2, 4, ...
@@ -53,3 +56,34 @@ class RankCounts:
     def busy_before(self) -> Ids:
         """By rank: microseconds of work of its processes before the present one."""
         return tuple(self._busy_before.get(rank, 0) for rank in range(max(self._busy_before, default=-1) + 1))
+
+
+def describe_engine(scheduler: Scheduler, pool: BlockPool, steps: StepCounts, ranks: RankCounts) -> EngineStats:
+    """Return the stats of an engine, as far as these parts know them. The rest is 0 or empty."""
+    counters = scheduler.counters
+    return EngineStats(
+        waiting=scheduler.num_waiting,
+        running=scheduler.num_running,
+        num_blocks=pool.num_blocks,
+        free_blocks=pool.num_free,
+        block_size=pool.block_size,
+        max_model_len=0,
+        steps=steps.steps,
+        prompt_tokens=counters.prompt_tokens,
+        generated_tokens=counters.generated_tokens,
+        prefix_queries=counters.prefix_queries,
+        prefix_hits=counters.prefix_hits,
+        preemptions=counters.preemptions,
+        draft_tokens=counters.draft_tokens,
+        accepted_tokens=counters.accepted_tokens,
+        schedule_us=0,
+        step_total_us=steps.total_us,
+        step_forward_us=steps.forward_us,
+        ranks=ranks.latest,
+        busy_before=ranks.busy_before,
+        iteration_tokens=tuple(steps.iteration_tokens),
+        step_tokens=steps.tokens,
+        drafts=counters.drafts,
+        accepted_by_position=tuple(counters.accepted_by_position),
+        rank_replacements=ranks.replacements,
+    )

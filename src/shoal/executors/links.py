@@ -1,0 +1,40 @@
+"""The seam between the common part of executors and the ways in which ranks are started and reached."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from shoal.wire.ranks import FromRank, ToRank
+
+
+class Links(Protocol):
+    """The connections to the ranks of a replica, which start and end them too."""
+
+    world_size: int  # number of ranks
+
+    def send(self, message: ToRank, rank: int | None = None) -> None:
+        """Send a message to one rank, or to all. Never blocks, and keeps the order of messages."""
+
+    def receive(self, timeout: float) -> list[FromRank]:
+        """Return the messages that have arrived, after waiting up to `timeout` seconds for the first.
+
+        Raises:
+            RanksDied: ranks have died or stand still, and `replace` can start them again. Each later call raises it
+                too, until then.
+            RankFailed: a rank has died or does not answer, and cannot be replaced.
+        """
+
+    def replace(self, ranks: Sequence[int]) -> None:
+        """Start new processes for ranks that have died, which await their setup. What is left of the old ones is ended.
+
+        Raises:
+            RankFailed: a process cannot be started.
+        """
+
+    def stuck(self, seconds: float) -> list[int]:
+        """Return the ranks that have had work and done nothing for so many seconds, though they wait for no other."""
+
+    def describe(self, rank: int) -> str:
+        """Return a description of a rank for error messages: its process or thread, and what it was doing last."""
+
+    def close(self, *, failed: bool) -> None:
+        """End the ranks, immediately if one has failed. Idempotent, never raises."""
