@@ -58,12 +58,15 @@ class LocalRanks:
         self._children: dict[int, ChildProcess] = {}
 
     def start(self) -> None:
-        for rank, order in self._orders.items():
-            self._children[rank] = start_rank(order, self._credentials, self._store)
+        for rank in self._orders:
+            self._start(rank)
 
     def replace(self, rank: int) -> None:
         self._children[rank].kill()
         self.ended.pop(rank, None)
+        self._start(rank)
+
+    def _start(self, rank: int) -> None:
         self._children[rank] = start_rank(self._orders[rank], self._credentials, self._store)
 
     @property

@@ -39,7 +39,8 @@ class FollowedEngine:
         """Connect to the process that leads, and wait until its engine is ready.
 
         Args:
-            address, credentials: of the rendezvous of that process, and for it.
+            address: of the rendezvous of that process.
+            credentials: of this host.
             rank, size: the number of this process, and of all.
             agreement: what all of them must have in common.
             timeout: how long to try to connect, in seconds.

@@ -20,8 +20,8 @@ from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
-from shoal.wire.credentials import Credentials
-from shoal.wire.ranks import Heartbeat, RankSetup, ToRankProcess, to_rank
+from shoal.wire.credentials import NO_CREDENTIALS, Credentials
+from shoal.wire.ranks import Heartbeat, RankSetup, ToRank, to_rank
 
 _HEARTBEAT_S = 0.5
 
@@ -37,7 +37,7 @@ def main(fd: int, parent: int, number: int, store: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     configure_logging(f"(rank {number}) ")
     channel = Channel.from_fd(fd)
-    inbox: queue.SimpleQueue[ToRankProcess] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
     status = _Status(number)
     threading.Thread(target=_listen, args=(channel, inbox, status), daemon=True, name="listen").start()
 
@@ -48,9 +48,7 @@ def main(fd: int, parent: int, number: int, store: int) -> None:
     status.groups = groups = ProcessGroups(store)
     status.rank = rank = Rank(groups)
     while not isinstance(message := inbox.get(), Stop):
-        if isinstance(message, Credentials):
-            groups.credentials = message
-            continue
+        groups.credentials = status.credentials  # they came before the first message
         answer = rank.answer(message)
         if answer is not None:
             channel.send(encode(answer))
@@ -83,6 +81,7 @@ class _Status:
         self.number = number
         self.rank: _Describable | None = None  # None: it is still loading torch
         self.groups: _Abortable | None = None
+        self.credentials = NO_CREDENTIALS
         self._position: tuple[object, ...] = ()
         self._moved = 0.0  # when the position was seen first
 
@@ -95,13 +94,16 @@ class _Status:
         return Heartbeat(self.number, self.rank.last_step, self.rank.doing, now - self._moved, self.rank.waits)
 
 
-def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRankProcess]", status: _Status) -> None:
+def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
     next_heartbeat = time.monotonic()
     try:
         while True:
             if wait([channel], next_heartbeat - time.monotonic()):
                 for frame in channel.receive():
                     message = to_rank.decode(frame)
+                    if isinstance(message, Credentials):
+                        status.credentials = message
+                        continue
                     if isinstance(message, RankSetup):
                         _drop_before(message, inbox, status)
                     inbox.put(message)
@@ -113,16 +115,11 @@ def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRankProcess]", status:
         os._exit(1)
 
 
-def _drop_before(setup: RankSetup, inbox: "queue.SimpleQueue[ToRankProcess]", status: _Status) -> None:
-    """Drop all messages before a setup but the credentials, and have the main thread end what it is doing for them."""
-    kept: list[Credentials] = []
+def _drop_before(setup: RankSetup, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
+    """Drop all messages before a setup, and have the main thread end what it is doing for them."""
     with contextlib.suppress(queue.Empty):
         while True:
-            message = inbox.get_nowait()
-            if isinstance(message, Credentials):
-                kept.append(message)
-    for message in kept:
-        inbox.put(message)
+            inbox.get_nowait()
     if status.groups is not None:
         status.groups.abort_before(setup.incarnation)
 
