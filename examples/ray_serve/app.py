@@ -6,10 +6,18 @@ the actor of the replica, and a bundle for the ranks of each pipeline stage. Sho
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, Literal
 
 import ray
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 from ray import serve
 from ray.serve import Application, Deployment
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,7 +41,8 @@ class Arguments(BaseModel):
     model: str | None = None  # a folder, an id on the hub; None: the bundled model
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
-    min_replicas: PositiveInt = 1
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if the cluster has GPUs when the application is built
+    min_replicas: NonNegativeInt = 1
     max_replicas: PositiveInt = 1
     target_ongoing_requests: PositiveFloat = 32  # of a replica, on average; with more, Serve starts another one
     upscale_delay_s: NonNegativeFloat = 30  # how long there must be more requests before a replica is added
@@ -72,7 +81,7 @@ class ShoalReplica:
     _llm: AsyncLLM | None = None
     _exporting: asyncio.Task[None] | None = None
 
-    async def __init__(self, arguments: Arguments, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start the engine, and wait until it is ready: Serve sends requests only then.
 
         Raises:
@@ -82,9 +91,10 @@ class ShoalReplica:
         settings = ServerSettings(**arguments.server)
         options = {
             **from_environment(online=True),
-            "device": device,
+            "device": arguments.device,
             "tensor_parallel_size": arguments.tensor_parallel_size,
             "pipeline_parallel_size": arguments.pipeline_parallel_size,
+            "distributed_executor_backend": "ray",
             **arguments.engine,
         }
         # A model may have to be downloaded first, and the event loop must stay free meanwhile.
@@ -122,8 +132,10 @@ class ShoalReplica:
 
 def build(arguments: Arguments) -> Application:
     """Return the application for a model."""
-    device = "cuda" if ray.is_initialized() and ray.cluster_resources().get("GPU") else "cpu"
-    ranks = {"GPU" if device == "cuda" else "CPU": float(arguments.tensor_parallel_size)}
+    if arguments.device == "auto":
+        has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+        arguments = arguments.model_copy(update={"device": "cuda" if has_gpus else "cpu"})
+    ranks = {"GPU" if arguments.device == "cuda" else "CPU": float(arguments.tensor_parallel_size)}
     deployment: Deployment = ShoalReplica.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 1},
         placement_group_bundles=[{"CPU": 1.0}, *[ranks] * arguments.pipeline_parallel_size],
@@ -137,7 +149,7 @@ def build(arguments: Arguments) -> Application:
         },
         graceful_shutdown_timeout_s=arguments.shutdown_timeout,
     )
-    return deployment.bind(arguments, device)
+    return deployment.bind(arguments)
 
 
 app = build(Arguments())

@@ -1,5 +1,6 @@
 """The manifest for KubeRay: its pods are valid, and its parts fit together."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,23 @@ def test_its_pods_are_valid(spec: Any) -> None:
         check_pod(template)
 
 
+def arguments_of_the_example() -> set[str]:
+    (arguments,) = [
+        node
+        for node in ast.parse((ROOT / "examples" / "ray_serve" / "app.py").read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Arguments"
+    ]
+    return {
+        each.target.id
+        for each in arguments.body
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    }
+
+
 def test_the_application_is_the_example(spec: Any) -> None:
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
-    assert application["import_path"] == "examples.ray_serve.app:app"
+    assert application["import_path"] == "examples.ray_serve.app:build"
+    assert application["args"].keys() <= arguments_of_the_example()
     assert "COPY examples /srv/shoal/examples" in (ROOT / "deploy" / "Dockerfile").read_text()
     for template in templates(spec):
         variables = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}

@@ -15,6 +15,7 @@ import pytest
 
 from shoal import LLM, SamplingParams
 from shoal.errors import ClosedError, RankFailed
+from shoal.params import StructuredOutputsParams
 from support import processes
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -244,3 +245,21 @@ def test_a_rank_that_hangs_is_told_apart_from_those_that_wait_and_is_replaced(
     (line,) = [record.getMessage() for record in caplog.records if "replaced" in record.getMessage()]
     says = r"does nothing in step \d+ \(steps like it took \d+.\d\d s at most\); rank 0 waits for that; it is replaced"
     assert re.match(rf"rank 1 \(process {before[1]}, last step \d+, .*\) {says}", line)
+
+
+def test_structured_outputs_go_on_when_a_rank_is_killed() -> None:
+    """Masks and verdicts that are on their way do not belong to the steps after the replacement."""
+    asked = StructuredOutputsParams(regex="[a-z0-9 ]{100,110}")
+    params = [SamplingParams(temperature=1, seed=seed, max_tokens=120, structured_outputs=asked) for seed in range(4)]
+
+    def texts(llm: LLM) -> list[str]:
+        return [output.outputs[0].text for output in llm.generate(["12 + 34 ="] * 4, params, use_tqdm=False)]
+
+    with LLM(tensor_parallel_size=2, **SMALL) as llm, ThreadPoolExecutor(1) as pool:
+        expected, before, begun = texts(llm), pids(llm), llm.stats().steps
+        outputs = pool.submit(texts, llm)
+        until(lambda: llm.stats().steps > begun + 10, "the requests begin")
+        os.kill(before[1], signal.SIGKILL)
+        assert outputs.result(WAIT_S) == expected
+        assert all(re.fullmatch("[a-z0-9 ]{100,110}", text) for text in expected)
+        assert_replaced(llm, before, 1)

@@ -48,8 +48,10 @@ class NodeListener:
         """
         self.nodes: Mapping[int, NodePlan] = plan.nodes_elsewhere
         self._door = _EngineDoor(self.nodes, len(plan.nodes), start)
-        place, doors = plan.place, {ENGINE_DOOR: self._door}
-        self._rendezvous = Rendezvous(place.address, ports=place.ports, credentials=place.credentials, doors=doors)
+        place = plan.place
+        self._rendezvous = Rendezvous(
+            place.address, credentials=place.credentials, ports=place.ports, doors={ENGINE_DOOR: self._door}
+        )
         self.address = self._rendezvous.address
 
     def gather(self, timeout: float) -> dict[int, Channel]:

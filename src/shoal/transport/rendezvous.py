@@ -174,8 +174,8 @@ class Rendezvous:
 
         Args:
             port: 0 for a free one.
-            credentials: what this process proves to those that join, and they to it.
             ports: the first and the last port to choose from, if `port` is 0; None: any.
+            credentials: what this process proves to those that join, and they to it.
             doors: by name. A Hello names a door in its field `room`.
             reopen_rooms: after a member has left a complete room, the next process that joins opens a new room of that
                 name. Otherwise it is refused.

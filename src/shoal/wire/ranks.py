@@ -148,7 +148,7 @@ class StepResult(Wire, frozen=True):
 
 
 class RankSetup(Wire, frozen=True):
-    """The first message to a rank: the plan of its replica, and its own number in the plan.
+    """The first message of an engine to a rank: the plan of its replica, and its own number in the plan.
 
     A rank that gets another setup, with a larger incarnation, is a survivor: other ranks of its replica were replaced.
     It drops all messages before, forgets its sequences, keeps its weights, and connects to the others again.
