@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 STREAMS = 32
 TOKENS = 80
-WAIT_S = 60.0
+WAIT_S = 180.0
 ROLES = ("worker", "engine")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 
