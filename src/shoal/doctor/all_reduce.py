@@ -46,7 +46,7 @@ USUAL_BETWEEN_HOSTS = {
 
 @dataclass(slots=True)
 class BackendResult:
-    """What the ranks have measured with one backend."""
+    """The measurements of all ranks with one backend."""
 
     backend: str
     ranks: int

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a part has returned. `error`: why it has not returned."""
+    """The result of one part. `error`: the reason why it has none."""
 
     value: Any = None
     error: str = ""

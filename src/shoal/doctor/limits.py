@@ -30,7 +30,7 @@ class SharedMemory:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this process may have. None: no limit."""
+    """The limits of this process. None: there is no limit."""
 
     shared_memory: SharedMemory
     open_files: int | None  # the hard limit, to which Shoal raises the soft one

@@ -75,7 +75,7 @@ class ModelPlanner:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Where a model fits. `error`: why it cannot be read."""
+    """The layouts in which a model fits. `error`: the reason why it cannot be read."""
 
     name: str
     layouts: tuple[LayoutFit, ...] = ()

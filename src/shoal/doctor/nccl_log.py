@@ -27,7 +27,7 @@ _DISABLED = re.compile(r"NCCL_IB_DISABLE set by environment to 1")
 
 @dataclass(frozen=True, slots=True)
 class NcclLog:
-    """What a log says. `ways`: how many channels go which way."""
+    """The facts in a log of NCCL. `ways`: the number of channels that go each way."""
 
     ways: Counter[str] = field(default_factory=Counter)
     network: str = ""  # that NCCL has chosen: Socket, IB, or the name of a plugin
@@ -49,7 +49,7 @@ class NcclLog:
 
     @property
     def reason(self) -> str:
-        """What the log says about the network: its name, its devices, and why there is no RDMA."""
+        """The network in the log: its name, its devices, and the reason if there is no RDMA."""
         parts = [f"network {self.network}" + (f" on {', '.join(self.devices)}" if self.devices else "")]
         parts += ["no RDMA device found"] if self.no_rdma else []
         parts += ["NCCL_IB_DISABLE=1"] if self.rdma_disabled else []

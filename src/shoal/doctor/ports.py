@@ -28,7 +28,7 @@ class PortFacts:
 
 @dataclass(frozen=True, slots=True)
 class AddressFacts:
-    """What a name or an address stands for."""
+    """The addresses for which a host name or an address stands."""
 
     text: str
     found: tuple[str, ...] = ()  # addresses

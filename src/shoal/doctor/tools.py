@@ -10,7 +10,7 @@ _TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ToolOutput:
-    """What a tool has printed. `error`: why it could not be run or failed; `missing`: it is not installed."""
+    """The output of a tool. `error`: the reason why it could not be run or failed; `missing`: it is not installed."""
 
     text: str = ""
     error: str = ""

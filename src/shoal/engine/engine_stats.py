@@ -12,7 +12,7 @@ _NUM_TOKEN_BUCKETS = 24  # buckets of the histogram of tokens per step; the uppe
 
 
 class StepCounts:
-    """How many steps were computed, with how many tokens, in which time."""
+    """Counts of the steps that were computed, of their tokens and of their time."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -54,7 +54,7 @@ class RankCounts:
 
     @property
     def busy_before(self) -> Ids:
-        """By rank: microseconds of work of its processes before the present one."""
+        """The microseconds of work, by rank, of the processes that the rank had before the present one."""
         return tuple(self._busy_before.get(rank, 0) for rank in range(max(self._busy_before, default=-1) + 1))
 
 

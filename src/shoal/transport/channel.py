@@ -37,7 +37,7 @@ class FrameTooLong(ChannelClosed):
 
 
 class Socket(Protocol):
-    """What a channel needs of a socket that does not block."""
+    """The part of a socket that a channel uses. No call blocks."""
 
     def setblocking(self, flag: bool, /) -> None: ...
 

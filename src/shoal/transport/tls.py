@@ -203,7 +203,7 @@ def _context_of(protocol: int, files: TlsFiles, _: tuple[tuple[int, int], ...]) 
 
 @dataclass(frozen=True, slots=True)
 class CheckedFiles:
-    """What is known about the files of a host after a check."""
+    """The outcome of a check of the files of a host."""
 
     expires: float  # when the certificate expires, in seconds since 1970
 

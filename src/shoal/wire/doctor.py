@@ -24,7 +24,7 @@ class Finding(Document, frozen=True):
 
 
 class HostExamination(Document, frozen=True):
-    """What was found on one host."""
+    """The findings and facts of one host."""
 
     topology: HostTopology
     findings: tuple[Finding, ...] = ()
@@ -40,7 +40,7 @@ class HostExamination(Document, frozen=True):
 
 
 class PairAddress(Document, frozen=True):
-    """Where a host waits for the others that measure the connection to it."""
+    """The address at which a host waits for the others that measure the connection to it."""
 
     address: str
     port: int
@@ -48,7 +48,7 @@ class PairAddress(Document, frozen=True):
 
 
 class Measurements(Document, frozen=True):
-    """What one host has measured between itself and the others."""
+    """The measurements of one host between itself and the others."""
 
     pairs: tuple[HostPair, ...] = ()
     all_reduce: tuple[AllReduceSpeed, ...] = ()  # over all hosts
@@ -69,7 +69,7 @@ class DoctorReport(Document, frozen=True):
 
 
 class LayoutFit(Document, frozen=True):
-    """Whether a model fits on this host in one layout."""
+    """The answer whether a model fits on this host in one layout."""
 
     tensor_parallel_size: int
     pipeline_parallel_size: int

@@ -75,7 +75,7 @@ class _Abortable(Protocol):
 
 
 class _Status:
-    """What the listening thread knows of the main thread."""
+    """The state of the main thread, as the listening thread sees it."""
 
     def __init__(self, number: int) -> None:
         self.number = number

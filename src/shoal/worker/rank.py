@@ -38,7 +38,7 @@ class Rank:
 
     @property
     def waits(self) -> bool:
-        """Whether the rank is in an operation with other ranks."""
+        """True if the rank is in an operation with other ranks."""
         return self._worker is not None and self._worker.waits
 
     def answer(self, message: RankSetup | StepPlan | StepMask | RankCall) -> FromRank | None:

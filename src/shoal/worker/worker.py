@@ -139,7 +139,7 @@ class Worker:
 
     @property
     def waits(self) -> bool:
-        """Whether the rank is in an operation with other ranks. For any thread."""
+        """True if the rank is in an operation with other ranks. Any thread may ask."""
         return self._handling and any(axis.comm.progress.operation for axis in self.mesh.axes)
 
     def abort(self) -> None:

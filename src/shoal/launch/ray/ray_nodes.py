@@ -237,7 +237,8 @@ class RayNodes:
             return
         try:
             stops = [actor.stop.remote() for actor in placed.actors]
-            load("ray:wait")(stops, num_returns=max(len(stops), 1), timeout=_STOP_S) if stops else None
+            if stops:
+                load("ray:wait")(stops, num_returns=len(stops), timeout=_STOP_S)
             for actor in placed.actors:
                 load("ray:kill")(actor)
             if self._given is None:
