@@ -139,40 +139,43 @@ def expected(folder: Path) -> list[list[tuple[int, ...]]]:
         return tokens_of(llm.generate(prompts(COUNT), HALF_WAY, use_tqdm=False))
 
 
-@pytest.mark.parametrize(
-    ("number", "options"),
-    [
-        (signal.SIGKILL, {}),
-        (signal.SIGKILL, {"tensor_parallel_size": 2}),
-        (signal.SIGSTOP, {}),
-    ],
-    ids=["engine-killed", "rank-killed", "engine-stopped"],
-)
+def run_and_signal(llm: LLM, victim: int, number: int) -> list[RequestOutput]:
+    """Run all prompts, and send the signal to the process when half of them have ended. Each must end once."""
+    jobs = [llm.prepare(i, prompt, HALF_WAY) for i, prompt in enumerate(prompts(COUNT))]
+    found: dict[int, RequestOutput] = {}
+    for index, output in llm.run(jobs):
+        assert index not in found
+        found[index] = output
+        if len(found) == COUNT // 2:
+            os.kill(victim, number)
+    assert all(len(output.outputs[0].logprobs or ()) == 16 for output in found.values())
+    return [found[i] for i in range(COUNT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_replica_dies_half_way(
-    folder: Path,
-    expected: list[list[tuple[int, ...]]],
-    number: int,
-    options: dict[str, Any],
-    caplog: pytest.LogCaptureFixture,
+    folder: Path, expected: list[list[tuple[int, ...]]], number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with LLM(folder, **MANY, **options) as llm:
+    with LLM(folder, **MANY) as llm:
         victim = llm.stats().replicas[1].ranks[-1].pid
-        jobs = [llm.prepare(i, prompt, HALF_WAY) for i, prompt in enumerate(prompts(COUNT))]
-        found: dict[int, RequestOutput] = {}
         with caplog.at_level("WARNING", "shoal"):
-            for index, output in llm.run(jobs):
-                assert index not in found
-                found[index] = output
-                if len(found) == COUNT // 2:
-                    os.kill(victim, number)
-        assert tokens_of([found[i] for i in range(COUNT)]) == expected
-        assert all(len(output.outputs[0].logprobs or ()) == 16 for output in found.values())
+            assert tokens_of(run_and_signal(llm, victim, number)) == expected
         (warning,) = (record.getMessage() for record in caplog.records if record.name == "shoal.replicas")
         assert f"process {victim}" in warning
         assert "unfinished requests go on at the 1 replica left" in warning
         assert len(llm.stats().replicas) == 1
         again = llm.generate(prompts(3), HALF_WAY, use_tqdm=False)
         assert len(again) == 3, "and goes on with fewer"
+
+
+def test_a_rank_of_a_replica_dies_half_way(folder: Path, expected: list[list[tuple[int, ...]]]) -> None:
+    with LLM(folder, **MANY, tensor_parallel_size=2) as llm:
+        before = [[rank.pid for rank in replica.ranks] for replica in llm.stats().replicas]
+        assert tokens_of(run_and_signal(llm, before[1][1], signal.SIGKILL)) == expected
+        after = [[rank.pid for rank in replica.ranks] for replica in llm.stats().replicas]
+        assert after[0] == before[0], "the other replica did not notice"
+        assert after[1][0] == before[1][0], "the survivor keeps its weights"
+        assert after[1][1] != before[1][1], "the dead rank was replaced"
 
 
 def test_finished_outputs_are_kept_when_no_replica_is_left(
