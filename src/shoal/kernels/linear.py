@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SINGLE_ROW_INPUTS = 1024  # up to these oneDNN adds the bfloat16 products of a single row as it does for more rows
+
 
 class Linear(Protocol):
     """A linear layer."""
@@ -28,9 +30,10 @@ class PlainLinear:
 class PackedLinear:
     """A linear layer that oneDNN computes, with a copy of the weight in oneDNN's blocked layout.
 
-    It keeps no reference to the weight that is passed in. A row's result has the same bits for any number of rows. For
-    bfloat16 oneDNN guarantees that; for float32 it computes a single row differently (as a matrix-vector product), so a
-    single row is computed as two.
+    It keeps no reference to the weight that is passed in. A row's result has the same bits for any number of rows, as
+    was measured with AVX2 and AVX-512 (`tests/kernels/test_linear.py`; CPUs with AMX were not measured). oneDNN alone
+    gives that for two rows or more: it adds the products of a single row in another order, as a matrix-vector product
+    in float32, and past 1,024 inputs in bfloat16. There a single row is computed as two.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -38,7 +41,7 @@ class PackedLinear:
         # The second argument is the batch size to tune for. Layouts for other sizes have nearly the same speed.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         self._bias = bias
-        self._min_rows = 2 if weight.dtype == torch.float32 else 1
+        self._min_rows = 2 if weight.dtype == torch.float32 or weight.shape[1] > _SINGLE_ROW_INPUTS else 1
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
