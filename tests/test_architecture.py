@@ -53,7 +53,7 @@ ALLOWED = {
     "executors": {"transport", "protocols", "wire", "devices"},
     "executors.inprocess": {"transport", "protocols", "wire", "devices", "worker", "comm"},
     "executors.threads": {"transport", "protocols", "wire", "devices", "worker", "comm"},
-    "executors.local_ranks": {"transport", "protocols", "wire", "devices", "worker"},
+    "executors.rank_processes": {"transport", "protocols", "wire", "devices", "worker"},
     "worker": {"models", "parallel", "comm", "kernels", "devices", "transport", "wire"},
     "models": {"parallel", "kernels", "transport", "wire"},
     "parallel": {"comm", "kernels"},

@@ -171,6 +171,7 @@ class FakeLinks:
         self.world_size = 2
         self.closed: list[bool] = []
         self.replaced: list[int] = []
+        self.spares_after: list[int] = []  # how many ranks were replaced before each call of `keep_spares`
         self.hanging: list[int] = []
         self.sent: list[ToRank] = []
         self._answers = answers
@@ -188,6 +189,9 @@ class FakeLinks:
 
     def replace(self, ranks: Sequence[int]) -> None:
         self.replaced += ranks
+
+    def keep_spares(self) -> None:
+        self.spares_after.append(len(self.replaced))
 
     def stuck(self, seconds: float) -> list[int]:
         return self.hanging
@@ -426,6 +430,7 @@ def test_a_rank_is_replaced_and_all_run_the_start_phases_again(plan: StepPlan) -
     assert [(each.rank, each.incarnation, each.num_blocks) for each in setups] == [(0, 5, 10), (1, 5, 10)]
     verbs = [each.verb for each in links.sent if isinstance(each, RankCall)]
     assert verbs == ["connect", "load", "allocate", "warm_up"]
+    assert links.spares_after == [0, 1]  # when the ranks can compute, and not before
     assert links.closed == []
 
 

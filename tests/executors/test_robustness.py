@@ -248,7 +248,8 @@ from shoal import LLM, SamplingParams
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent of the tests may have it ignored
 
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], tensor_parallel_size=2, kv_cache_memory_bytes="2MiB", max_model_len=256)
+    options = {"kv_cache_memory_bytes": "2MiB", "max_model_len": 256, "warm_spares": 1}
+    llm = LLM(sys.argv[1], tensor_parallel_size=2, **options)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
     def generate():
@@ -270,7 +271,7 @@ if __name__ == "__main__":
 
 
 class Parent:
-    """A program that has an engine of two ranks, and never closes it."""
+    """A program that has an engine of two ranks and a warm spare, and never closes it."""
 
     def __init__(self, folder: str) -> None:
         self.process = subprocess.Popen(
@@ -280,13 +281,14 @@ class Parent:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.workers: list[int] = []
+        self.workers: list[int] = []  # the ranks in their order, and the spare
         self.sockets: set[str] = set()
         self.shared: set[str] = set()
 
     def started(self) -> None:
         self.workers = [int(pid) for pid in self.read().split()]
-        assert len(self.workers) == 2
+        self.workers += set(workers_of(self.process.pid)) - set(self.workers)
+        assert len(self.workers) == 3
         for pid in [self.process.pid, *self.workers]:
             for fd in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):

@@ -137,6 +137,13 @@ class ParallelOptions:
         local=True,
     )
     engine_process: bool = option(False, "run the engine in its own process", local=True)
+    warm_spares: int | None = option(
+        None,
+        "processes on each host that have loaded all but the model, for each replica, and take the place of a rank "
+        "that dies; auto: one while serving, if there are several ranks and memory allows",
+        minimum=0,
+        local=True,
+    )
     start_timeout: float = option(600.0, "seconds that a phase of the start may take", minimum=1, local=True)
     step_timeout: float = option(300.0, "seconds that a step may take", minimum=1, local=True)
 

@@ -92,6 +92,7 @@ class RankExecutor:
             links.close(failed=True)
             raise
         self._replaces_ranks = replaces_ranks
+        links.keep_spares()
 
     def _start(self, check_capacity: Callable[[int], None]) -> Exchange[None]:
         times = self.start_times
@@ -162,6 +163,7 @@ class RankExecutor:
         names = ", ".join(map(str, ranks))
         phases = ", ".join(f"{name} {took:.2f}" for name, took in times.items())
         log.info("rank %s: replaced in %.2f s (%s)", names, time.monotonic() - begun, phases)
+        self._links.keep_spares()
 
     def _go_on_with_reform(self, timeout: float) -> None:
         """Go on with the replacement of ranks for up to `timeout` seconds."""

@@ -26,8 +26,16 @@ class Links(Protocol):
     def replace(self, ranks: Sequence[int]) -> None:
         """Start new processes for ranks that have died, which await their setup. What is left of the old ones is ended.
 
+        A warm spare takes the place of a new process. No spare is started until the next `keep_spares`.
+
         Raises:
             RankFailed: a process cannot be started.
+        """
+
+    def keep_spares(self) -> None:
+        """Start the warm spares of the plan that are missing, and those that end from now on. Never raises.
+
+        The owner calls this when the ranks can compute: a spare that loads must not delay them.
         """
 
     def stuck(self, seconds: float) -> list[int]:

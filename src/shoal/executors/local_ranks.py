@@ -1,60 +1,46 @@
-"""Ranks as child processes of this process (`python -m shoal.worker`)."""
+"""Ranks as child processes of this process."""
 
 import contextlib
 from collections.abc import Container, Iterable, Sequence
 
-from shoal import env
 from shoal.addresses import is_local
-from shoal.devices import cpu, network
+from shoal.executors.rank_processes import NO_STORE, RankProcesses
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import ChildProcess, end_all
-from shoal.wire.base import Ids, encode
-from shoal.wire.credentials import NO_CREDENTIALS, Credentials
-from shoal.wire.nodes import StartRank
-from shoal.wire.ranks import FromRank, RankSetup, from_rank
+from shoal.wire.base import Ids
+from shoal.wire.credentials import NO_CREDENTIALS
+from shoal.wire.nodes import KeepSpares, RankEnvironment, StartRank
+from shoal.wire.ranks import FromRank, PrepareSpare, RankSetup, from_rank
 
 _END_S = 1.0
-NO_STORE = -1  # instead of a file descriptor: the ranks find each other elsewhere
 
 
-def start_order(setup: RankSetup) -> StartRank:
-    """Return what must be known to start the process of a rank."""
+def start_order(setup: RankSetup, variables: dict[str, str] | None = None) -> StartRank:
+    """Return the order to start the process of a rank. `variables`: see `RankEnvironment`."""
     cores: Ids = setup.rank_plan.cores if setup.plan.bind_cores else ()
-    return StartRank(setup.rank, cores, "" if is_local(setup.address) else setup.address)
+    address = "" if is_local(setup.address) else setup.address
+    return StartRank(setup.rank, cores, RankEnvironment(address, variables or {}))
 
 
-def start_rank(order: StartRank, credentials: Credentials, store: int = NO_STORE) -> ChildProcess:
-    """Start the process of a rank.
-
-    Args:
-        credentials: of this host, for the places where ranks of several hosts find each other.
-        store: the descriptor of the file through which ranks of one host find each other.
-
-    Raises:
-        OSError: there is no memory for a process, or no file descriptor left.
-    """
-    arguments = ["--rank", str(order.rank), "--store", str(store)]
-    environment = env.not_set_here(order.variables)
-    if order.address:
-        environment |= network.socket_environment(order.address)
-    if order.cores:
-        environment |= cpu.pinning_environment(order.cores)
-    child = ChildProcess("shoal.worker", arguments, environment, [] if store == NO_STORE else [store])
-    child.say(encode(credentials))
-    return child
+def spares_order(setup: RankSetup, environment: RankEnvironment) -> KeepSpares:
+    """Return the order to keep the warm spares of the host of a rank. `environment`: that of its `start_order`."""
+    plan = setup.plan
+    models = (plan.model,) if plan.draft is None else (plan.model, plan.draft)
+    preparation = PrepareSpare(setup.rank_plan.device, plan.dtype, models)
+    return KeepSpares(plan.warm_spares_on(setup.rank_plan.node), preparation, environment)
 
 
 class LocalRanks:
     """A `RankPart` of child processes."""
 
     def __init__(self, setups: Sequence[RankSetup], store: int = NO_STORE) -> None:
-        """Start nothing yet. `store` is that of `start_rank`."""
+        """Start nothing yet. `store` is that of `RankProcesses`."""
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
         self.can_replace = True
         self._orders = {setup.rank: start_order(setup) for setup in setups}
-        self._credentials = setups[0].plan.place.credentials if setups else NO_CREDENTIALS
-        self._store = store
+        self._spares = [spares_order(setup, self._orders[setup.rank].environment) for setup in setups[:1]]
+        self._processes = RankProcesses(setups[0].plan.place.credentials if setups else NO_CREDENTIALS, store)
         self._children: dict[int, ChildProcess] = {}
 
     def start(self) -> None:
@@ -67,11 +53,15 @@ class LocalRanks:
         self._start(rank)
 
     def _start(self, rank: int) -> None:
-        self._children[rank] = start_rank(self._orders[rank], self._credentials, self._store)
+        self._children[rank] = self._processes.start(self._orders[rank])
+
+    def keep_spares(self) -> None:
+        for order in self._spares:
+            self._processes.keep_spares(order)
 
     @property
     def channels(self) -> list[Channel]:
-        return [child.channel for child in self._children.values()]
+        return [*(child.channel for child in self._children.values()), *self._processes.channels]
 
     def send(self, frame: bytes, rank: int | None = None) -> None:
         for child in self._children.values() if rank is None else [self._children[rank]]:
@@ -86,6 +76,7 @@ class LocalRanks:
                     messages += [from_rank.decode(frame) for frame in child.channel.receive()]
                 except ChannelClosed:
                     self.ended[rank] = child.describe_exit()
+        self._processes.tick(readable)
         return messages
 
     def suspended(self, rank: int) -> bool:
@@ -95,4 +86,5 @@ class LocalRanks:
         return f"process {self._children[rank].pid}"
 
     def close(self, goodbye: bytes | None) -> None:
+        self._processes.close()
         end_all(list(self._children.values()), goodbye, _END_S)

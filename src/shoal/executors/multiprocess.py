@@ -1,4 +1,4 @@
-"""The executor `mp`: ranks as processes (`python -m shoal.worker`), of this host and of other nodes."""
+"""The executor `mp`: ranks as processes, of this host and of other nodes."""
 
 import os
 import time
@@ -6,9 +6,10 @@ from collections.abc import Container, Mapping, Sequence
 from typing import NoReturn
 
 from shoal.errors import RankFailed, RanksDied
-from shoal.executors.local_ranks import NO_STORE, LocalRanks
+from shoal.executors.local_ranks import LocalRanks
 from shoal.executors.node_ranks import NodeListener, NodeRanks
 from shoal.executors.rank_part import RankPart
+from shoal.executors.rank_processes import NO_STORE
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import Stop, encode
 from shoal.wire.ranks import FromRank, Heartbeat, RankReport, RankSetup, StepResult, ToRank
@@ -142,6 +143,10 @@ class ProcessLinks:
             raise RankFailed(f"another process for rank {rank} cannot be started: {error}") from None
         # Time in which this process waited for the end of an old one must not be held against the ranks.
         self._heard = [time.monotonic()] * self.world_size
+
+    def keep_spares(self) -> None:
+        for part in self._parts:
+            part.keep_spares()
 
     def describe(self, rank: int) -> str:
         heartbeat = self._heartbeats[rank]

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 
 from shoal.addresses import Address
-from shoal.executors.local_ranks import start_rank
+from shoal.executors.rank_processes import RankProcesses
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import ChildProcess, end_all
@@ -17,6 +17,7 @@ from shoal.wire.nodes import (
     EngineCall,
     ForAllRanks,
     ForRank,
+    KeepSpares,
     RankEnded,
     RankStarted,
     RankSuspended,
@@ -52,13 +53,13 @@ class NodeAgent:
             agreement={ENGINE_START: call.start},
             timeout=call.within_s,
         )
-        self._credentials = credentials
+        self._processes = RankProcesses(credentials)
         self._children: dict[int, ChildProcess] = {}
         self._suspended: set[int] = set()
 
     @property
     def channels(self) -> list[Channel]:
-        return [self._engine, *(child.channel for child in self._children.values())]
+        return [self._engine, *(child.channel for child in self._children.values()), *self._processes.channels]
 
     @property
     def has_frame(self) -> bool:
@@ -78,6 +79,7 @@ class NodeAgent:
                         return False
             for rank, child in list(self._children.items()):
                 self._read(rank, child, child.channel in readable)
+            self._processes.tick(readable)
         except ChannelClosed:
             log.info("the engine has gone")
             return False
@@ -96,20 +98,23 @@ class NodeAgent:
                     self._children[message.rank].say(message.frame)
             case StartRank():
                 self._start(message)
+            case KeepSpares():
+                self._processes.keep_spares(message)
             case Stop():
+                self._processes.close()
                 end_all(list(self._children.values()), encode(message), _END_S)
                 self._children = {}
                 return False
         return True
 
     def _start(self, order: StartRank) -> None:
-        """Start the process of a rank. If the rank has one that still runs, it is killed first."""
+        """Have a process be a rank. If the rank has a process that still runs, it is killed first."""
         former = self._children.pop(order.rank, None)
         if former is not None:
             former.kill()
         self._suspended.discard(order.rank)
         try:
-            child = self._children[order.rank] = start_rank(order, self._credentials)
+            child = self._children[order.rank] = self._processes.start(order)
         except OSError as error:  # no memory for a process, or no file descriptor left
             self._engine.send(encode(RankEnded(order.rank, f"cannot be started: {error}")))
             return
@@ -131,6 +136,7 @@ class NodeAgent:
 
     def close(self) -> None:
         """End all ranks, and the connection to the engine. Idempotent, never raises."""
+        self._processes.close()
         end_all(list(self._children.values()), None, 0)
         self._children = {}
         with contextlib.suppress(ChannelClosed):

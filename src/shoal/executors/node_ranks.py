@@ -9,11 +9,11 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from shoal import env
 from shoal.config.engine_options import options
 from shoal.errors import RankFailed
-from shoal.executors.local_ranks import start_order
+from shoal.executors.local_ranks import spares_order, start_order
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.rendezvous import Rendezvous, describe_difference
-from shoal.wire.base import WireError, encode, replace_fields
+from shoal.wire.base import WireError, encode
 from shoal.wire.nodes import (
     ENGINE_DOOR,
     ENGINE_START,
@@ -22,6 +22,7 @@ from shoal.wire.nodes import (
     RankEnded,
     RankStarted,
     RankSuspended,
+    StartRank,
     from_node,
 )
 from shoal.wire.plan import EnginePlan, NodePlan
@@ -114,7 +115,8 @@ class NodeRanks:
         self.ended: dict[int, str] = {}
         self.can_replace = True  # False: the node is lost
         self._name = node.name
-        self._orders = {setup.rank: start_order(setup) for setup in setups}
+        self._setups = setups
+        self._orders: dict[int, StartRank] = {}
         self._channel = channel
         self._pids: dict[int, int] = {}
         self._suspended: set[int] = set()
@@ -123,15 +125,19 @@ class NodeRanks:
         variables = env.shared_variables(option.name for option in options())
         if variables:
             log.info("ranks of %s get these variables unless they are set there: %s", self._name, ", ".join(variables))
-        for rank, order in self._orders.items():
-            self._orders[rank] = replace_fields(order, variables=variables)
-            self._send(encode(self._orders[rank]))
+        self._orders = {setup.rank: start_order(setup, variables) for setup in self._setups}
+        for order in self._orders.values():
+            self._send(encode(order))
 
     def replace(self, rank: int) -> None:
         for known in (self.ended, self._pids):
             known.pop(rank, None)
         self._suspended.discard(rank)
         self._send(encode(self._orders[rank]))
+
+    def keep_spares(self) -> None:
+        first = self._setups[0]
+        self._send(encode(spares_order(first, self._orders[first.rank].environment)))
 
     @property
     def channels(self) -> list[Channel]:

@@ -24,11 +24,14 @@ class RankPart(Protocol):
         """Return whether `replace` is possible: the host of the ranks is there."""
 
     def replace(self, rank: int) -> None:
-        """Start another process for a rank, after the end of the old one, which is killed if it still runs.
+        """Have a warm spare or a new process be a rank, after the old process was ended, which may still run.
 
         Raises:
             OSError: there is no memory for a process, or no file descriptor left.
         """
+
+    def keep_spares(self) -> None:
+        """Start the warm spares that are missing on the host of the ranks (see `Links.keep_spares`)."""
 
     def send(self, frame: bytes, rank: int | None = None) -> None:
         """Send an encoded message to one of these ranks, or to all of them. Never blocks, never raises."""

@@ -67,6 +67,9 @@ class ThreadLinks:
     def replace(self, ranks: Sequence[int]) -> None:
         raise RankFailed("a rank that is a thread can't be replaced")
 
+    def keep_spares(self) -> None:
+        """Do nothing: no rank can be replaced."""
+
     def stuck(self, seconds: float) -> list[int]:
         return []  # a rank in this process cannot be ended alone
 

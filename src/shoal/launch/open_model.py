@@ -252,7 +252,7 @@ def open_model(
         refuse_manual_place(options)
     manual_place = _read_manual_place(options)
     place = manual_place or Deployment.of(options, None if job is None else job.key).place
-    planner = plan_host(options, place, files)
+    planner = plan_host(options, place, files, online=online)
     plan = planner.first_plan
     served = ServedModel(
         folder=plan.model.folder,
@@ -368,19 +368,23 @@ def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
     )
 
 
-def plan_host(options: EngineOptions, place: ReplicaPlace, files: ModelFiles | None = None) -> Planner:
+def plan_host(
+    options: EngineOptions, place: ReplicaPlace, files: ModelFiles | None = None, *, online: bool = False
+) -> Planner:
     """Plan the replicas of this host. All mistakes that can be found before a process is started are found here.
 
     Args:
         place: the place of the first replica on this host.
         files: the folders of the models and the state of their files, if they were found before; None: find them.
+        online: True for servers.
 
     Raises:
         UserError: model, options and host do not fit together.
     """
     reader = ModelReader(options.model_options, files or locate_files(options))
     has_ranks = place.local_size > 0 or options.nodes.nnodes > 1
-    return Planner(reader, [ReplicaHost(options, describe_host(options, has_replicas=has_ranks))], place)
+    host = ReplicaHost(options, describe_host(options, has_replicas=has_ranks))
+    return Planner(reader, [host], place, online=online)
 
 
 def locate_files(options: EngineOptions) -> ModelFiles:

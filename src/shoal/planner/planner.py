@@ -27,6 +27,7 @@ from shoal.planner.layout import plan_layout
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.planner.model_reader import ModelReader
 from shoal.planner.placement import ReplicaHost, place_ranks
+from shoal.planner.warm_spares import warm_spares
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.plan import EnginePlan, Layout, ModelPlan, NodePlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
 
@@ -63,6 +64,8 @@ class Planner:
         hosts: Sequence[ReplicaHost],
         place: ReplicaPlace,
         options: EngineOptions | None = None,
+        *,
+        online: bool = False,
     ) -> None:
         """Plan the first replica.
 
@@ -72,6 +75,7 @@ class Planner:
             place: the place of the first replica. If its `local_size` is 0, the plans are for a front end without
                 replicas of its own: they need no devices and no memory, and have no size of a KV cache.
             options: those that count, except for what each host chooses for itself; None: those of the first host.
+            online: True for servers.
 
         Raises:
             UserError: the models cannot be read, or options, models and hardware do not fit together.
@@ -81,6 +85,7 @@ class Planner:
         self.hardware = first.facts.hardware
         self._reader = reader
         self._local_size = place.local_size
+        self._online = online
         self._reasons: list[str] = []
         self._warnings: list[str] = []
         spec, draft_spec = reader.spec, reader.draft_spec
@@ -132,7 +137,7 @@ class Planner:
         Raises:
             UserError: options, models and hardware do not fit together.
         """
-        return Planner(self._reader, hosts, place, options)
+        return Planner(self._reader, hosts, place, options, online=self._online)
 
     def _restricted(self, host: ReplicaHost, ranks: Ids) -> ReplicaHost:
         """Return the host with the cores that its options allow for `ranks` of each replica."""
@@ -194,6 +199,7 @@ class Planner:
             speculative=options.model_options.speculative_config,
             grammar_cores=self.hardware.cores if self.hosts[0].here else (),
             nodes=self._nodes(),
+            warm_spares=self._warm_spares(layout, place, shares.memories, blocks, reasons, warnings),
             reasons=tuple(reasons),
             warnings=tuple(warnings),
         )
@@ -278,6 +284,27 @@ class Planner:
             found = kv_budgets(host.options, host.facts, needs, reasons, replicas=place.local_size)
             budgets |= dict(zip(ranks, found, strict=True))
         return tuple(budgets[rank] for rank in range(len(memories)))
+
+    def _warm_spares(
+        self,
+        layout: Layout,
+        place: ReplicaPlace,
+        memories: Sequence[RankMemory],
+        blocks: int | None,
+        reasons: list[str],
+        warnings: list[str],
+    ) -> Ids:
+        """Return how many warm spares each host keeps for a replica."""
+        return tuple(
+            warm_spares(
+                *(host, [memories[rank] for rank in ranks], blocks, layout, place),
+                executor=self._executor,
+                online=self._online,
+                reasons=reasons,
+                warnings=warnings,
+            )
+            for host, ranks in zip(self.hosts, self._placed, strict=True)
+        )
 
     def _nodes(self) -> tuple[NodePlan, ...]:
         """Return the hosts of each replica; none if there is only the host of the engine."""

@@ -7,7 +7,7 @@ the node connects to the engine. It starts the ranks that the engine asks for, a
 import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
-from shoal.wire.ranks import FromRank
+from shoal.wire.ranks import FromRank, PrepareSpare
 
 # The name of the door of an engine, and the key in the agreement there.
 ENGINE_DOOR = "nodes of an engine"
@@ -32,14 +32,31 @@ class Dismissal(Wire, frozen=True):
     user_error: bool = False  # True: the user can correct `why`
 
 
+class RankEnvironment(Wire, frozen=True):
+    """What the environment of all processes for ranks of a host is made from."""
+
+    address: str = ""  # of the host, as other hosts reach it; "": there are no others
+    # Environment variables that the processes get, unless they are set on the host.
+    variables: dict[str, str] = msgspec.field(default_factory=dict)
+
+
 class StartRank(Wire, frozen=True):
-    """An order of an engine to start the process of a rank, which replaces the one that the rank has."""
+    """An order of an engine to start the process of a rank, which replaces the one that the rank has.
+
+    If the host has a warm spare, that one becomes the rank.
+    """
 
     rank: int
     cores: Ids  # the CPU cores to which the process is bound; (): it is not bound
-    address: str = ""  # of the rank's host, as other hosts reach it; "": there are no others
-    # Environment variables that the process gets, unless they are set on its host.
-    variables: dict[str, str] = msgspec.field(default_factory=dict)
+    environment: RankEnvironment
+
+
+class KeepSpares(Wire, frozen=True):
+    """An order of an engine to keep warm spares, until the next StartRank."""
+
+    count: int
+    preparation: PrepareSpare
+    environment: RankEnvironment
 
 
 class ForRank(Wire, frozen=True):
@@ -75,7 +92,7 @@ class RankSuspended(Wire, frozen=True):
     rank: int
 
 
-ToNode = StartRank | ForRank | ForAllRanks | Stop
+ToNode = StartRank | KeepSpares | ForRank | ForAllRanks | Stop
 
 FromNode = FromRank | RankStarted | RankEnded | RankSuspended
 

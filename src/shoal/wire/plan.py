@@ -166,6 +166,7 @@ class EnginePlan(Wire, frozen=True):
     # Name -> value or digest of what must be the same in all processes of the job (`launch.agreement`).
     agreement: dict[str, str] = msgspec.field(default_factory=dict)
     nodes: tuple[NodePlan, ...] = ()  # the hosts of the replica; (): all ranks run on the host of the engine
+    warm_spares: Ids = ()  # how many warm spares each host of the replica keeps (as in `nodes`); (): none
     reasons: tuple[str, ...] = ()  # lines for the log, which explain the decisions
     warnings: tuple[str, ...] = ()  # lines for the log
 
@@ -196,6 +197,10 @@ class EnginePlan(Wire, frozen=True):
         model = replace_fields(self.model, folder=files.folder, file_state=files.state)
         draft = self.draft and replace_fields(self.draft, folder=files.draft_folder, file_state=files.draft_state)
         return replace_fields(self, place=place, model=model, draft=draft)
+
+    def warm_spares_on(self, node: int) -> int:
+        """Return how many warm spares a node keeps."""
+        return self.warm_spares[node] if self.warm_spares else 0
 
     @property
     def num_drafts(self) -> int:

@@ -8,7 +8,7 @@ import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.credentials import Credentials
-from shoal.wire.plan import EnginePlan, RankPlan
+from shoal.wire.plan import EnginePlan, ModelPlan, RankPlan
 
 
 class SamplingPenalties(Wire, frozen=True):
@@ -220,12 +220,33 @@ class RankReport(Wire, frozen=True):
     incarnation: int = 0  # the one of its last RankSetup
 
 
+class TakeRank(Wire, frozen=True):
+    """The order to a process to be a rank from now on: to a new process at once, to a warm spare when it is needed."""
+
+    rank: int
+    cores: Ids = ()  # those to which it must bind its threads; (): they are bound already, or are not to be bound
+
+
+class PrepareSpare(Wire, frozen=True):
+    """The order to a new process to be a warm spare: to load all that a rank needs, and to wait for a TakeRank."""
+
+    device: str
+    dtype: str
+    models: tuple[ModelPlan, ...]  # the model that it may have to load, and the draft model
+
+
+class SpareReady(Wire, frozen=True):
+    """A note that a warm spare has loaded everything."""
+
+    memory: int  # bytes that it takes and that no file backs
+
+
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
 
-# The process of a rank first gets the credentials of its host, from the process that has started it.
-ToRankProcess = Credentials | ToRank
+# A process first gets the credentials of its host and its order, from the process that has started it.
+ToRankProcess = Credentials | PrepareSpare | TakeRank | ToRank
 
-FromRank = StepResult | RankReply | Heartbeat | RankReport
+FromRank = StepResult | RankReply | Heartbeat | RankReport | SpareReady
 
 
 class LoadInfo(Wire, frozen=True):
