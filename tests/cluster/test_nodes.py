@@ -117,14 +117,25 @@ def test_a_spare_host_takes_over_for_a_host_that_is_gone(start: Start, two: tupl
         assert ask(two[0], "2 apples", 1)
 
 
+def ready_spare(program: Program) -> int:
+    """Wait until the warm spare of a host has loaded everything, and return its process."""
+    program.await_text("is ready and takes")
+    (spare,) = re.findall(r"a warm spare, process (\d+), is ready and takes", program.text)
+    return int(spare)
+
+
 def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
-    """First a rank on the node, then the one beside the engine. Streams go on, and the other rank keeps its process."""
+    """First a rank on the node, then the one beside the engine: each by the warm spare of its host.
+
+    Streams go on, and the other rank keeps its process.
+    """
     with served(start, two, "-tp", "2") as (server, other, _), ThreadPoolExecutor(4) as pool:
         expected = ["".join(ask(two[0], f"{seed} apples", seed)) for seed in range(4)]
-        for bad in (1, 0):
-            (theirs,) = processes.children(other.process.pid)
-            (ours,) = (rank for engine in processes.children(server.process.pid) for rank in processes.children(engine))
-            killed, kept = (theirs, ours) if bad else (ours, theirs)
+        spares = [ready_spare(server), ready_spare(other)]
+        (theirs,) = set(processes.children(other.process.pid)) - set(spares)
+        (engine,) = processes.children(server.process.pid)
+        (ours,) = set(processes.children(engine)) - set(spares)
+        for bad, killed, kept in ((1, theirs, ours), (0, ours, spares[1])):
             streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(4)]
             os.kill(killed, signal.SIGKILL)
             assert ["".join(stream.result(WAIT_S)) for stream in streams] == expected
@@ -132,6 +143,8 @@ def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.
             named = rf"rank {bad} \(process {killed}{re.escape(host)}, .*\)"
             assert re.search(rf"{named} was killed by SIGKILL; it is replaced, the other", server.text)
             assert f"rank {bad}: replaced in " in server.text
+            program = other if bad else server
+            assert f"rank {bad}: the warm spare, process {spares[bad]}, takes over" in program.text
             assert Path(f"/proc/{kept}").exists()
         assert "started again" not in server.text
         assert "the engine has gone" not in other.text

@@ -22,6 +22,7 @@ from shoal.wire.ranks import SpareReady, TakeRank, from_rank
 log = get_logger("spares")
 
 NO_STORE = -1  # instead of a file descriptor: the ranks find each other elsewhere
+_SETTLE_S = 2.0  # how long after the start of a rank no spare is started: requests compute their tokens again
 _MOST_ENDS = 3  # spares that may end by themselves ...
 _PERIOD_S = 3600.0  # ... within this time; with one more, none is started any more
 
@@ -48,6 +49,7 @@ class RankProcesses:
         self._store = store
         self._wanted: KeepSpares | None = None  # None: no spare is to be started now
         self._spares: list[_Spare] = []
+        self._last_start = float("-inf")  # when a rank was started last
         self._ends: deque[float] = deque(maxlen=_MOST_ENDS + 1)  # when spares have ended by themselves
 
     def start(self, order: StartRank) -> ChildProcess:
@@ -60,6 +62,7 @@ class RankProcesses:
             OSError: there is no memory for a process, or no file descriptor left.
         """
         self._wanted = None
+        self._last_start = time.monotonic()
         spare = self._take_spare()
         if spare is not None:
             log.info("rank %d: the warm spare, process %d, takes over", order.rank, spare.pid)
@@ -91,11 +94,13 @@ class RankProcesses:
         return child
 
     def keep_spares(self, order: KeepSpares) -> None:
-        """Start the spares that are missing, and those that end from now on. Never raises."""
+        """Start the spares that are missing, as `tick` is called, and those that end from now on. Never raises."""
         self._wanted = order
         self._fill()
 
     def _fill(self) -> None:
+        if time.monotonic() - self._last_start < _SETTLE_S:
+            return
         while self._wanted is not None and len(self._spares) < self._wanted.count:
             try:
                 process = self._start_process(self._wanted.environment)

@@ -164,6 +164,13 @@ class Planner:
             budgets = (None,) * layout.num_ranks
         blocks = num_blocks(shares.memories, budgets)
         model_len = context_length(options, self.model.spec, self._draft_spec, blocks, reasons)
+        spares = warm_spares(
+            *(self.hosts, self._placed, shares.memories, blocks, layout, place),
+            executor=self._executor,
+            online=self._online,
+            reasons=reasons,
+            warnings=warnings,
+        )
         scheduler, parallel = options.scheduler, options.parallel
         return EnginePlan(
             name=options.model or "",
@@ -199,7 +206,7 @@ class Planner:
             speculative=options.model_options.speculative_config,
             grammar_cores=self.hardware.cores if self.hosts[0].here else (),
             nodes=self._nodes(),
-            warm_spares=self._warm_spares(layout, place, shares.memories, blocks, reasons, warnings),
+            warm_spares=spares,
             reasons=tuple(reasons),
             warnings=tuple(warnings),
         )
@@ -284,27 +291,6 @@ class Planner:
             found = kv_budgets(host.options, host.facts, needs, reasons, replicas=place.local_size)
             budgets |= dict(zip(ranks, found, strict=True))
         return tuple(budgets[rank] for rank in range(len(memories)))
-
-    def _warm_spares(
-        self,
-        layout: Layout,
-        place: ReplicaPlace,
-        memories: Sequence[RankMemory],
-        blocks: int | None,
-        reasons: list[str],
-        warnings: list[str],
-    ) -> Ids:
-        """Return how many warm spares each host keeps for a replica."""
-        return tuple(
-            warm_spares(
-                *(host, [memories[rank] for rank in ranks], blocks, layout, place),
-                executor=self._executor,
-                online=self._online,
-                reasons=reasons,
-                warnings=warnings,
-            )
-            for host, ranks in zip(self.hosts, self._placed, strict=True)
-        )
 
     def _nodes(self) -> tuple[NodePlan, ...]:
         """Return the hosts of each replica; none if there is only the host of the engine."""

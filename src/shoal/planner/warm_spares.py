@@ -6,14 +6,17 @@ from shoal.errors import ConfigError
 from shoal.planner.memory import RankMemory
 from shoal.planner.placement import ReplicaHost
 from shoal.values import format_bytes
+from shoal.wire.base import Ids
 from shoal.wire.plan import Layout, ReplicaPlace
 
-SPARE_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}  # host memory of a spare: about 150 MiB were measured on a CPU
+# The memory of the host that is set aside for a spare. On a CPU 150 MiB were measured; PyTorch for GPUs was not.
+_SPARE_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
 
 
 def warm_spares(
-    host: ReplicaHost,
-    ranks: Sequence[RankMemory],
+    hosts: Sequence[ReplicaHost],
+    placed: Sequence[Ids],
+    memories: Sequence[RankMemory],
     blocks: int | None,
     layout: Layout,
     place: ReplicaPlace,
@@ -22,52 +25,69 @@ def warm_spares(
     online: bool,
     reasons: list[str],
     warnings: list[str],
-) -> int:
-    """Return how many warm spares a replica keeps on a host. By default it is one while serving, if memory allows.
+) -> Ids:
+    """Return how many warm spares a replica keeps on each of its hosts. By default one while serving, if memory allows.
 
     Args:
-        ranks: what the ranks of the replica on this host need.
-        blocks: the number of KV blocks of each rank; None: they are not in the memory of the host.
+        placed: the ranks of each host.
+        memories: what each rank needs.
+        blocks: the number of KV blocks of each rank; None: ranks measure it on their devices.
+        place: the place of the replica. The replicas of a host share its memory.
+        executor: the name of the executor.
         online: True for servers.
         reasons, warnings: lines for the log; this function appends its own.
 
     Raises:
-        ConfigError: more were asked for than the memory of the host allows.
+        ConfigError: the memory of a host does not suffice for as many as were asked for there.
     """
-    asked, hardware = host.options.parallel.warm_spares, host.facts.hardware
-    if asked == 0 or not place.local_size:
-        return 0
-    if why_useless := _why_useless(layout, executor):
-        if asked is not None:
-            warnings.append(f"--warm-spares {asked} changes nothing: {why_useless}")
-        return 0
-    if asked is None and (not online or layout.num_ranks == 1):
-        return 0
-    count, each = asked or 1, SPARE_BYTES[hardware.device]
+    counts = []
+    why_useless = _why_useless(layout, executor)
     replicas = max(place.local_size, place.local_rank + 1)
-    left = hardware.host_memory_available
-    if hardware.device == "cpu":
-        left -= replicas * sum(rank.weights + rank.activations + (blocks or 0) * rank.block for rank in ranks)
-    needed = replicas * count * each
-    name = "" if host.here and not host.address else f" on {host.facts.name}"
-    if needed <= left:
-        why = "as --warm-spares asks" if asked is not None else "so that a rank that dies is replaced at once"
-        plural = "s" if count > 1 else ""
-        reasons.append(f"{count} warm spare{plural}{name}, each with about {format_bytes(each)} of memory: {why}")
-        return count
-    missing = (
-        f"{replicas} x {count} x {format_bytes(each)} are needed, and the ranks leave {format_bytes(max(left, 0))} of "
-        "the available memory"
-    )
-    if asked is not None:
-        raise ConfigError(f"--warm-spares {asked}{name}: {missing}; lower it, or lower --kv-cache-memory-bytes")
-    reasons.append(f"no warm spare{name}: {missing}")
-    return 0
+    for host, ranks in zip(hosts, placed, strict=True):
+        asked = host.options.parallel.warm_spares
+        if asked and why_useless:
+            warnings.append(f"--warm-spares {asked} changes nothing: {why_useless}")
+        by_default = 1 if online and layout.num_ranks > 1 else 0
+        count = by_default if asked is None else asked
+        if not count or why_useless or not place.local_size:
+            counts.append(0)
+            continue
+        needs = sum(memories[rank].weights + memories[rank].activations for rank in ranks)
+        needs += sum((blocks or 0) * memories[rank].block for rank in ranks)
+        counts.append(_that_fit(host, count, replicas, replicas * needs, reasons))
+    return tuple(counts)
 
 
 def _why_useless(layout: Layout, executor: str) -> str:
+    """Return why no rank could be replaced by a spare; "" if one could be."""
     if executor in ("uni", "threads"):
         return f"ranks of the executor {executor} are no processes of their own, so that none can be replaced"
     if layout.shares_experts:
         return "replicas that share experts start again together when a rank dies"
     return ""
+
+
+def _that_fit(host: ReplicaHost, count: int, replicas: int, needs: int, reasons: list[str]) -> int:
+    """Return `count` if the memory of the host suffices for so many spares of each replica, else 0.
+
+    Args:
+        needs: the bytes that the ranks of all replicas need.
+
+    Raises:
+        ConfigError: it does not suffice, and the user asked for spares.
+    """
+    hardware, asked = host.facts.hardware, host.options.parallel.warm_spares is not None
+    each = _SPARE_BYTES[hardware.device]
+    left = max(hardware.host_memory_available - (needs if hardware.device == "cpu" else 0), 0)
+    name = f" on {host.facts.name}" if host.address else ""
+    spares = f"{count} warm spare{'s' if count > 1 else ''} for each replica{name}"
+    size = f"of {format_bytes(each)}"
+    if replicas * count * each <= left:
+        why = "as --warm-spares asks" if asked else "so that a rank that dies is replaced at once"
+        reasons.append(f"{spares}, {size}: {why}")
+        return count
+    missing = f"{replicas * count} {size} need more than the {format_bytes(left)} that the ranks leave available"
+    if asked:
+        raise ConfigError(f"{spares}: {missing}; lower --warm-spares, or lower --kv-cache-memory-bytes")
+    reasons.append(f"no warm spares{name}: {missing}")
+    return 0
