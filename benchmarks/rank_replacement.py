@@ -2,14 +2,16 @@
 
 `python benchmarks/rank_replacement.py` prints JSON.
 
-A replica with two tensor-parallel ranks serves. In each round a rank is killed, which is replaced alone, and then the
-engine, which is started again with both ranks. The report has the longest time between two chunks of any stream, for
-the bundled model and for made-up weights with the sizes of Qwen3-0.6B (1.2 GB).
+A replica with two tensor-parallel ranks serves, and keeps a warm spare. In each round a rank is killed, which is
+replaced alone by the spare, and then the engine, which is started again with both ranks. The report has the longest
+time between two chunks of any stream, for the bundled model and for made-up weights with the sizes of Qwen3-0.6B
+(1.2 GB).
 """
 
 import asyncio
 import json
 import statistics
+import time
 from typing import Any
 
 import click
@@ -17,6 +19,7 @@ import click
 from disturbed_streams import longest_pause, settle, status
 from running_server import start_server
 
+_SPARE_S = 10.0  # for the start of the spare, which loads with a low priority
 _SERVER = ("-tp", "2", "--max-restarts", "1000")
 _LARGE = ("--load-format", "dummy", "--max-model-len", "2048", "--kv-cache-memory-bytes", "256MiB")
 
@@ -36,6 +39,7 @@ def _measure(model: str | None, flags: tuple[str, ...], rounds: int, streams: in
         for _ in range(rounds):
             for victim, pauses in ((_a_rank, alone), (_the_engine, full)):
                 settle(server.url)
+                time.sleep(_SPARE_S)
                 pauses.append(asyncio.run(longest_pause(server.url, streams, tokens, victim)))
         settle(server.url)
         stats = status(server.url)["replicas"][0]["stats"]

@@ -120,6 +120,7 @@ def ready_spare(program: Program) -> int:
     return int(spare)
 
 
+@pytest.mark.timeout(300)  # spares load with a low priority
 def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
     """First a rank on the node, then the one beside the engine: each by the warm spare of its host.
 
