@@ -63,7 +63,7 @@ from shoal.wire.hosts import (
     host_report_decoder,
     to_supervisor,
 )
-from shoal.wire.nodes import FromNode, LeaderToNode, ToNode, from_node, leader_to_node, to_node
+from shoal.wire.nodes import FromNode, LeaderToNode, RankEnvironment, ToNode, from_node, leader_to_node, to_node
 from shoal.wire.plan import (
     Layout,
     ModelFiles,
@@ -248,7 +248,7 @@ def test_every_message_is_covered() -> None:
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
         *(CallError, SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
         *(TlsFiles, ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
-        *(Layout, ShardPlan, ModelPlan, NodePlan, RankPlan, Timeouts, ServedModel),
+        *(Layout, ShardPlan, ModelPlan, NodePlan, RankPlan, RankEnvironment, Timeouts, ServedModel),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(Wire.__subclasses__()) == covered
