@@ -253,7 +253,14 @@ class RayNodes:
 
 
 # Options that are for the leader alone.
-_ONLY_LEADER = ("distributed_executor_backend", "data_parallel_backend", "ray_address", "ray_resources")
+_ONLY_LEADER = (
+    "distributed_executor_backend",
+    "data_parallel_backend",
+    "ray_address",
+    "ray_resources",
+    "topology",
+    "measure_links",
+)
 
 
 def _resources_of_rank(options: EngineOptions) -> Resources:
