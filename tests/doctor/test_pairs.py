@@ -24,7 +24,7 @@ def together(size: int, work: Callable[[RoomPeers], object]) -> list[object]:
 
     def run(rank: int) -> object:
         settings = Settings(nnodes=size, node_rank=rank, master="127.0.0.1", master_port=port, timeout_s=WAIT_S)
-        peers = RoomPeers(settings, NO_CREDENTIALS)
+        peers = RoomPeers(settings, NO_CREDENTIALS, opens=rank == 0)
         try:
             return work(peers)
         finally:
@@ -86,4 +86,4 @@ def test_a_stranger_gets_no_answer() -> None:
 def test_a_host_that_does_not_come() -> None:
     settings = Settings(nnodes=2, node_rank=0, master="127.0.0.1", master_port=free_port(), timeout_s=0.3)
     with pytest.raises(ConfigError, match="rank 1 missing"):
-        RoomPeers(settings, NO_CREDENTIALS)
+        RoomPeers(settings, NO_CREDENTIALS, opens=True)

@@ -50,7 +50,7 @@ class RayNodes:
             ConfigError: Ray is not there, or the cluster is too small.
         """
         options = model.options
-        cluster.connect(options)
+        cluster.connect(options.nodes.ray_address, "--distributed-executor-backend ray")
         self._model = model
         self._given = cluster.given_group()
         self._each = _resources_of_rank(options)
