@@ -123,6 +123,7 @@ def test_the_file_of_a_topology_is_read(tmp_path: Path) -> None:
     assert found is not None
     assert (found.topology, found.source) == (topology, f"--topology {file}")
     assert read_measured(options()) is None
+    assert read_measured(options(topology="not on this host", node_rank=1)) is None, "host 0 leads"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ _OPTIONS = ("dtype", "max_model_len", "revision")  # of an engine, for the quest
 )
 @click.option("--ray", is_flag=True, help="check all nodes of a Ray cluster together")
 @click.option(
-    "--ray-address", metavar="HOST:PORT", help="the Ray cluster [default: RAY_ADDRESS, or the cluster of this host]"
+    "--ray-address",
+    metavar="ADDRESS",
+    help="host:port of the Ray cluster [default: RAY_ADDRESS, or the cluster of this host]",
 )
 @cluster_tls_flags
 @click.option("--dtype", help="type of the weights, for the question whether MODEL fits")

@@ -95,8 +95,8 @@ def check_resources(pairs: Sequence[tuple[RayNode, HostTopology]]) -> list[Findi
             )
     if found:
         return found
-    counted = ", ".join(f"{host.name}: {_listed(node.resources)}" for node, host in pairs)
-    return [ok("ray-resources", f"what Ray counts is there ({counted})")]
+    listed = ", ".join(f"{host.name}: {_listed(node.resources)}" for node, host in pairs)
+    return [ok("ray-resources", f"what Ray counts is there ({listed})")]
 
 
 def _listed(resources: Mapping[str, float]) -> str:

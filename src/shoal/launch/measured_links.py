@@ -25,13 +25,13 @@ _GRACE_S = 1.0  # how much later an answer may come
 
 
 def read_measured(options: EngineOptions) -> Measured | None:
-    """Return the topology in the file of --topology; None if the option is not given.
+    """Return the topology in the file of --topology; None if it is not given, or if another host leads and reads it.
 
     Raises:
         ConfigError: the file cannot be read or is no topology; or the options contradict each other.
     """
     file = options.nodes.topology
-    if file is None:
+    if file is None or options.nodes.node_rank:
         return None
     source = f"--topology {file}"
     if options.nodes.measure_links:
