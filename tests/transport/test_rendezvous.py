@@ -23,11 +23,13 @@ import pytest
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
+from shoal.transport import connecting as connecting_module
 from shoal.transport import rendezvous as rendezvous_module
 from shoal.transport import room_member as members_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.connecting import connect
 from shoal.transport.rendezvous import Rendezvous, enable_keepalive, proof, require_key
-from shoal.transport.room_member import RoomMember, connect
+from shoal.transport.room_member import RoomMember
 from shoal.wire.base import encode
 from shoal.wire.credentials import Credentials
 from shoal.wire.rendezvous import (
@@ -524,7 +526,7 @@ def test_without_file_descriptors_the_next_connection_is_waited_for(
 def test_keepalive_is_enabled_on_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """TCP notices an unreachable host: the connection of a store has no heartbeats of its own."""
     watched = list[socket.socket]()
-    for module in (members_module, rendezvous_module):
+    for module in (connecting_module, rendezvous_module):
         monkeypatch.setattr(module, "enable_keepalive", watched.append)
     with Rendezvous(credentials=OURS) as meeting, closing(connect(Address.parse(meeting.address), OURS, timeout=60.0)):
         assert len({sock.fileno() for sock in watched}) == 2

@@ -14,8 +14,9 @@ import pytest
 from shoal.addresses import Address
 from shoal.errors import ConfigError
 from shoal.transport.channel import wait
+from shoal.transport.connecting import connect
 from shoal.transport.rendezvous import Rendezvous
-from shoal.transport.room_member import RoomMember, connect
+from shoal.transport.room_member import RoomMember
 from shoal.wire.base import encode
 from shoal.wire.credentials import Credentials, TlsFiles
 from shoal.wire.rendezvous import StoreGet, StoreSet, StoreValue, from_rendezvous

@@ -17,7 +17,7 @@ from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.process.stop_event import SignalEvent, StopEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.room_member import connect
+from shoal.transport.connecting import connect
 from shoal.wire.base import encode
 from shoal.wire.hosts import HostReport
 from shoal.wire.nodes import Dismissal, EngineCall, leader_to_node
