@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import hosts, processes
+from support.certificates import Cluster
 from support.checkpoints import Reference
 from support.host_programs import NUM_TOKENS, PORT, PROMPT, SMALL, WAIT_S, Program, ask, generation
 
@@ -151,22 +152,31 @@ def test_a_host_that_is_cut_off_is_found_within_30_seconds(start: Start, two: tu
     ("changed", "told"),
     [
         (["--dtype", "bfloat16"], "its --dtype is bfloat16, that of node 0"),
-        (["--block-size", "8"], "its --block-size is 8, that of node 0"),
+        (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1, got 0"),
+        (["--cluster-tls", "FOREIGN"], "can't be joined: its certificate has another CA"),
     ],
-    ids=["dtype", "block size"],
+    ids=["differs", "fails before it has joined", "certificate of another cluster"],
 )
-def test_a_node_that_differs_is_refused_and_all_are_told(
+def test_a_node_that_cannot_join_is_told_why_and_so_are_all_others(
     start: Start,
     two: tuple[hosts.Host, hosts.Host],
     checkpoint: Callable[[str], Path],
+    tmp_path: Path,
     changed: list[str],
     told: str,
 ) -> None:
-    common = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2"]
-    leader = start(two[0], *common, *nodes(two, 0))
-    other = start(two[1], *common, *changed, *nodes(two, 1))
-    assert (leader.await_end(), other.await_end()) == (2, 2)
-    for program in (leader, other):
+    """Node 2 differs from the others, or fails; node 1 waits with the leader. All end with the same line."""
+    ours = ["--cluster-tls", str(Cluster(tmp_path / "ours").folder())]
+    foreign = str(Cluster(tmp_path / "foreign").folder())
+    common = [*generation(checkpoint("llama")), "--output", "-", "-tp", "3", "--nnodes", "3"]
+    where = ["--master-addr", two[0].address]
+    first, second = (start(two[rank], *common, *ours, *where, "--node-rank", str(rank)) for rank in range(2))
+    first.await_text("node 1 (")
+    last = [each.replace("FOREIGN", foreign) for each in [*ours, *changed]]
+    third = start(two[1], *common, *last, *where, "--node-rank", "2")
+    programs = (first, second, third)
+    assert [program.await_end() for program in programs] == [2, 2, 2]
+    for program in programs:
         error = [line for line in program.text.splitlines() if line.startswith("error: ")]
         assert len(error) == 1, program.text
         assert told in error[0], program.text

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,8 +132,7 @@ def test_resources_that_never_come_are_named_with_their_holders(
         cluster[0].host, *command, "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray",
         environment=ENVIRONMENT,
     )  # fmt: skip
-    assert late.await_end() == 2, late.text
-    (error,) = [line for line in late.text.splitlines() if line.startswith("error: ")]
+    error = error_of(late)
     assert "Ray has not placed the ranks within 12 s: it asks for 2 CPU; " in error
     assert "10.213.77.1 has 0 CPU free of 2 CPU" in error
     assert "held by shoal-replica-0 has 4 CPU" in error
@@ -161,6 +161,27 @@ def test_what_ray_cannot_do_is_one_clear_line(
 ) -> None:
     command = [*generation(checkpoint("llama")), "--output", "-", "--ray-address", cluster[0].address, *flags]
     program = start(cluster[0].host, *command, environment=ENVIRONMENT)
+    assert told in error_of(program)
+
+
+def error_of(program: Program) -> str:
+    """Wait until a program has ended with an error of the user, and return its one line."""
     assert program.await_end() == 2, program.text
-    (error,) = [line for line in program.text.splitlines() if line.startswith("error: ")]
-    assert told in error
+    (line,) = [line for line in program.text.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_process_with_another_version_of_ray_than_the_cluster(
+    start: Start, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path]
+) -> None:
+    pretend = "import ray; ray.__version__ = '2.0.0'; from shoal.cli.main import main; main()"
+    flags = ["--output", "-", "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray"]
+    program = start(
+        cluster[0].host, *generation(checkpoint("llama")), *flags,
+        command=(sys.executable, "-c", pretend), environment=ENVIRONMENT,
+    )  # fmt: skip
+    error = error_of(program)
+    assert re.search(
+        r"cluster was started with: Ray: \S+ Python: \S+ This process .* was started with: Ray: 2.0.0 ", error
+    )
+    assert error.endswith("; install the same versions of Ray and Python on all hosts")

@@ -165,7 +165,7 @@ def test_an_address_that_closes_every_connection_is_another_program() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         pool.submit(shut_down)
-        with pytest.raises(ConfigError, match=r"closed every connection for 0.5 s: is another program there"):
+        with pytest.raises(ConfigError, match="closes every connection: is another program there"):
             connect(Address("127.0.0.1", listener.getsockname()[1]), OURS, timeout=0.5)
         listener.shutdown(socket.SHUT_RDWR)
 

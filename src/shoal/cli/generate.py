@@ -25,6 +25,7 @@ from shoal.jobs.prompt_file import PromptFile, as_chat
 from shoal.jobs.resume import AnsweredPrompts, ResumeCheck, drop_failed_lines, scan_answers, verify_answers
 from shoal.jobs.run_job import JobRun, Preparer, prepare
 from shoal.launch import hub
+from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm.llm import LLM
 from shoal.log import get_logger
@@ -97,7 +98,8 @@ def generate(
         from shoal.launch import node
 
         return node.run(model, values, online=False)
-    opened = open_model(model, values, own_process=True)
+    with told_to_other_hosts(values):
+        opened = open_model(model, values, own_process=True)
     parameters = JobParameters(DEFAULTS, sampling, opened.default_sampling_params)
     if chat:
         opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises if there is no template

@@ -10,6 +10,7 @@ from shoal import env
 from shoal.cli.numbers import FloatRange, IntRange
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
 from shoal.errors import ConfigError
+from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import open_model
 from shoal.values import parse_bytes, shown
 
@@ -192,7 +193,8 @@ def serve(
         from shoal.launch import headless
 
         return headless.run(model, values)
-    opened = open_model(model, values, own_process=True, online=True)
+    with told_to_other_hosts(values):
+        opened = open_model(model, values, own_process=True, online=True)
     return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.ranks import FromRank
+from shoal.wire.rendezvous import Alive
 
 # The name of the door of an engine, and the key in the agreement there.
 ENGINE_DOOR = "nodes of an engine"
@@ -79,7 +80,7 @@ ToNode = StartRank | ForRank | ForAllRanks | Stop
 
 FromNode = FromRank | RankStarted | RankEnded | RankSuspended
 
-LeaderToNode = EngineCall | Dismissal
+LeaderToNode = EngineCall | Dismissal | Alive
 
 to_node: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
 
