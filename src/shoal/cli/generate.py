@@ -91,21 +91,22 @@ def generate(
         overwrite = overwrite and _typed("overwrite")
     elif _typed("overwrite"):
         resume = False
-    _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
-    given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
     values = engine_values(flags)
+    with told_to_other_hosts(values):
+        _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
+        given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
     if values.get("node_rank"):
         from shoal.launch import node
 
         return node.run(model, values, online=False)
     with told_to_other_hosts(values):
         opened = open_model(model, values, own_process=True)
-    parameters = JobParameters(DEFAULTS, sampling, opened.default_sampling_params)
-    if chat:
-        opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises if there is no template
-    typed = given.check_typed(opened.reader(), parameters)
-    with closing(opened.grammar_checker()) as grammars:
-        grammars.check_jobs(typed)
+        parameters = JobParameters(DEFAULTS, sampling, opened.default_sampling_params)
+        if chat:
+            opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises without a template
+        typed = given.check_typed(opened.reader(), parameters)
+        with closing(opened.grammar_checker()) as grammars:
+            grammars.check_jobs(typed)
     if output is None:
         with LLM(opened) as llm:
             return _print(llm, given, parameters)

@@ -81,8 +81,9 @@ def told_to_other_hosts(given: Mapping[str, Any]) -> Iterator[None]:
     """
     try:
         yield
-    except ShoalError as error:
-        _tell(given, str(error), _TELL_LEADER_S)
+    except Exception as error:
+        why = str(error) if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
+        _tell(given, why, _TELL_LEADER_S)
         raise
     except KeyboardInterrupt:
         _tell(given, "it was interrupted", _TELL_INTERRUPT_S)
