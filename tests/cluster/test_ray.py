@@ -29,9 +29,14 @@ Two = tuple[hosts.Host, hosts.Host]
 Start = Callable[..., Program]
 
 
+PARTS = '{"GPU": 0.6, "slot": 0.5}'
+RESOURCES = ["--num-gpus=1", '--resources={"slot": 1}']  # Ray counts them, whether there are GPUs or not
+ON_CPUS = ["--device", "cpu"]
+
+
 @pytest.fixture(scope="module")
 def cluster(two: Two) -> Iterator[tuple[RayNode, RayNode]]:
-    with ray_cluster(two) as nodes:
+    with ray_cluster(two, flags=RESOURCES) as nodes:
         yield nodes
 
 
@@ -39,7 +44,7 @@ def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[li
     output = folder / "answers.jsonl"
     output.unlink(missing_ok=True)
     command = [*generation(folder), "--output", str(output), "--dtype", "float32", "--ray-address", node.address]
-    program = start(node.host, *command, *flags, environment=ENVIRONMENT)
+    program = start(node.host, *command, *ON_CPUS, *flags, environment=ENVIRONMENT)
     assert program.await_end() == 0, program.text
     (line,) = output.read_text().splitlines()
     return json.loads(line)["outputs"][0]["token_ids"], program
@@ -51,8 +56,9 @@ def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[li
         (["-tp", "2", "-pp", "2"], "2 + 2", False),  # Ray is chosen, because one host has two cores
         (["-tp", "2", "--placement", "tp-across", "--distributed-executor-backend", "ray"], "1 + 1", False),
         (["-tp", "3", "--distributed-executor-backend", "ray"], "2 + 1", True),
+        (["-pp", "2", "--distributed-executor-backend", "ray", "--ray-resources", PARTS], "1 + 1", False),
     ],
-    ids=["tp x pp", "tp across", "tp 3, TLS"],
+    ids=["tp x pp", "tp across", "tp 3, TLS", "parts of GPUs"],
 )
 def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
     start: Start,
@@ -79,7 +85,7 @@ def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
 
 def serve(start: Start, node: RayNode, *flags: str) -> Program:
     server = start(
-        node.host, "serve", "bundled", *SMALL, "--port", str(PORT), "--ray-address", node.address, *flags,
+        node.host, "serve", "bundled", *SMALL, *ON_CPUS, "--port", str(PORT), "--ray-address", node.address, *flags,
         environment=ENVIRONMENT,
     )  # fmt: skip
     server.await_text("Shoal serves")
@@ -127,7 +133,7 @@ def test_resources_that_never_come_are_named_with_their_holders(
 ) -> None:
     """The totals would be enough, but a server holds them."""
     server = serve(start, cluster[0], "-tp", "2", "-pp", "2")
-    command = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2", "--start-timeout", "12"]
+    command = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2", "--start-timeout", "12", *ON_CPUS]
     late = start(
         cluster[0].host, *command, "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray",
         environment=ENVIRONMENT,
@@ -159,7 +165,7 @@ def test_resources_that_never_come_are_named_with_their_holders(
 def test_what_ray_cannot_do_is_one_clear_line(
     start: Start, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path], flags: list[str], told: str
 ) -> None:
-    command = [*generation(checkpoint("llama")), "--output", "-", "--ray-address", cluster[0].address, *flags]
+    command = [*generation(checkpoint("llama")), "--output", "-", "--ray-address", cluster[0].address, *ON_CPUS, *flags]
     program = start(cluster[0].host, *command, environment=ENVIRONMENT)
     assert told in error_of(program)
 
