@@ -170,6 +170,29 @@ def test_an_address_that_closes_every_connection_is_another_program() -> None:
         listener.shutdown(socket.SHUT_RDWR)
 
 
+def test_an_address_that_answers_in_another_protocol_is_another_program() -> None:
+    def answer(listener: socket.socket) -> None:
+        with listener.accept()[0] as client:
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer, listener)
+        with pytest.raises(ConfigError, match="uses another protocol: is another program there"):
+            connect(Address("127.0.0.1", listener.getsockname()[1]), OURS, timeout=600.0)
+        answered.result()
+
+
+@pytest.mark.slow
+def test_an_address_that_never_answers_is_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connecting_module, "SILENT_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(connecting_module, "ANSWER_S", 0.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(ConfigError, match="did not answer in time: is another program there"),
+    ):
+        connect(Address("127.0.0.1", listener.getsockname()[1]), OURS, timeout=600.0)
+
+
 def test_the_error_names_missing_members(meeting: Rendezvous) -> None:
     with pytest.raises(ConfigError, match=r"within 1 s: ranks 0, 2 missing, arrived: rank 1 \("):
         join(meeting, 1, 3, timeout=1.0)

@@ -35,7 +35,8 @@ _RETRY_S = 0.2
 _REPORT_RETURNING_S = 60.0  # how often a process that returns logs what it waits for
 _ATTEMPT_S = 2.0
 _ENDED = (ssl.SSLEOFError, ssl.SSLZeroReturnError)  # the other side has closed the connection
-_ANSWER_S = 10.0
+ANSWER_S = 10.0
+_MAX_ANSWER_BYTES = 1 << 20  # a longer answer is that of another program
 REFUSED_TIMEOUT_S = 15.0  # the wait for an unreachable member with the same rank to be removed
 SILENT_TIMEOUT_S = 60.0  # a rendezvous that is busy answers earlier
 
@@ -198,7 +199,7 @@ def _connect(
 
 def _attempt(address: Address, credentials: Credentials, hello: Hello, timeout: float) -> Channel:
     sock = addresses.connect(address, max(min(timeout, _ATTEMPT_S), 0.01))
-    return _authenticated(sock, hello, address, credentials, max(min(timeout, _ANSWER_S), _ATTEMPT_S))
+    return _authenticated(sock, hello, address, credentials, max(min(timeout, ANSWER_S), _ATTEMPT_S))
 
 
 def _authenticated(
@@ -212,11 +213,13 @@ def _authenticated(
         channel = Channel(sock)
     else:
         channel = Channel(_encrypted(sock, credentials.tls, address, deadline))
+    afterwards, channel.max_frame_bytes = channel.max_frame_bytes, _MAX_ANSWER_BYTES
     try:
         _authenticate(channel, hello, address, credentials.key, deadline, encrypted=credentials.tls is not None)
     except BaseException:
         channel.close()
         raise
+    channel.max_frame_bytes = afterwards
     return channel
 
 
