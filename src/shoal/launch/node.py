@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from shoal.config.engine_options import EngineOptions
@@ -14,6 +14,7 @@ from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.early_failure import report_refusal, told_to_other_hosts
 from shoal.launch.headless import introduce_host
 from shoal.launch.host_network import warn_of_kernel_ports
+from shoal.launch.measured_links import PairMeasurement
 from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.process.stop_event import SignalEvent, StopEvent
@@ -21,7 +22,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.connecting import RefusedUnknown, connect
 from shoal.wire.base import encode
 from shoal.wire.hosts import HostReport
-from shoal.wire.nodes import Dismissal, LeaderToNode, leader_to_node
+from shoal.wire.nodes import AwaitPairs, Dismissal, LeaderToNode, MeasurePairs, NodeToLeader, leader_to_node
 from shoal.wire.rendezvous import NODES_DOOR, Alive
 
 log = get_logger("node")
@@ -82,6 +83,7 @@ class Node:
         self._stop = stop
         self._leader: Channel | None = None
         self._agent: NodeAgent | None = None
+        self._pairs = PairMeasurement()
 
     def obey_leaders(self, *, online: bool) -> None:
         """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
@@ -160,6 +162,12 @@ class Node:
                 raise ConfigError(message.why) if message.user_error else EngineError(message.why)
             log.info("the leader has ended: the work is done")
             return False
+        if isinstance(message, AwaitPairs):
+            self._answer(self._pairs.listen(message))
+            return True
+        if isinstance(message, MeasurePairs):
+            self._answer(self._pairs.measure(message))
+            return True
         self._end_ranks()
         try:
             self._agent = NodeAgent(message, self._group.credentials)
@@ -169,6 +177,11 @@ class Node:
             log.info("with the engine of replica %d at %s", message.replica, message.address)
         return True
 
+    def _answer(self, message: NodeToLeader) -> None:
+        if self._leader is not None:
+            with suppress(ChannelClosed):  # the leader has gone, which the next wait shows
+                self._leader.send(encode(message))
+
     def _end_ranks(self) -> None:
         if self._agent is not None:
             self._agent.close()
@@ -177,6 +190,7 @@ class Node:
     def close(self) -> None:
         """End all ranks and connections. Idempotent, never raises."""
         self._end_ranks()
+        self._pairs.close()
         if self._leader is not None:
             self._leader.close()
             self._leader = None
