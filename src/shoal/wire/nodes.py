@@ -8,6 +8,7 @@ import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.ranks import FromRank, PrepareSpare
+from shoal.wire.rendezvous import Alive
 from shoal.wire.topology import HostPair, PairAddress
 
 # The name of the door of an engine, and the key in the agreement there.
@@ -124,7 +125,7 @@ ToNode = StartRank | KeepSpares | ForRank | ForAllRanks | Stop
 
 FromNode = FromRank | RankStarted | RankEnded | RankSuspended
 
-LeaderToNode = EngineCall | AwaitPairs | MeasurePairs | Dismissal
+LeaderToNode = EngineCall | AwaitPairs | MeasurePairs | Dismissal | Alive
 
 NodeToLeader = PairsAwaited | PairsMeasured
 
