@@ -13,6 +13,7 @@ import pytest
 from conformance.test_greedy_tokens import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.local import LocalLockstep
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.errors import EngineError
 from shoal.executors.base import RankExecutor
@@ -33,20 +34,6 @@ pytestmark = pytest.mark.slow
 
 STEPS = 8
 TIMEOUT_S = 120.0
-
-
-class LocalLockstep:
-    """The lockstep of replicas in one process."""
-
-    def __init__(self, counts: list[int], rank: int) -> None:
-        self.counts = counts
-        self.rank = rank
-
-    def launched(self, count: int) -> None:
-        self.counts[self.rank] = count
-
-    def steps_due(self) -> int:
-        return max(self.counts)
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,7 @@ class Replicas:
 def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) -> Iterator[Replicas]:
     """Return executors with thread ranks, or with process ranks if there is a rendezvous for them."""
     groups = ThreadGroups(TIMEOUT_S)
-    counts = [0] * layout.dp
+    locksteps = LocalLockstep.make_all(layout.dp)
     spec = read_spec(folder)
     stages = layout.stages or (spec.num_layers,)
     meeting_address = "" if meeting is None else meeting.address
@@ -113,7 +100,8 @@ def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) ->
             start_timeout=TIMEOUT_S,
             step_timeout=TIMEOUT_S,
         )
-        setups = [RankSetup(WIRE_VERSION, 7 + replica, rank.rank, plan) for rank in plan.ranks]
+        lockstep = locksteps[replica]
+        setups = [RankSetup(WIRE_VERSION, lockstep.incarnation, rank.rank, plan) for rank in plan.ranks]
         links = ThreadLinks(setups, groups) if meeting is None else ProcessLinks(setups)
         executor = RankExecutor(
             links, setups, check_capacity=lambda _: None, start_timeout=TIMEOUT_S, step_timeout=TIMEOUT_S
@@ -124,13 +112,15 @@ def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) ->
             block_size=16,
             prefix_caching=True,
             max_in_flight=2,
-            incarnation=7 + replica,
-            lockstep=LocalLockstep(counts, replica) if layout.dp > 1 else None,
+            incarnation=lockstep.incarnation,
+            lockstep=lockstep if layout.dp > 1 else None,
         )
         return engine, executor
 
     started = on_threads(layout.dp, start)
     with ExitStack() as stack:
+        for lockstep in locksteps:
+            stack.callback(lockstep.close)
         for engine, _ in started:
             stack.callback(engine.close)
         yield Replicas([engine for engine, _ in started], [executor for _, executor in started])

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 10
+WIRE_VERSION = 11
 
 Ids = tuple[int, ...]
 
