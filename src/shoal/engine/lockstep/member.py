@@ -77,8 +77,8 @@ class SharedProgress(ABC):
             raise RanksDied("; ".join(causes), ())
 
     def begin_reform(self, why: str, *, awake: bool) -> int:
-        newest = max((state.incarnation for state in self.others().values()), default=self.incarnation)
-        incarnation = max(newest, self.incarnation + 1) if why else newest
+        begun = [state.incarnation for state in self.others().values()]
+        incarnation = max(self.incarnation + 1, *begun)
         self._change_to(LockstepState(incarnation, formed=False, awake=awake, why=why))
         return incarnation
 
