@@ -325,7 +325,7 @@ def test_a_sleeping_replica_reports_its_activity_to_the_next_front_end() -> None
 
 
 @needs_hosts
-def test_experts_on_two_hosts_sleep_and_go_on() -> None:
+def test_experts_on_two_hosts_sleep_and_go_on_when_a_rank_dies() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         head, headless = head_and_headless(pair)
         mixture = ["bundled:moe", "--enable-expert-parallel", "--served-model-name", "bundled"]
@@ -342,6 +342,13 @@ def test_experts_on_two_hosts_sleep_and_go_on() -> None:
             assert [rank["weight_bytes"] for rank in ranks] == [0, 0]
             assert json.loads(ask(server, f"{url}/wake_up", {}))["status"] == "awake"
             assert future.result() == wanted
+
+        def pids() -> list[int]:
+            return [rank["pid"] for replica in states(server, url) for rank in replica["stats"]["ranks"]]
+
+        before = pids()
+        check_disturbed_streams(server, url, lambda: os.kill(before[1], signal.SIGKILL))
+        assert [now == then for now, then in zip(pids(), before, strict=True)] == [True, False]
         assert [replica["restarts"] for replica in states(server, url)] == [0, 0]
 
 
