@@ -56,8 +56,11 @@ def commands(command: click.Command = cli, name: str = "shoal") -> Iterator[tupl
     if not isinstance(command, click.Group):
         yield name, command
         return
-    for inner in command.commands.values():
-        yield from commands(inner, f"{name} {inner.name}")
+    context = click.Context(command)
+    for inner in command.list_commands(context):
+        found = command.get_command(context, inner)
+        assert found is not None
+        yield from commands(found, f"{name} {inner}")
 
 
 def _commands() -> Iterator[str]:

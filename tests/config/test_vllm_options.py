@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shoal import LLM
-from shoal.cli.commands import cli
+from shoal.cli.commands import every_command
 from shoal.config import engine_options, vllm_options
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
@@ -70,7 +70,7 @@ def test_each_missing_option_is_explained_in_every_form(name: str) -> None:
 
 
 def test_alternatives_name_existing_flags() -> None:
-    known = {flag for command in cli.commands.values() for parameter in command.params for flag in parameter.opts}
+    known = {flag for command in every_command().values() for parameter in command.params for flag in parameter.opts}
     known |= {"--dir"}  # of `shoal download`
     for name, way in vllm_options.LACKING.items():
         for flag in re.findall(r"--[a-z][a-z-]+", way):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import shoal
-from shoal.cli.commands import cli
+from shoal.cli.commands import every_command
 from support.hosts import free_port, obstacle
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -119,7 +119,7 @@ def test_the_entry_point_runs_shoal_or_another_program(programs: FakePrograms, a
     assert programs.run(*shlex.split(arguments)) == called
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands))
+@pytest.mark.parametrize("name", sorted(every_command()))
 def test_the_entry_point_knows_every_command_of_shoal(programs: FakePrograms, name: str) -> None:
     assert programs.run(name).startswith(f"shoal {name}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from shoal import env
-from shoal.cli.generate import Interrupted
+from shoal.cli.interrupts import Interrupted
 from shoal.cli.numbers import AnyFloatRange, FloatRange, Integer, IntRange
 from shoal.client.load.report import LIMITS, format_table
 from shoal.client.load.settings import LoadSettings

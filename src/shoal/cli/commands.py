@@ -1,4 +1,7 @@
-"""The commands of `shoal`. An error of any of them is one line on stderr."""
+"""The commands of `shoal`. An error of any of them is one line on stderr.
+
+A command is imported when it runs, so that none takes the time that the imports of the others take.
+"""
 
 import os
 import sys
@@ -6,38 +9,44 @@ import sys
 import click
 
 from shoal import __version__
-from shoal.cli.bench import bench
-from shoal.cli.cluster_keys import cluster_keys
-from shoal.cli.completion import completion
-from shoal.cli.doctor import doctor
-from shoal.cli.download import download
-from shoal.cli.generate import Interrupted, generate
+from shoal.cli.interrupts import Interrupted
 from shoal.cli.options import unknown_flag
-from shoal.cli.plan import plan
-from shoal.cli.scale import scale
-from shoal.cli.serve import serve
-from shoal.cli.top import top
 from shoal.config import engine_options
 from shoal.errors import ShoalError
+from shoal.lazy import load
 from shoal.log import configure_logging, get_logger
 
+_SECTIONS = {
+    "Run models": {"generate": "shoal.cli.generate:generate", "serve": "shoal.cli.serve:serve"},
+    "Decide": {"plan": "shoal.cli.plan:plan", "doctor": "shoal.cli.doctor:doctor"},
+    "Measure": {"bench": "shoal.cli.bench:bench"},
+    "Operate": {"top": "shoal.cli.top:top", "scale": "shoal.cli.scale:scale"},
+    "Set up": {
+        "download": "shoal.cli.download:download",
+        "cluster-keys": "shoal.cli.cluster_keys:cluster_keys",
+        "completion": "shoal.cli.completion:completion",
+    },
+}
+_PATHS = {name: path for section in _SECTIONS.values() for name, path in section.items()}
 
-class _Sections(click.Group):
-    """A group of commands whose help lists them under headings."""
 
-    def __init__(self, *arguments: object, **keywords: object) -> None:
-        super().__init__(*arguments, **keywords)  # type: ignore[arg-type]
-        self.sections: dict[str, list[str]] = {}
+class _LazyCommands(click.Group):
+    """The group of all commands, each of which is imported when it is asked for. The help lists them under headings."""
 
-    def add(self, section: str, *commands: click.Command) -> None:
-        for command in commands:
-            self.add_command(command)
-            self.sections.setdefault(section, []).append(str(command.name))
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_PATHS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self._command(cmd_name) if cmd_name in _PATHS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for section, names in self.sections.items():
+        for section, names in _SECTIONS.items():
             with formatter.section(section):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(100)) for name in names])
+                formatter.write_dl([(name, self._command(name).get_short_help_str(100)) for name in names])
+
+    def _command(self, name: str) -> click.Command:
+        found: click.Command = load(_PATHS[name])
+        return found
 
 
 def _dashed(name: str) -> str:
@@ -52,7 +61,7 @@ _CONTEXT = {
 }
 
 
-@click.group(cls=_Sections, context_settings=_CONTEXT)
+@click.group(cls=_LazyCommands, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="shoal")
 def cli() -> None:
     """Serve large language models over processes, devices and hosts."""
@@ -61,11 +70,9 @@ def cli() -> None:
         get_logger("cli").warning("%s", warning)
 
 
-cli.add("Run models", generate, serve)
-cli.add("Decide", plan, doctor)
-cli.add("Measure", bench)
-cli.add("Operate", top, scale)
-cli.add("Set up", download, cluster_keys, completion)
+def every_command() -> dict[str, click.Command]:
+    """Return all commands by name."""
+    return {name: load(path) for name, path in _PATHS.items()}
 
 
 def run() -> int:
@@ -82,7 +89,7 @@ def run() -> int:
     except click.ClickException as error:  # click prints the usage, too; our errors are one line
         message = unknown_flag(error, sys.argv[1:]) if isinstance(error, click.NoSuchOption) else error.format_message()
         what = " ".join(message.split()).rstrip(".")
-        command = " ".join(["shoal", *(name for name in sys.argv[1:2] if name in cli.commands)])
+        command = " ".join(["shoal", *(name for name in sys.argv[1:2] if name in _PATHS)])
         print(f"error: {what}; see {command} --help", file=sys.stderr)
         return error.exit_code
     except Interrupted as error:

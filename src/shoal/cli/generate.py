@@ -12,11 +12,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from shoal.cli.interrupts import SignalHolder
+from shoal.cli.interrupts import Interrupted, SignalHolder
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.cli.progress import JobProgress
 from shoal.cli.sampling import DEFAULTS, sampling_flags, sampling_values
-from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
+from shoal.errors import ConfigError, EngineError, RequestError, UserError
 from shoal.jobs.entries import JobEntry
 from shoal.jobs.output_file import OutputFailed, OutputFile
 from shoal.jobs.output_lines import output_line
@@ -37,12 +37,6 @@ log = get_logger("generate")
 # What both bundled models were trained on: the dense one and the mixture of experts.
 _BUNDLED_PROMPTS = ("37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->", "8 + 64 =")
 _TOLD_FAILURES = 20  # failed prompts that are named on stderr; with --output the file has them all
-
-
-class Interrupted(ShoalError):
-    """A command was interrupted by Ctrl-C or SIGTERM."""
-
-    exit_code = 130
 
 
 @click.command(cls=GroupedCommand)

@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from shoal.errors import ShoalError
+
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(ShoalError):
+    """A command was interrupted by Ctrl-C or SIGTERM."""
+
+    exit_code = 130
 
 
 class SignalHolder:
