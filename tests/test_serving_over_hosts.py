@@ -152,6 +152,10 @@ def states(server: Program, url: str) -> list[dict[str, Any]]:
     return found
 
 
+def rank_pids(server: Program, url: str) -> list[int]:
+    return [rank["pid"] for replica in states(server, url) for rank in replica["stats"]["ranks"]]
+
+
 def check_disturbed_streams(server: Program, url: str, disturb: Callable[[], object]) -> None:
     """Check that the streams of all prompts are the same if they are disturbed."""
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -343,12 +347,12 @@ def test_experts_on_two_hosts_sleep_and_go_on_when_a_rank_dies() -> None:
             assert json.loads(ask(server, f"{url}/wake_up", {}))["status"] == "awake"
             assert future.result() == wanted
 
-        def pids() -> list[int]:
-            return [rank["pid"] for replica in states(server, url) for rank in replica["stats"]["ranks"]]
-
-        before = pids()
-        check_disturbed_streams(server, url, lambda: os.kill(before[1], signal.SIGKILL))
-        assert [now == then for now, then in zip(pids(), before, strict=True)] == [True, False]
+            future = pool.submit(stream, server, url, PROMPTS[1], tokens=40)
+            until(lambda: any(replica["held"] for replica in states(server, url)), "one has requests", server)
+            before = rank_pids(server, url)
+            os.kill(before[1], signal.SIGKILL)
+            assert future.result() == wanted
+        assert [now == then for now, then in zip(rank_pids(server, url), before, strict=True)] == [True, False]
         assert [replica["restarts"] for replica in states(server, url)] == [0, 0]
 
 
