@@ -49,9 +49,10 @@ class Layout:
 class Replicas:
     """Engines with thread ranks, whose steps the test drives."""
 
-    def __init__(self, engines: Sequence[EngineCore], executors: Sequence[RankExecutor]) -> None:
+    def __init__(self, engines: Sequence[EngineCore], executors: Sequence[RankExecutor], incarnation: int) -> None:
         self.engines = engines
         self.executors = executors
+        self.incarnation = incarnation
         self.tokens: dict[int, list[int]] = {}
 
     def add(self, replica: int, seq: int, prompt: Sequence[int], max_tokens: int = STEPS) -> None:
@@ -59,9 +60,11 @@ class Replicas:
         sampling = Sampling(seed=seq)
         self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), len(prompt), sampling, max_tokens))
 
-    def run(self) -> None:
-        while any(engine.busy for engine in self.engines):
-            for engine in self.engines:
+    def run(self, *only: int) -> None:
+        """Run all replicas, or only some."""
+        driven = [self.engines[replica] for replica in only] or self.engines
+        while any(engine.busy for engine in driven):
+            for engine in driven:
                 for update in engine.updates(0.005):
                     self.tokens[update.seq] += update.tokens
                     assert not update.error
@@ -123,7 +126,9 @@ def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) ->
             stack.callback(lockstep.close)
         for engine, _ in started:
             stack.callback(engine.close)
-        yield Replicas([engine for engine, _ in started], [executor for _, executor in started])
+        yield Replicas(
+            [engine for engine, _ in started], [executor for _, executor in started], locksteps[0].incarnation
+        )
 
 
 def make_prompts(lengths: Sequence[int]) -> list[list[int]]:
@@ -213,11 +218,11 @@ def test_collectives_of_a_step(checkpoint: Callable[[str], Path]) -> None:
 def test_a_replica_that_fails_releases_the_others(checkpoint: Callable[[str], Path]) -> None:
     with replicas(checkpoint("qwen2_moe"), Layout()) as running:
         running.add(1, 0, make_prompts([5])[0])
-        running.executors[0].launch(StepPlan(7, 0, (), released=(99,)))  # an unknown sequence
+        running.executors[0].launch(StepPlan(running.incarnation, 0, (), released=(99,)))  # an unknown sequence
         with pytest.raises(EngineError, match="KeyError"):
             running.executors[0].poll(TIMEOUT_S)
         with pytest.raises(EngineError, match="was aborted"):
-            running.run()
+            running.run(1)
 
 
 def test_one_replica_has_whole_experts_on_its_own_ranks(checkpoint: Callable[[str], Path]) -> None:
