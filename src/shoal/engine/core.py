@@ -138,8 +138,8 @@ class EngineCore:
             if self._executor.reforming:
                 self._executor.poll(timeout)
                 return
-            if not self._scheduler.num_in_flight:
-                self._executor.poll(0)  # raises the error if ranks have died meanwhile, here or in another replica
+            if self._lockstep is not None and not self._scheduler.num_in_flight:
+                self._executor.poll(0)  # raises an error if ranks have died, here or in another replica
             self._launch()
             if not self._scheduler.num_in_flight:
                 self._take_verdicts(min(timeout, _GRAMMAR_SLICE_S))
