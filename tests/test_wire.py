@@ -64,7 +64,16 @@ from shoal.wire.hosts import (
     to_supervisor,
 )
 from shoal.wire.lockstep import LockstepJoin, LockstepState, lockstep_join, lockstep_state
-from shoal.wire.nodes import FromNode, LeaderToNode, ToNode, from_node, leader_to_node, to_node
+from shoal.wire.nodes import (
+    FromNode,
+    LeaderToNode,
+    NodeToLeader,
+    ToNode,
+    from_node,
+    leader_to_node,
+    node_to_leader,
+    to_node,
+)
 from shoal.wire.plan import (
     Layout,
     ModelFiles,
@@ -102,6 +111,7 @@ from shoal.wire.ranks import (
 from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
 from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
+from shoal.wire.topology import HostPair, PairAddress
 from support.fakes import steady
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
@@ -125,6 +135,8 @@ PLAIN = {
     type(None): st.none(),
     Activity: st.builds(Activity, st.sampled_from(ActivityState), st.integers(0, 2), st.just(PARTS) | st.just(())),
     SpeculativeConfig: st.builds(SpeculativeConfig, st.sampled_from(["ngram", "draft_model"]), st.integers(1, 64)),
+    PairAddress: st.builds(PairAddress, address=st.text(max_size=8), port=INTEGERS, token=st.text(max_size=8)),
+    HostPair: st.builds(HostPair, source=INTEGERS, target=INTEGERS, latency_us=FLOATS | st.none()),
     Hardware: st.builds(
         Hardware,
         num_devices=INTEGERS,
@@ -179,6 +191,7 @@ UNIONS = {
     "to_node": ToNode,
     "from_node": FromNode,
     "leader_to_node": LeaderToNode,
+    "node_to_leader": NodeToLeader,
     "to_engine": ToEngine,
     "from_engine": FromEngine,
     "to_api": ToApi,
@@ -197,6 +210,7 @@ DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "to_node": to_node,
     "from_node": from_node,
     "leader_to_node": leader_to_node,
+    "node_to_leader": node_to_leader,
     "to_engine": to_engine,
     "from_engine": from_engine,
     "to_api": to_api,

@@ -1,5 +1,6 @@
 """`shoal doctor` on a healthy host and on broken set-ups, as users call it."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -131,6 +132,8 @@ def test_limits_that_are_too_low(before: str, kind: str, words: str) -> None:
         (("--nnodes", "2"), "needs --master-addr"),
         (("--master-addr", "10.0.0.1"), "no effect on one host"),
         (("--nnodes", "2", "--master-addr", "10.0.0.1"), "there is no shared key"),
+        (("--nnodes", "2", "--master-addr", "10.0.0.1", "--ray"), "--ray examines all nodes of the cluster: leave out"),
+        (("--ray-address", "10.0.0.1:6379"), "--ray-address has no effect without --ray"),
         (("--ranks", "0", "--output", "/no/such/folder/file"), "cannot be written"),
     ],
 )
@@ -140,3 +143,25 @@ def test_flags_that_do_not_go_together(
     monkeypatch.delenv("SHOAL_CLUSTER_KEY", raising=False)
     assert shoal("doctor", *arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_ray_that_is_not_installed(shoal: Shoal, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert shoal("doctor", "--ray") == 2
+    assert capsys.readouterr().err == "error: --ray: it needs Ray: pip install 'shoal[ray]'\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.skipif(Path("/tmp/ray/ray_current_cluster").exists(), reason="somebody has started Ray on this host")
+def test_a_host_without_a_ray_cluster(shoal: Shoal, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert shoal("doctor", "--ray") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --ray: no Ray cluster runs on this host; start Ray with `ray start`, or give the")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_a_ray_cluster_that_does_not_answer(shoal: Shoal, capsys: Captured) -> None:
+    assert shoal("doctor", "--ray", "--ray-address", f"127.0.0.1:{free_port()}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no answer (Connection refused)" in line

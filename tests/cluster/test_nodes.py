@@ -46,7 +46,7 @@ def generate(
 @pytest.mark.parametrize(
     ("flags", "placed"),
     [
-        (["-tp", "2", "-pp", "2"], "0-1 on {0}, 2-3 on {1}"),
+        (["-tp", "2", "-pp", "2", "--measure-links"], "0-1 on {0}, 2-3 on {1}"),
         (["-tp", "3", "--placement", "0=0|1=1,2"], "0 on {0}, 1-2 on {1}"),
     ],
     ids=["tp inside, pp across", "tp across"],
@@ -60,6 +60,9 @@ def test_a_replica_over_two_hosts_gives_the_tokens_of_transformers(
     assert tokens == Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]
     where = (f"{os.uname().nodename} ({host.address})" for host in two)
     assert f"ranks {placed.format(*where)}: " in leader.text
+    assert ("--measure-links: 1 link between the hosts of a replica, with " in leader.text) == (
+        "--measure-links" in flags
+    )
     hidden = 64
     floats = (len(PROMPT) + NUM_TOKENS - 1) * hidden  # the residual stream crosses hosts at least once
     assert hosts.sent_bytes(two[0]) - before > 4 * floats

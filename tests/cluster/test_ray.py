@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.wire.topology import read_topology
 from support import hosts
 from support.certificates import Cluster
 from support.checkpoints import Reference
@@ -74,6 +75,25 @@ def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
     addresses = set(re.findall(r"has come from (\S+)", program.text))
     assert addresses == {host.address for host in two}
     assert hosts.sent_bytes(two[0]) > before
+
+
+def test_the_doctor_examines_every_node_of_a_cluster(
+    start: Start, two: Two, cluster: tuple[RayNode, RayNode], tmp_path: Path
+) -> None:
+    file = tmp_path / "topology.json"
+    flags = ["--ray", "--ray-address", cluster[0].address, "--ranks", "0", "--json", "--output", str(file)]
+    doctor = start(two[0], "doctor", *flags, environment={**ENVIRONMENT, "SHOAL_LOG_LEVEL": "error"})
+    assert doctor.await_end() == 0, doctor.text
+    findings = json.loads(doctor.text[doctor.text.index("{\n") :])["findings"]
+    of_all = {each["kind"]: each for each in findings if each["host"] == "all hosts"}
+    for kind in ("hosts", "versions", "all-reduce", "connection"):
+        assert of_all[kind]["level"] == "ok", of_all[kind]
+    of_ray = {each["kind"]: each for each in findings if each["host"] == "Ray cluster"}
+    assert of_ray["ray-nodes"]["level"] == of_ray["ray-address"]["level"] == "ok"
+    assert "Ray counts 0 GPU" not in of_ray["ray-resources"]["text"]
+    topology = read_topology(file.read_bytes())
+    assert [host.address for host in topology.hosts] == [host.address for host in two]
+    assert {(each.source, each.target) for each in topology.pairs if each.bandwidth} == {(0, 1), (1, 0)}
 
 
 def serve(start: Start, node: RayNode, *flags: str) -> Program:

@@ -10,8 +10,9 @@ from shoal.doctor import pairs
 from shoal.doctor.meeting import RoomPeers
 from shoal.doctor.settings import Settings
 from shoal.errors import ConfigError
+from shoal.transport import pair_speed
 from shoal.wire.credentials import NO_CREDENTIALS
-from shoal.wire.doctor import PairAddress
+from shoal.wire.topology import PairAddress
 from support.hosts import free_port
 
 WAIT_S = 20.0
@@ -23,7 +24,7 @@ def together(size: int, work: Callable[[RoomPeers], object]) -> list[object]:
 
     def run(rank: int) -> object:
         settings = Settings(nnodes=size, node_rank=rank, master="127.0.0.1", master_port=port, timeout_s=WAIT_S)
-        peers = RoomPeers(settings, NO_CREDENTIALS)
+        peers = RoomPeers(settings, NO_CREDENTIALS, opens=rank == 0)
         try:
             return work(peers)
         finally:
@@ -35,7 +36,7 @@ def together(size: int, work: Callable[[RoomPeers], object]) -> list[object]:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
 def test_every_pair_has_a_round(size: int) -> None:
-    found = pairs.rounds(size)
+    found = pair_speed.rounds(size)
     assert sorted(pair for each in found for pair in each) == list(itertools.combinations(range(size), 2))
     for each in found:
         hosts = [rank for pair in each for rank in pair]
@@ -67,17 +68,17 @@ def test_every_pair_is_measured_in_both_directions() -> None:
 
 def test_a_host_that_cannot_be_reached() -> None:
     place = PairAddress(address="127.0.0.1", port=free_port(), token="0" * 32)
-    (pair,) = pairs.measure_pair(1, 0, place)
+    (pair,) = pair_speed.measure_pair(1, 0, place)
     assert (pair.source, pair.target, pair.bandwidth) == (1, 0, None)
     assert pair.error.startswith(f"no connection to 127.0.0.1:{place.port}: ")
 
 
 def test_a_stranger_gets_no_answer() -> None:
-    with pairs.PairServer("127.0.0.1") as server:
+    with pair_speed.PairServer("127.0.0.1") as server:
         other = PairAddress(address=server.place.address, port=server.place.port, token="x" * 32)
-        (pair,) = pairs.measure_pair(1, 0, other)
+        (pair,) = pair_speed.measure_pair(1, 0, other)
         assert pair.error
-        there, back = pairs.measure_pair(2, 0, server.place)
+        there, back = pair_speed.measure_pair(2, 0, server.place)
         assert (there.error, back.error) == ("", "")
         server.await_end(2, WAIT_S)
 
@@ -85,4 +86,4 @@ def test_a_stranger_gets_no_answer() -> None:
 def test_a_host_that_does_not_come() -> None:
     settings = Settings(nnodes=2, node_rank=0, master="127.0.0.1", master_port=free_port(), timeout_s=0.3)
     with pytest.raises(ConfigError, match="rank 1 missing"):
-        RoomPeers(settings, NO_CREDENTIALS)
+        RoomPeers(settings, NO_CREDENTIALS, opens=True)

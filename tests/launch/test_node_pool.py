@@ -16,7 +16,7 @@ from shoal.transport.room_member import connect
 from shoal.wire.base import encode
 from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.hosts import HostReport
-from shoal.wire.nodes import Dismissal, EngineCall, leader_to_node
+from shoal.wire.nodes import Dismissal, EngineCall, LeaderToNode, leader_to_node
 from shoal.wire.plan import ModelFiles
 from shoal.wire.rendezvous import NODES_DOOR
 from support.plans import facts
@@ -60,7 +60,7 @@ def meeting(request: pytest.FixtureRequest) -> Iterator[Meeting]:
         node.close()
 
 
-def receive(node: Channel) -> EngineCall | Dismissal:
+def receive(node: Channel) -> LeaderToNode:
     assert wait([node], 30)
     (frame,) = node.receive()
     return leader_to_node.decode(frame)

@@ -1,5 +1,6 @@
 """The placement of ranks on hosts."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from shoal.config.engine_options import EngineOptions
 from shoal.config.option_forms import Placement, parse_placement
 from shoal.errors import ConfigError
+from shoal.planner.host_links import HostLinks, Link
+from shoal.planner.host_traffic import MeasuredStep
 from shoal.planner.placement import ReplicaHost, place_ranks
 from support.plans import facts, host
 
@@ -117,3 +120,44 @@ def test_hosts_that_cannot_work_together_are_refused() -> None:
     mixed = [*hosts(2), *hosts(2, device="cuda")]
     with pytest.raises(ConfigError, match="must have devices of one kind, but h0 has cpu, h0 has cuda"):
         placed(mixed, 2, 1)
+
+
+def two_racks(hosts: int, stages: int) -> MeasuredStep:
+    """Return a step on hosts of which those with even numbers have fast links, and those with odd ones."""
+    pairs = combinations(range(hosts), 2)
+    links = {(i, j): Link(1e-5, 1e10) if i % 2 == j % 2 else Link(1e-3, 1e8) for i, j in pairs}
+    return MeasuredStep(HostLinks(links), layers=(2,) * stages, stream_bytes=4096, tokens=16)
+
+
+def test_hosts_with_fast_links_share_a_tensor_parallel_group() -> None:
+    reasons: list[str] = []
+    step = two_racks(4, 2)
+    ranks = place_ranks(hosts(2, 2, 2, 2), tp=4, stages=2, wanted="auto", reasons=reasons, warnings=[], step=step)
+    assert ranks == ((0, 1), (4, 5), (2, 3), (6, 7))
+    assert reasons[0].startswith(
+        "the measured links put the hosts into the order h0 (10.0.0.0), h2 (10.0.0.2), h1 (10.0.0.1), h3 (10.0.0.3): "
+        "what they exchange in a step of 16 tokens takes about "
+    )
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=5), st.integers(1, 4), st.integers(1, 6))
+def test_measured_links_only_exchange_the_ranks_of_hosts(devices: list[int], tp: int, stages: int) -> None:
+    found = hosts(*devices)
+    try:
+        without = place_ranks(found, tp=tp, stages=stages, wanted="auto", reasons=[], warnings=[])
+    except ConfigError:
+        return
+    step = two_racks(len(devices), stages)
+    ranks = place_ranks(found, tp=tp, stages=stages, wanted="auto", reasons=[], warnings=[], step=step)
+    assert sorted(ranks) == sorted(without)
+    if tp * stages <= sum(devices):
+        assert all(len(each) <= count for each, count in zip(ranks, devices, strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["tp-across", "0=0|1=1|2=2"])
+def test_a_placement_that_was_asked_for_is_not_changed(wanted: str) -> None:
+    wish = parse_placement(wanted, "--placement")
+    stages, tp = (1, 3) if wanted == "tp-across" else (3, 1)
+    for step in (None, two_racks(3, stages)):
+        ranks = place_ranks(hosts(1, 1, 1), tp=tp, stages=stages, wanted=wish, reasons=[], warnings=[], step=step)
+        assert ranks == ((0,), (1,), (2,))

@@ -1,5 +1,6 @@
 """Plans: the decisions, what they depend on, and their reasons in the log."""
 
+import itertools
 import json
 import logging
 import math
@@ -22,10 +23,12 @@ from shoal.models.registry import read_spec
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
 from shoal.planner.host_devices import discover
+from shoal.planner.host_links import Measured
 from shoal.planner.model_reader import ModelReader
 from shoal.planner.placement import ReplicaHost
 from shoal.planner.planner import Planner
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ReplicaPlace
+from shoal.wire.topology import ClusterTopology, Device, DeviceLink, HostTopology, NumaNode
 from shoal.worker.rank_model import RankModel
 from support.checkpoints import SIZES
 from support.gpus import pose_as_host_with
@@ -404,6 +407,66 @@ def test_a_replica_on_gpus_has_its_own(checkpoint: Checkpoint) -> None:
         "rank 0 on cuda:2 (CUDA_VISIBLE_DEVICES entry 5)",
         "rank 1 on cuda:3 (CUDA_VISIBLE_DEVICES entry 4)",
     ]
+
+
+def crossed(name: str = "here") -> Measured:
+    """Return a measured host with four GPUs, of which 0 and 2 have NVLink, and so have 1 and 3; and two NUMA nodes."""
+    pairs = itertools.combinations(range(4), 2)
+    links = tuple(
+        DeviceLink(first=i, second=j, kind="nvlink" if j == i + 2 else "pcie", path="NV4" if j == i + 2 else "SYS")
+        for i, j in pairs
+    )
+    numa = tuple(NumaNode(number=node, cores=tuple(range(node, 8, 2))) for node in range(2))
+    known = HostTopology(name=name, devices=tuple(Device(index=i) for i in range(4)), links=links, numa=numa)
+    return Measured(ClusterTopology(hosts=(known,)), "--topology FILE")
+
+
+def measured_plan(folder: Path, hardware: Hardware, measured: Measured, **options: Any) -> EnginePlan:
+    parsed = EngineOptions.from_flat(str(folder), options)
+    reader = ModelReader(parsed.model_options, ModelFiles(str(folder)))
+    size = parsed.parallel.data_parallel_size
+    place = ReplicaPlace(size - 1, size, local_rank=size - 1, local_size=size)
+    return Planner(reader, [ReplicaHost(parsed, facts(hardware))], place, measured=measured).first_plan
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices"),
+    [
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, [0, 2, 1, 3]),
+        ({"tensor_parallel_size": 2, "data_parallel_size": 2}, [1, 3]),  # of the second replica
+        ({"tensor_parallel_size": 4}, [0, 1, 2, 3]),
+        ({"pipeline_parallel_size": 3}, [0, 1, 2]),
+    ],
+)
+def test_the_ranks_of_a_group_get_the_devices_with_the_fastest_links(
+    checkpoint: Checkpoint, layout: dict[str, int], devices: list[int]
+) -> None:
+    gpus = host(device="cuda", num_devices=4, device_memory=80 * GIB, devices_shareable=False)
+    found = measured_plan(checkpoint("llama"), gpus, crossed(), **layout)
+    assert [rank.device_index for rank in found.ranks] == devices
+    told = "here: ranks take the devices 0,2,1,3, so that groups have the fastest links" in found.reasons
+    assert told == (2 in layout.values() and len(layout) == 2)
+
+
+def test_devices_that_were_not_measured_keep_their_order(checkpoint: Checkpoint) -> None:
+    gpus = host(device="cuda", num_devices=8, device_memory=80 * GIB, devices_shareable=False)
+    found = measured_plan(checkpoint("llama"), gpus, crossed(), tensor_parallel_size=2)
+    assert [rank.device_index for rank in found.ranks] == [0, 1]
+    assert "here has 8 devices, and was measured with 4: the links between them are not used" in found.warnings
+
+
+def test_the_cores_of_a_rank_are_of_one_numa_node(checkpoint: Checkpoint) -> None:
+    cores = host(num_devices=8, cores=tuple(range(8)))
+    found = measured_plan(checkpoint("llama"), cores, crossed(), tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert [rank.cores for rank in found.ranks] == [(0, 2), (4, 6), (1, 3), (5, 7)]
+    assert "here: ranks get cores by NUMA node (node 0: 0,2,4,6; node 1: 1,3,5,7)" in found.reasons
+
+
+def test_a_topology_of_other_hosts_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--topology FILE is of other hosts: it has there, and this .* runs on here;"
+    ):
+        measured_plan(checkpoint("llama"), host(), crossed("there"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from shoal.cli.options import cluster_tls_flags
 from shoal.config.engine_options import ClusterTlsOptions
-from shoal.doctor import runs
+from shoal.doctor import ray_run, runs
 from shoal.doctor.report import print_report
 from shoal.doctor.settings import MEETING_PORT, Settings
 from shoal.errors import ConfigError
@@ -45,6 +45,12 @@ _OPTIONS = ("dtype", "max_model_len", "revision")  # of an engine, for the quest
 @click.option(
     "--timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="seconds to wait for other hosts"
 )
+@click.option("--ray", is_flag=True, help="check all nodes of a Ray cluster together")
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="host:port of the Ray cluster [default: RAY_ADDRESS, or the cluster of this host]",
+)
 @cluster_tls_flags
 @click.option("--dtype", help="type of the weights, for the question whether MODEL fits")
 @click.option("--max-model-len", type=click.IntRange(1), help="context length, for the question whether MODEL fits")
@@ -59,15 +65,21 @@ def doctor(
     master_addr: str | None,
     master_port: int,
     timeout: float,
+    ray: bool,
+    ray_address: str | None,
     **options: Any,
 ) -> int:
     """Check this host, or several hosts and the network between them, and say how to mend what is wrong.
 
     With MODEL it also says at which layouts the model fits on this host. For several hosts, run it on each of them at
-    the same time, with the same --nnodes and --master-addr. Every finding has the command that mends it. The exit code
-    is 1 if there is a failure.
+    the same time, with the same --nnodes and --master-addr; for a Ray cluster, run it once with --ray. Every finding
+    has the command that mends it. The exit code is 1 if there is a failure.
     """
     _check_hosts(nnodes, node_rank, master_addr)
+    if ray and nnodes > 1:
+        raise ConfigError(f"--ray examines all nodes of the cluster: leave out --nnodes {nnodes}")
+    if ray_address is not None and not ray:
+        raise ConfigError("--ray-address has no effect without --ray: give both, or leave it out")
     settings = Settings(
         model=model,
         options={name: options[name] for name in _OPTIONS if options[name] is not None},
@@ -79,7 +91,7 @@ def doctor(
         tls=ClusterTlsOptions(**{name: options[name] for name in _TLS}),
         timeout_s=timeout,
     )
-    report = runs.run(settings)
+    report = ray_run.run(settings, ray_address) if ray else runs.run(settings)
     if output is not None:
         _write(report, output)
     if as_objects:

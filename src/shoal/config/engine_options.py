@@ -196,6 +196,15 @@ class NodeOptions:
         parse=parse_placement,
         metavar="PLACEMENT",
     )
+    topology: str | None = option(
+        None,
+        "file that `shoal doctor --output` has written: ranks that exchange much get the fastest of the measured links",
+        metavar="FILE",
+        local=True,
+    )
+    measure_links: bool = option(
+        False, "measure the links between the hosts at the start, in some seconds, and place ranks by them", local=True
+    )
     port_range: tuple[int, int] | None = option(
         None,
         "the only ports that may be opened for other hosts; --master-port must be one of them",

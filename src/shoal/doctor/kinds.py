@@ -245,7 +245,7 @@ _ROWS: tuple[Kind, ...] = (
     Kind(
         "versions",
         "Versions",
-        "the hosts have different versions of Shoal, Python, PyTorch, NCCL or the driver",
+        "the hosts have different versions of Shoal, Python, PyTorch, NCCL, Ray or the driver",
         "install the same versions on all hosts, best from the same image",
     ),
     Kind(
@@ -298,6 +298,26 @@ _ROWS: tuple[Kind, ...] = (
         "needs --device /dev/infiniband and --ulimit memlock=-1",
     ),
     # the doctor itself
+    # Ray
+    Kind(
+        "ray-nodes",
+        "Nodes of Ray",
+        "a node of the Ray cluster is dead, or the doctor could not run there",
+        "ray start --address HOST:PORT on that host again; pip install the same version of Shoal in the environment "
+        "where Ray runs",
+    ),
+    Kind(
+        "ray-address",
+        "Address in Ray",
+        "Ray knows a node by another address than the one that ranks use: their traffic may take a slower interface",
+        "ray start --node-ip-address ADDRESS with the address of the fast interface, or set SHOAL_HOST_IP on that host",
+    ),
+    Kind(
+        "ray-resources",
+        "Resources in Ray",
+        "Ray counts other devices than the host has: ranks come where none is free for them, or devices stay idle",
+        "ray stop, then ray start without --num-gpus and --num-cpus, or with the right numbers",
+    ),
     Kind(
         "check-failed",
         "Checks that were not made",

@@ -36,10 +36,13 @@ class Peers(Protocol):
 
 
 class RoomPeers:
-    """Doctors that were started by hand on each host, and that meet in a room of a rendezvous at rank 0."""
+    """Doctors that meet in a room of a rendezvous."""
 
-    def __init__(self, settings: Settings, credentials: Credentials) -> None:
-        """Open the rendezvous on the host with rank 0, and wait for all hosts.
+    def __init__(self, settings: Settings, credentials: Credentials, *, opens: bool = False) -> None:
+        """Wait for all hosts.
+
+        Args:
+            opens: open the rendezvous here; else it is open, or another host opens it.
 
         Raises:
             ConfigError: the rendezvous cannot be opened or reached, or not all hosts have come in time.
@@ -48,7 +51,7 @@ class RoomPeers:
         self.rank, self.size, self.credentials = settings.node_rank, settings.nnodes, credentials
         self.rendezvous = join_host_port(settings.master, settings.master_port)
         self._server: Rendezvous | None = None
-        if settings.node_rank == 0:
+        if opens:
             self._server = Rendezvous(settings.master, settings.master_port, credentials=credentials)
         try:
             self._member = RoomMember(
@@ -82,7 +85,7 @@ class RoomPeers:
         return found
 
     def close(self) -> None:
-        """Leave. The host with rank 0 waits for the others first, since their messages go through it."""
+        """Leave. The host that has opened the rendezvous waits for the others first: their messages go through it."""
         self.exchange("goodbye", b"", _GOODBYE_S if self._server is not None else 0.0)
         self._member.close()
         if self._server is not None:

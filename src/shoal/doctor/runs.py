@@ -1,7 +1,8 @@
 """A run of the doctor, on this host alone or together with the doctors of other hosts."""
 
+import dataclasses
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import shoal
 from shoal.doctor import all_reduce, compare, model_fit, pairs, ports
@@ -33,19 +34,36 @@ def run(settings: Settings) -> DoctorReport:
     credentials = credentials_of_host(settings.tls)
     require_key(credentials.key, settings.master)
     log_protection(credentials, settings.master)
-    own_port = ports.gather(settings.master, settings.master_port) if settings.node_rank == 0 else None
+    first = settings.node_rank == 0
+    own_port = ports.gather(settings.master, settings.master_port) if first else None
+    return examine_with(settings, lambda: RoomPeers(settings, credentials, opens=first), own_port=own_port)
+
+
+def examine_with(
+    settings: Settings,
+    meet: Callable[[], Peers],
+    *,
+    own_port: ports.PortFacts | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> DoctorReport:
+    """Examine this host while the others are awaited, and then all of them together.
+
+    Args:
+        meet: waits for the others, and returns them.
+        own_port: see `examine_host`.
+        versions: of further software, which the hosts compare.
+    """
     outcomes = run_all(
-        {
-            "host": lambda: examine_host(settings, own_port=own_port),
-            "meeting": lambda: RoomPeers(settings, credentials),
-        },
+        {"host": lambda: examine_host(settings, own_port=own_port), "meeting": meet},
         max(settings.timeout_s, settings.local_timeout_s) + _GRACE_S,
     )
     found, peers = outcomes["host"].value or _not_examined(settings, outcomes["host"].error), outcomes["meeting"].value
     if peers is None:
         return _alone(found, outcomes["meeting"].error)
+    examined = found.examination
+    examined = with_fields(examined, versions={**examined.versions, **(versions or {})})
     try:
-        return examine_together(found, peers, settings.timeout_s)
+        return examine_together(dataclasses.replace(found, examination=examined), peers, settings.timeout_s)
     finally:
         peers.close()
 

@@ -1,7 +1,8 @@
 """The leader of the nodes of a deployment: it awaits them, plans replicas over them, and sends them to engines."""
 
 import functools
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from shoal.errors import UserError
@@ -9,14 +10,17 @@ from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.followers import Followers, NoFollowers
 from shoal.launch.host_network import leader_address, warn_of_kernel_ports
-from shoal.launch.node_pool import NodePool
+from shoal.launch.measured_links import measure_links
+from shoal.launch.node_pool import NodePool, WaitingNode
 from shoal.launch.open_model import OpenModel, log_plan
 from shoal.lazy import load
+from shoal.planner.host_links import Measured
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
 from shoal.wire.calls import FOLLOWERS_DOOR
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.rendezvous import NODES_DOOR
+from shoal.wire.topology import HostTopology
 
 
 class NodeStarter(Protocol):
@@ -105,6 +109,7 @@ class Leader:
         self.credentials = group.credentials
         self.num_replicas = group.replicas
         self._logged = False
+        self._measured: dict[tuple[str, ...], Measured] = {}  # by the addresses of the hosts of a replica
 
     def plan(self, place: ReplicaPlace, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> EnginePlan:
         """Wait for the nodes of a replica, and return its plan.
@@ -129,11 +134,24 @@ class Leader:
             credentials=self._group.credentials,
         )
         hosts = {n: (nodes[n].address, nodes[n].report) if n else (self._own_address, None) for n in numbers}
-        plan = self._model.plan_over(place, hosts)
+        plan = self._model.plan_over(place, hosts, self._measure({n: nodes.get(n) for n in numbers}))
         if not self._logged:
             self._logged = True
             log_plan(plan)
         return plan
+
+    def _measure(self, nodes: Mapping[int, WaitingNode | None]) -> Measured | None:
+        """Measure the links between the hosts of a replica, if that is asked for.
+
+        A replica that is started again on the same hosts does not wait for that: it gets what was measured before.
+        """
+        if not self._model.options.nodes.measure_links or len(nodes) < 2:
+            return None
+        own = HostTopology(name=socket.gethostname(), address=self._own_address)
+        addresses = tuple(own.address if node is None else node.address for node in nodes.values())
+        if addresses not in self._measured:
+            self._measured[addresses] = measure_links(self._pool, nodes, own)
+        return self._measured[addresses]
 
     def _check_nodes(self, starter: NodeStarter, replica: int, cancelled: Callable[[], bool]) -> bool:
         starter.check(replica)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from shoal.config.engine_options import EngineOptions
@@ -13,6 +13,7 @@ from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, NodeGroup
 from shoal.launch.headless import introduce_host
 from shoal.launch.host_network import warn_of_kernel_ports
+from shoal.launch.measured_links import PairMeasurement
 from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.process.stop_event import SignalEvent, StopEvent
@@ -20,7 +21,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.room_member import connect
 from shoal.wire.base import encode
 from shoal.wire.hosts import HostReport
-from shoal.wire.nodes import Dismissal, EngineCall, leader_to_node
+from shoal.wire.nodes import AwaitPairs, Dismissal, LeaderToNode, MeasurePairs, NodeToLeader, leader_to_node
 from shoal.wire.rendezvous import NODES_DOOR
 
 log = get_logger("node")
@@ -80,6 +81,7 @@ class Node:
         self._stop = stop
         self._leader: Channel | None = None
         self._agent: NodeAgent | None = None
+        self._pairs = PairMeasurement()
 
     def obey_leaders(self, *, online: bool) -> None:
         """Obey leaders until this node is dismissed or stopped. Arguments and errors are those of `run`."""
@@ -146,13 +148,19 @@ class Node:
                     return True
         return False
 
-    def _obey(self, message: EngineCall | Dismissal) -> bool:
+    def _obey(self, message: LeaderToNode) -> bool:
         if isinstance(message, Dismissal):
             self._end_ranks()
             if message.why:
                 raise ConfigError(message.why) if message.user_error else EngineError(message.why)
             log.info("the leader has ended: the work is done")
             return False
+        if isinstance(message, AwaitPairs):
+            self._answer(self._pairs.listen(message))
+            return True
+        if isinstance(message, MeasurePairs):
+            self._answer(self._pairs.measure(message))
+            return True
         self._end_ranks()
         try:
             self._agent = NodeAgent(message, self._group.credentials)
@@ -162,6 +170,11 @@ class Node:
             log.info("with the engine of replica %d at %s", message.replica, message.address)
         return True
 
+    def _answer(self, message: NodeToLeader) -> None:
+        if self._leader is not None:
+            with suppress(ChannelClosed):  # the leader has gone, which the next wait shows
+                self._leader.send(encode(message))
+
     def _end_ranks(self) -> None:
         if self._agent is not None:
             self._agent.close()
@@ -170,6 +183,7 @@ class Node:
     def close(self) -> None:
         """End all ranks and connections. Idempotent, never raises."""
         self._end_ranks()
+        self._pairs.close()
         if self._leader is not None:
             self._leader.close()
             self._leader = None

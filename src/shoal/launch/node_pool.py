@@ -3,9 +3,10 @@
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from shoal.errors import ConfigError, EngineError
 from shoal.launch.deployment import NodeGroup
@@ -14,7 +15,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import describe_difference
 from shoal.wire.base import WireError, encode
 from shoal.wire.hosts import HostReport, host_report_decoder
-from shoal.wire.nodes import Dismissal, EngineCall
+from shoal.wire.nodes import Dismissal, EngineCall, LeaderToNode, NodeToLeader, node_to_leader
 from shoal.wire.rendezvous import Hello, JoinRefused
 
 log = get_logger("nodes")
@@ -22,6 +23,8 @@ log = get_logger("nodes")
 _SLICE_S = 0.5  # how often a wait checks whether it was cancelled
 _REPORT_S = 10.0  # how often the log says which nodes are missing
 _FLUSH_S = 1.0
+_ANSWER_SLICE_S = 0.05  # how often answers are looked for, which another thread may have received
+_MOST_ANSWERS = 8  # of a node, which answers every message once
 _ADVICE = "run the same command on each host with its own --node-rank; each must be able to reach this address"
 _CALL_S = 60.0  # how long a node may try to connect to the engine that calls it
 
@@ -36,16 +39,17 @@ class WaitingNode:
     address: str  # of its host
     report: HostReport
     channel: Channel
+    answers: deque[bytes] = field(default_factory=lambda: deque(maxlen=_MOST_ANSWERS))  # that nobody has read yet
 
     @property
     def name(self) -> str:
         return f"node {self.number} ({self.host}, process {self.pid})"
 
     def is_gone(self) -> bool:
-        """Return whether it has ended or lost its connection. A node sends nothing."""
+        """Return whether it has ended or lost its connection. What it has sent meanwhile is kept in `answers`."""
         try:
-            if wait([self.channel], 0):
-                self.channel.receive()
+            if wait([self.channel], 0) or self.channel.has_frame:
+                self.answers.extend(self.channel.receive())
         except ChannelClosed:
             return True
         return False
@@ -196,6 +200,27 @@ class NodePool:
                 call = EngineCall(address, replica, place, len(wanted), start, _CALL_S)
                 with suppress(ChannelClosed):
                     self._nodes[number].channel.send(encode(call))
+
+    def ask(self, messages: Mapping[int, LeaderToNode], timeout: float) -> dict[int, NodeToLeader]:
+        """Send a message to each of these nodes, by number, and return the answers of those that answer in time."""
+        with self._changed:
+            awaited = {number: self._nodes[number] for number in messages if number in self._nodes}
+            for number, node in awaited.items():
+                node.answers.clear()
+                with suppress(ChannelClosed):
+                    node.channel.send(encode(messages[number]))
+        found: dict[int, NodeToLeader] = {}
+        deadline = time.monotonic() + timeout
+        while awaited and (left := deadline - time.monotonic()) > 0:
+            wait([node.channel for node in awaited.values()], min(left, _ANSWER_SLICE_S))
+            with self._changed:
+                for number, node in list(awaited.items()):
+                    gone = node.is_gone()
+                    if node.answers:
+                        found[number] = node_to_leader.decode(node.answers.popleft())
+                    if gone or number in found:
+                        del awaited[number]
+        return found
 
     def dismiss(self, why: str = "", *, user_error: bool = False) -> None:
         """End all nodes. `why`: the reason, if the work is not done."""

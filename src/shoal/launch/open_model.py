@@ -19,12 +19,14 @@ from shoal.launch import hub
 from shoal.launch.agreement import host_agreement, replica_agreement
 from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import Deployment, NodeGroup
+from shoal.launch.measured_links import expected_hosts, read_measured
 from shoal.launch.ray.choice import choose_executor
 from shoal.launch.torchrun import EXTERNAL_LAUNCHER, TorchrunJob
 from shoal.log import get_logger
 from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
 from shoal.planner.host_devices import describe_host
+from shoal.planner.host_links import Measured
 from shoal.planner.model_reader import ModelReader
 from shoal.planner.placement import ReplicaHost
 from shoal.planner.planner import Planner
@@ -94,12 +96,18 @@ class OpenModel:
         plan = self._completed(planner.first_plan, report.tokenizer_folder)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan))
 
-    def plan_over(self, place: ReplicaPlace, nodes: Mapping[int, tuple[str, HostReport | None]]) -> EnginePlan:
+    def plan_over(
+        self,
+        place: ReplicaPlace,
+        nodes: Mapping[int, tuple[str, HostReport | None]],
+        measured: Measured | None = None,
+    ) -> EnginePlan:
         """Return the plan of a replica over several hosts.
 
         Args:
             place: where its engine runs.
             nodes: for each node, by its number, its address and its report; the report of this host is None.
+            measured: what was measured between them; None: what --topology says.
 
         Raises:
             UserError: the hosts do not have enough memory or devices for it, or differ in the kind of their devices.
@@ -111,20 +119,30 @@ class OpenModel:
             else dataclasses.replace(self._reported_host(report), address=address, here=False, number=number)
             for number, (address, report) in nodes.items()
         ]
-        plan = self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
+        planner = self._own_planner.for_hosts(hosts, place, self.options, measured)
+        plan = self._completed(planner.first_plan)
         return replace_fields(plan, agreement=replica_agreement(self.agreement, plan)) if place.rendezvous else plan
 
     def plan_over_equal_hosts(self) -> EnginePlan:
         """Return the plan of the first replica, if all nodes had the same devices and memory as this host.
 
+        With --topology they have the names, addresses and links of the hosts in that file.
+
         Raises:
-            UserError: the hosts would not have enough memory or devices for it.
+            UserError: the hosts would not have enough memory or devices for it; or the file has too few hosts.
         """
         own, parallel = self._own_planner.hosts[0], self.options.parallel
         count = max(self.options.nodes.nnodes // parallel.data_parallel_size, 1)
+        places = expected_hosts(self._own_planner.measured, count, own.facts.name)
         hosts = [
-            dataclasses.replace(own, address=f"host {number}", number=number, here=number == 0)
-            for number in range(count)
+            dataclasses.replace(
+                own,
+                facts=replace_fields(own.facts, name=place.name),
+                address=place.address,
+                number=number,
+                here=number == 0,
+            )
+            for number, place in enumerate(places)
         ]
         place = ReplicaPlace(size=parallel.data_parallel_size)
         return self._completed(self._own_planner.for_hosts(hosts, place, self.options).first_plan)
@@ -378,9 +396,11 @@ def plan_host(options: EngineOptions, place: ReplicaPlace, files: ModelFiles | N
     Raises:
         UserError: model, options and host do not fit together.
     """
+    measured = read_measured(options)
     reader = ModelReader(options.model_options, files or locate_files(options))
     has_ranks = place.local_size > 0 or options.nodes.nnodes > 1
-    return Planner(reader, [ReplicaHost(options, describe_host(options, has_replicas=has_ranks))], place)
+    hosts = [ReplicaHost(options, describe_host(options, has_replicas=has_ranks))]
+    return Planner(reader, hosts, place, measured=measured)
 
 
 def locate_files(options: EngineOptions) -> ModelFiles:

@@ -74,12 +74,27 @@ def restrict_cores(options: EngineOptions, ranks: int, hardware: Hardware, reaso
     )
 
 
+def device_of(order: Ids, index: int) -> int:
+    """Return the device of a rank, from its number among the ranks of its host.
+
+    Args:
+        order: the order in which ranks take the devices; (): that of their numbers.
+    """
+    return order[index] if index < len(order) else index
+
+
 def check_devices(
-    options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str], warnings: list[str]
+    options: EngineOptions,
+    place: ReplicaPlace,
+    hardware: Hardware,
+    reasons: list[str],
+    warnings: list[str],
+    order: Ids = (),
 ) -> None:
     """Check that the host has a device for each rank of its replicas, or devices that ranks can share.
 
-    Appends to the reasons which devices this replica gets, or to the warnings that ranks share devices.
+    Appends to the reasons which devices this replica gets, or to the warnings that ranks share devices. `order`: see
+    `device_of`.
 
     Raises:
         ConfigError: there are not enough devices, and ranks cannot share them.
@@ -98,8 +113,8 @@ def check_devices(
         world = ranks // place.local_size
         first = place.local_rank * world
         reasons.extend(
-            f"rank {index - first} on cuda:{index} (CUDA_VISIBLE_DEVICES entry {hardware.visible[index]})"
-            for index in range(first, first + world)
+            f"rank {rank} on cuda:{index} (CUDA_VISIBLE_DEVICES entry {hardware.visible[index]})"
+            for rank, index in ((rank, device_of(order, first + rank)) for rank in range(world))
             if hardware.visible
         )
     elif hardware.devices_shareable:

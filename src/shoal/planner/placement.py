@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from shoal.config.engine_options import EngineOptions
 from shoal.config.option_forms import Placement
 from shoal.errors import ConfigError
+from shoal.planner.host_order import order_hosts
+from shoal.planner.host_traffic import MeasuredStep, host_exchanges, shown_time
 from shoal.values import numbered
 from shoal.wire.base import Ids
 from shoal.wire.hosts import HostFacts
@@ -32,18 +34,27 @@ class ReplicaHost:
 
 
 def place_ranks(
-    hosts: Sequence[ReplicaHost], *, tp: int, stages: int, wanted: Placement, reasons: list[str], warnings: list[str]
+    hosts: Sequence[ReplicaHost],
+    *,
+    tp: int,
+    stages: int,
+    wanted: Placement,
+    reasons: list[str],
+    warnings: list[str],
+    step: MeasuredStep | None = None,
 ) -> tuple[Ids, ...]:
     """Return the ranks of each host.
 
     A tensor-parallel group stays on one host if each host has room for at least one, so that only the residual stream
-    between stages crosses hosts. Otherwise ranks are dealt out in order, as evenly as the devices allow.
+    between stages crosses hosts. Otherwise ranks are dealt out in order, as evenly as the devices allow. Measured links
+    change which host gets which of these ranks.
 
     Args:
         tp: tensor-parallel ranks of a stage.
         stages: pipeline stages.
         wanted: the value of --placement.
         reasons, warnings: lines for the log; this function appends its own.
+        step: the measured links between the hosts, and the step that is to be fast; None: nothing was measured.
 
     Raises:
         ConfigError: the hosts have too few devices, or `wanted` does not fit.
@@ -59,6 +70,8 @@ def place_ranks(
         placed, why = _across(hosts, tp, stages), "as --placement tp-across asks"
     else:
         placed, why = _automatic(room, tp, stages)
+        if step is not None:
+            placed = _on_fast_links(hosts, placed, room, tp, step, reasons)
     for host, ranks, most in zip(hosts, placed, room, strict=True):
         if len(ranks) > most:
             raise ConfigError(
@@ -107,6 +120,30 @@ def _automatic(room: Sequence[int], tp: int, stages: int) -> tuple[tuple[Ids, ..
     counts = _dealt(room, tp * stages)
     cause = "there are fewer stages than hosts" if stages < len(room) else "not every host has room for a whole one"
     return _in_order(counts), f"tensor-parallel groups cross hosts, as {cause}"
+
+
+def _on_fast_links(
+    hosts: Sequence[ReplicaHost],
+    placed: tuple[Ids, ...],
+    room: Sequence[int],
+    tp: int,
+    step: MeasuredStep,
+    reasons: list[str],
+) -> tuple[Ids, ...]:
+    """Give each list of ranks to the host where the exchanges of a step take the least time."""
+    exchanges = host_exchanges(tp, step.layers, placed)
+    order = order_hosts(exchanges, [len(ranks) for ranks in placed], room, step)
+    before, after = (shown_time(step.seconds(exchanges, each)) for each in (None, order))
+    if order == tuple(range(len(hosts))):
+        reasons.append("the measured links leave the hosts in the order of their numbers")
+        return placed
+    listed = ", ".join(f"{hosts[host].facts.name} ({hosts[host].address})" for host in order)
+    reasons.append(
+        f"the measured links put the hosts into the order {listed}: what they exchange in a step of "
+        f"{numbered(step.tokens, 'token')} takes about {after} instead of {before} in the order of their numbers"
+    )
+    taken = dict(zip(order, placed, strict=True))
+    return tuple(taken[host] for host in range(len(hosts)))
 
 
 def _dealt(room: Sequence[int], count: int) -> list[int]:

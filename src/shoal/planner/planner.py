@@ -17,16 +17,18 @@ from shoal.models.manifest import ITEM_BYTES, Cut, Shard
 from shoal.models.model_folder import OpenedModel
 from shoal.models.spec import ModelSpec
 from shoal.models.transformers.fallback_spec import FallbackSpec
-from shoal.planner.all2all import choose_all2all
+from shoal.planner.all2all import plan_all2all
 from shoal.planner.budgets import budgets_of_added_replica, kv_budgets, num_blocks
 from shoal.planner.context_length import context_length
 from shoal.planner.costs import cost_shares, draft_cost
-from shoal.planner.host_devices import check_devices, rank_cores, restrict_cores
-from shoal.planner.host_traffic import describe_traffic
+from shoal.planner.host_devices import check_devices, device_of, rank_cores, restrict_cores
+from shoal.planner.host_links import Measured
 from shoal.planner.layout import plan_layout
+from shoal.planner.measured_hosts import MeasuredHosts
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.planner.model_reader import ModelReader
 from shoal.planner.placement import ReplicaHost, place_ranks
+from shoal.planner.traffic_advice import describe_traffic
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.plan import EnginePlan, Layout, ModelPlan, NodePlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
 
@@ -54,7 +56,8 @@ class _RankShares:
 class Planner:
     """The planner of all replicas on the same hosts, including those that are added later.
 
-    `first_plan` is the plan of the first replica, `hosts` are those that share its ranks.
+    `first_plan` is the plan of the first replica, `hosts` are those that share its ranks, and `measured` is what was
+    measured on them and between them.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Planner:
         hosts: Sequence[ReplicaHost],
         place: ReplicaPlace,
         options: EngineOptions | None = None,
+        measured: Measured | None = None,
     ) -> None:
         """Plan the first replica.
 
@@ -72,6 +76,7 @@ class Planner:
             place: the place of the first replica. If its `local_size` is 0, the plans are for a front end without
                 replicas of its own: they need no devices and no memory, and have no size of a KV cache.
             options: those that count, except for what each host chooses for itself; None: those of the first host.
+            measured: what was measured on these hosts and between them, and on others; None: nothing.
 
         Raises:
             UserError: the models cannot be read, or options, models and hardware do not fit together.
@@ -80,6 +85,7 @@ class Planner:
         self.options = options = options or first.options
         self.hardware = first.facts.hardware
         self._reader = reader
+        self.measured = measured
         self._local_size = place.local_size
         self._reasons: list[str] = []
         self._warnings: list[str] = []
@@ -93,6 +99,9 @@ class Planner:
                 self._reasons += host.facts.hardware.limits
         elif options.nodes.nnodes == 1 and options.parallel.distributed_executor_backend != "ray":
             self._reasons.append("no replica runs on this host: its memory and devices are not planned")
+        found = MeasuredHosts(hosts, self._layout, self._reasons, self._warnings)
+        if place.local_size:
+            found.find(measured, spec, options)
         self._placed = place_ranks(
             hosts,
             tp=self._layout.tp,
@@ -100,11 +109,13 @@ class Planner:
             wanted=options.nodes.placement,
             reasons=self._reasons,
             warnings=self._warnings,
+            step=found.step,
         )
         self.hosts = [self._restricted(host, ranks) for host, ranks in zip(hosts, self._placed, strict=True)]
-        self.hardware = self.hosts[0].facts.hardware
         if place.local_size and len(hosts) == 1:
-            check_devices(options, place, self.hardware, [], [])
+            check_devices(options, place, self.hosts[0].facts.hardware, [], [])
+        self.hosts, self._device_orders = found.order_devices(self.hosts, self._placed, place.local_size)
+        self.hardware = self.hosts[0].facts.hardware
         self._executor = _executor(
             options, self._layout, self.hardware, self._reasons, hosts=max(len(hosts), options.nodes.nnodes)
         )
@@ -119,20 +130,28 @@ class Planner:
                 *(self.model.spec, self._dtype, self._layout.tp, self._layout.stages, self._placed),
                 reasons=self._reasons,
                 warnings=self._warnings,
+                step=found.step,
             )
-        self._all2all = _all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
+        self._all2all = plan_all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
         self.files = first.files or opened.files
         self.first_plan = self.plan(place)
 
     def for_hosts(
-        self, hosts: Sequence[ReplicaHost], place: ReplicaPlace, options: EngineOptions | None = None
+        self,
+        hosts: Sequence[ReplicaHost],
+        place: ReplicaPlace,
+        options: EngineOptions | None = None,
+        measured: Measured | None = None,
     ) -> "Planner":
         """Return a planner of replicas on other hosts, which have the same models (see `__init__`).
+
+        Args:
+            measured: None: what this planner has got.
 
         Raises:
             UserError: options, models and hardware do not fit together.
         """
-        return Planner(self._reader, hosts, place, options)
+        return Planner(self._reader, hosts, place, options, measured or self.measured)
 
     def _restricted(self, host: ReplicaHost, ranks: Ids) -> ReplicaHost:
         """Return the host with the cores that its options allow for `ranks` of each replica."""
@@ -153,7 +172,7 @@ class Planner:
         shares = self._share_models(layout)
         if place.local_size:
             if len(self.hosts) == 1:
-                check_devices(options, place, self.hardware, reasons, warnings)
+                check_devices(options, place, self.hardware, reasons, warnings, self._device_orders[0])
             budgets = self._budgets(place, shares.memories, reasons)
         else:
             budgets = (None,) * layout.num_ranks
@@ -300,7 +319,7 @@ class Planner:
             cores = rank_cores(host.options, host.facts.hardware, place, len(ranks))
             for position, rank in enumerate(ranks):
                 node_of[rank], cores_of[rank] = number, cores[position]
-                index_of[rank] = place.local_rank * len(ranks) + position
+                index_of[rank] = device_of(self._device_orders[number], place.local_rank * len(ranks) + position)
         return tuple(
             RankPlan(
                 rank=rank,
@@ -382,21 +401,3 @@ def _executor(
     chosen: Executor = "uni" if together == 1 else "mp"
     reasons.append(f"executor {chosen}: {ranks} rank{'s' if ranks > 1 else ''}")
     return chosen
-
-
-def _all2all(options: EngineOptions, spec: ModelSpec, layout: Layout, dtype: str, reasons: list[str]) -> str:
-    if spec.moe is None or not layout.shares_experts:
-        return ""
-    wanted = options.parallel.all2all_backend
-    if wanted != "auto":
-        return wanted
-    found, why = choose_all2all(
-        experts=spec.moe.num_experts,
-        top_k=spec.moe.routing.top_k,
-        hidden_size=spec.hidden_size,
-        dtype=dtype,
-        ranks=layout.replicas * layout.tp,
-        tp=layout.tp,
-    )
-    reasons.append(f"all2all backend {found}: {why}")
-    return found

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 11
+WIRE_VERSION = 12
 
 Ids = tuple[int, ...]
 

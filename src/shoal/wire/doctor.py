@@ -39,14 +39,6 @@ class HostExamination(Document, frozen=True):
     hardware: Hardware | None = None  # as the planner sees it; None if no model is planned
 
 
-class PairAddress(Document, frozen=True):
-    """The address at which a host waits for the others that measure the connection to it."""
-
-    address: str
-    port: int
-    token: str  # a secret that only the other doctors know
-
-
 class Measurements(Document, frozen=True):
     """The measurements of one host between itself and the others."""
 

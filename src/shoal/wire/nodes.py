@@ -8,6 +8,7 @@ import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.ranks import FromRank
+from shoal.wire.topology import HostPair, PairAddress
 
 # The name of the door of an engine, and the key in the agreement there.
 ENGINE_DOOR = "nodes of an engine"
@@ -30,6 +31,33 @@ class Dismissal(Wire, frozen=True):
 
     why: str = ""  # "": the work is done
     user_error: bool = False  # True: the user can correct `why`
+
+
+class AwaitPairs(Wire, frozen=True):
+    """An order of the leader to a node to listen for the others, which will measure their connections to it."""
+
+    address: str  # of the node's host, as the others reach it
+
+
+class PairsAwaited(Wire, frozen=True):
+    """The answer of a node that listens."""
+
+    place: PairAddress
+
+
+class MeasurePairs(Wire, frozen=True):
+    """An order of the leader to a node to measure its connections to others, which get it at the same time."""
+
+    rank: int  # of the node among those that measure
+    places: dict[int, PairAddress]  # where they listen, by rank
+    within_s: float  # the longest time for all of them
+
+
+class PairsMeasured(Wire, frozen=True):
+    """The measurements of a node between itself and the nodes with lower ranks."""
+
+    pairs: tuple[HostPair, ...] = ()
+    error: str = ""  # why it cannot measure
 
 
 class StartRank(Wire, frozen=True):
@@ -79,10 +107,14 @@ ToNode = StartRank | ForRank | ForAllRanks | Stop
 
 FromNode = FromRank | RankStarted | RankEnded | RankSuspended
 
-LeaderToNode = EngineCall | Dismissal
+LeaderToNode = EngineCall | AwaitPairs | MeasurePairs | Dismissal
+
+NodeToLeader = PairsAwaited | PairsMeasured
 
 to_node: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
 
 from_node: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)
 
 leader_to_node: msgspec.msgpack.Decoder[LeaderToNode] = msgspec.msgpack.Decoder(LeaderToNode)
+
+node_to_leader: msgspec.msgpack.Decoder[NodeToLeader] = msgspec.msgpack.Decoder(NodeToLeader)

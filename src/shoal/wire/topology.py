@@ -112,6 +112,14 @@ class HostPair(Document, frozen=True):
     error: str = ""  # why nothing was measured
 
 
+class PairAddress(Document, frozen=True):
+    """The address at which a host waits for the others that measure the connection to it."""
+
+    address: str
+    port: int
+    token: str  # a secret that only the hosts that measure together know
+
+
 class ClusterTopology(Document, frozen=True):
     """All hosts, and what was measured between them."""
 

@@ -33,19 +33,39 @@ class GivenGroup:
     own: Mapping[int, Resources]  # what this process uses of each bundle
 
 
-def connect(options: EngineOptions) -> None:
-    """Connect this process to the Ray cluster that the options name or that is found, unless it is connected.
+@dataclass(frozen=True, slots=True)
+class DeadNode:
+    """A node that was in the cluster."""
+
+    id: str
+    address: str
+    reason: str
+
+
+def connect(address: str | None, flag: str, *, own_cluster: bool = True, show_tasks: bool = True) -> None:
+    """Connect this process to the Ray cluster that is named or found, unless it is connected.
+
+    Args:
+        address: host:port, as --ray-address; None: RAY_ADDRESS, or the cluster of this host.
+        flag: the option that asks for Ray, for messages.
+        own_cluster: if there is no cluster, start one for this process alone.
+        show_tasks: print what tasks and actors print.
 
     Raises:
-        ConfigError: Ray is not installed; the cluster cannot be reached, or has another version of Ray.
+        ConfigError: Ray is not installed; there is no cluster; it cannot be reached, or has another version of Ray.
     """
     try:
         is_initialized, init = load("ray:is_initialized"), load("ray:init")
     except ImportError:
-        raise ConfigError(f"--distributed-executor-backend ray: {_INSTALL}") from None
+        raise ConfigError(f"{flag}: {_INSTALL}") from None
     if is_initialized():
         return
-    wanted = options.nodes.ray_address or env.ray_address()
+    wanted = address or env.ray_address()
+    if not own_cluster and wanted in ("", "auto", "local") and not _LOCAL_CLUSTER.exists():
+        raise ConfigError(
+            f"{flag}: no Ray cluster runs on this host; start Ray with `ray start`, or give the address of the cluster "
+            "with --ray-address HOST:PORT"
+        )
     if wanted and wanted not in ("auto", "local") and "://" not in wanted:
         _check_reachable(wanted)
     there = wanted or ("auto" if _LOCAL_CLUSTER.exists() else "local")
@@ -53,7 +73,7 @@ def connect(options: EngineOptions) -> None:
     try:
         init(
             address=there,
-            log_to_driver=True,
+            log_to_driver=show_tasks,
             configure_logging=False,
             include_dashboard=False if there == "local" else None,
         )
@@ -68,6 +88,12 @@ def connect(options: EngineOptions) -> None:
         "connected to Ray at %s",
         load("ray:get_runtime_context")().gcs_address if there != "local" else "a cluster of its own",
     )
+
+
+def disconnect() -> None:
+    """End the connection of this process. Idempotent."""
+    if is_connected():
+        load("ray:shutdown")()
 
 
 def _check_reachable(address: str) -> None:
@@ -119,6 +145,15 @@ def nodes() -> list[ClusterNode]:
         ClusterNode(each["NodeID"], each["NodeManagerAddress"], each["Resources"], free.get(each["NodeID"], {}))
         for each in load("ray:nodes")()
         if each["Alive"]
+    ]
+
+
+def dead_nodes() -> list[DeadNode]:
+    """Return the nodes that have left the cluster or are lost, as far as the cluster remembers them."""
+    return [
+        DeadNode(each["NodeID"], each["NodeManagerAddress"], each.get("DeathReasonMessage") or "no reason is known")
+        for each in load("ray:nodes")()
+        if not each["Alive"]
     ]
 
 

@@ -50,7 +50,7 @@ class RayNodes:
             ConfigError: Ray is not there, or the cluster is too small.
         """
         options = model.options
-        cluster.connect(options)
+        cluster.connect(options.nodes.ray_address, "--distributed-executor-backend ray")
         self._model = model
         self._given = cluster.given_group()
         self._each = _resources_of_rank(options)
@@ -253,7 +253,14 @@ class RayNodes:
 
 
 # Options that are for the leader alone.
-_ONLY_LEADER = ("distributed_executor_backend", "data_parallel_backend", "ray_address", "ray_resources")
+_ONLY_LEADER = (
+    "distributed_executor_backend",
+    "data_parallel_backend",
+    "ray_address",
+    "ray_resources",
+    "topology",
+    "measure_links",
+)
 
 
 def _resources_of_rank(options: EngineOptions) -> Resources:

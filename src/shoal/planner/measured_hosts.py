@@ -1,0 +1,105 @@
+"""The hosts of a replica as they were measured, and what the planner takes from that: the links, devices and cores."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from shoal.config.engine_options import EngineOptions
+from shoal.models.manifest import ITEM_BYTES
+from shoal.models.spec import ModelSpec
+from shoal.planner.device_groups import by_numa_node, distances, group_devices, group_sizes, visible_devices
+from shoal.planner.host_links import Measured, PlacedHost, find_hosts, host_links
+from shoal.planner.host_traffic import MeasuredStep
+from shoal.planner.placement import ReplicaHost
+from shoal.wire.base import Ids, replace_fields
+from shoal.wire.plan import Layout
+from shoal.wire.topology import HostTopology
+
+_ASSUMED_BYTES = 2  # of a number, where config.json names no type; the checkpoint is read later
+
+
+class MeasuredHosts:
+    """What was measured on the hosts of a replica. Without measurements it changes nothing."""
+
+    def __init__(self, hosts: Sequence[ReplicaHost], layout: Layout, reasons: list[str], warnings: list[str]) -> None:
+        """Know nothing yet. `reasons`, `warnings`: lines for the log; this object appends its own."""
+        self._reasons, self._warnings = reasons, warnings
+        self._layout = layout
+        self._placed = [PlacedHost(host.facts.name, host.address) for host in hosts]
+        self._hosts: tuple[HostTopology | None, ...] = (None,) * len(hosts)
+        self.step: MeasuredStep | None = None  # None: nothing was measured between the hosts, or there is only one
+
+    def find(self, measured: Measured | None, spec: ModelSpec, options: EngineOptions) -> None:
+        """Find the hosts in a topology, if there is one.
+
+        Raises:
+            ConfigError: it is of other hosts.
+        """
+        if measured is None:
+            if options.nodes.measure_links and len(self._placed) > 1:
+                self._reasons.append(
+                    "--measure-links: the links are measured when the hosts have come, and may change this"
+                )
+            elif options.nodes.measure_links:
+                self._warnings.append("--measure-links changes nothing: the replica has one host")
+            return
+        self._hosts = find_hosts(measured, self._placed, self._warnings)
+        links = host_links(measured, self._hosts, self._placed, self._reasons, self._warnings)
+        if links is not None:
+            scheduler = options.scheduler
+            self.step = MeasuredStep(
+                links,
+                layers=self._layout.stages or (spec.num_layers,),
+                stream_bytes=spec.hidden_size * ITEM_BYTES.get(spec.dtype, _ASSUMED_BYTES),
+                tokens=min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens),
+            )
+
+    def order_devices(
+        self, hosts: Sequence[ReplicaHost], placed: Sequence[Ids], replicas: int
+    ) -> tuple[list[ReplicaHost], tuple[Ids, ...]]:
+        """Return the hosts with their cores ordered by NUMA node, and the order in which ranks take its devices.
+
+        An order of () is that of the numbers of the devices.
+
+        Args:
+            placed: the ranks of each host.
+            replicas: how many replicas each host has.
+        """
+        ordered, orders = [], []
+        for host, known, ranks in zip(hosts, self._hosts, placed, strict=True):
+            ordered.append(host if known is None else self._by_numa_node(host, known))
+            gpus = known is not None and host.facts.hardware.device == "cuda"
+            orders.append(self._group_devices(host, known, ranks, replicas) if gpus and known is not None else ())
+        return ordered, tuple(orders)
+
+    def _by_numa_node(self, host: ReplicaHost, known: HostTopology) -> ReplicaHost:
+        hardware = host.facts.hardware
+        cores = by_numa_node(hardware.cores, known.numa)
+        if cores == hardware.cores:
+            return host
+        used = [node for node in known.numa if set(node.cores) & set(cores)]
+        shares = "; ".join(f"node {node.number}: {_listed(node.cores)}" for node in used)
+        self._reasons.append(f"{host.facts.name}: ranks get cores by NUMA node ({shares})")
+        facts = replace_fields(host.facts, hardware=dataclasses.replace(hardware, cores=cores))
+        return dataclasses.replace(host, facts=facts)
+
+    def _group_devices(self, host: ReplicaHost, known: HostTopology, ranks: Ids, replicas: int) -> Ids:
+        hardware, sizes = host.facts.hardware, group_sizes(ranks, self._layout.tp) * replicas
+        devices = visible_devices(known, hardware.visible, hardware.num_devices)
+        if not devices:
+            self._warnings.append(
+                f"{host.facts.name} has {hardware.num_devices} devices, and was measured with {len(known.devices)}: "
+                "the links between them are not used"
+            )
+            return ()
+        order = group_devices(sizes, len(devices), distances(known, devices))
+        if order == tuple(range(len(devices))):
+            return ()
+        listed = _listed(order[: sum(sizes)])
+        self._reasons.append(
+            f"{host.facts.name}: ranks take the devices {listed}, so that groups have the fastest links"
+        )
+        return order
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
