@@ -7,11 +7,16 @@ import signal
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 _SETTLE_S = 300.0
+_POLL_S = 0.05
+
+# The processes of a server with this environment hang in their next step after SIGUSR1: they compute for ever.
+HANGS_ON_SIGNAL = {"PYTHONPATH": str(Path(__file__).parent.parent / "tests" / "support" / "hang_on_signal")}
 
 
 async def longest_pause(url: str, streams: int, tokens: int, victim: Callable[[Any], int]) -> float:
@@ -41,6 +46,36 @@ async def _longest_gap(session: aiohttp.ClientSession, url: str, number: int, to
                 came[0] += 1
                 assert b'"error"' not in line[:16], line
     return longest
+
+
+async def hang(url: str, streams: int, tokens: int, victim: Callable[[Any], int]) -> tuple[float, float]:
+    """Have a rank hang in a step while streams run.
+
+    Args: those of `longest_pause`. The server has the environment HANGS_ON_SIGNAL.
+
+    Returns:
+        The seconds until /health answers 503, and the seconds until the streams go on.
+    """
+    came = [0]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+        tasks = [asyncio.create_task(_longest_gap(session, url, number, tokens, came)) for number in range(streams)]
+        while came[0] < streams * tokens // 8:
+            await asyncio.sleep(_POLL_S)
+        os.kill(victim(status(url)), signal.SIGUSR1)
+        begun = time.perf_counter()
+        while await _health(session, url) == 200:
+            await asyncio.sleep(_POLL_S)
+        unhealthy, last = time.perf_counter() - begun, came[0]
+        while came[0] == last:
+            await asyncio.sleep(_POLL_S)
+        went_on = time.perf_counter() - begun
+        await asyncio.gather(*tasks)
+        return unhealthy, went_on
+
+
+async def _health(session: aiohttp.ClientSession, url: str) -> int:
+    async with session.get(f"{url}/health") as answer:
+        return answer.status
 
 
 def status(url: str) -> Any:

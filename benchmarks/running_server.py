@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,15 @@ class RunningServer:
 
 
 @contextmanager
-def start_server(model: Path | str | None, *arguments: str) -> Iterator[RunningServer]:
+def start_server(
+    model: Path | str | None, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
     """Start `shoal serve` on a free port and wait until it is ready. End it with SIGTERM."""
     command = [sys.executable, "-m", "shoal", "serve", *([str(model)] if model is not None else [])]
     process = subprocess.Popen(
-        [*command, "--port", "0", *arguments], stdout=subprocess.PIPE, env={**os.environ, "SHOAL_LOG_LEVEL": "warning"}
+        [*command, "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "SHOAL_LOG_LEVEL": "warning", **(environment or {})},
     )
     try:
         yield RunningServer(_url(process), process)

@@ -25,6 +25,7 @@ class Variable:
 API_KEY = ("SHOAL_API_KEY", "VLLM_API_KEY")  # flags read them; child processes do not inherit them
 _CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 _MAX_GIB = 1 << 20
+_RAY_GPUS = "VLLM_RAY_PER_WORKER_GPUS"
 
 SETTINGS: tuple[Variable, ...] = (
     Variable(
@@ -50,6 +51,7 @@ SETTINGS: tuple[Variable, ...] = (
     ),
     Variable("CUDA_VISIBLE_DEVICES", "the GPUs of this host that Shoal may use"),
     Variable("RAY_ADDRESS", "host:port of the Ray cluster, if --ray-address is not given"),
+    Variable(_RAY_GPUS, "GPUs that a rank takes in a Ray cluster, or the part of one, if --ray-resources is not given"),
     Variable("HF_HUB_OFFLINE", "1: download nothing from the hub"),
     Variable("HF_TOKEN", "the token for models on the hub that need a login"),
     Variable("HF_HOME", "the folder for models from the hub"),
@@ -293,6 +295,24 @@ def communication_variables() -> dict[str, str]:
 def ray_address() -> str:
     """Return RAY_ADDRESS, or "" if it is not set."""
     return os.environ.get("RAY_ADDRESS", "").strip()
+
+
+def ray_gpus_per_rank() -> float | None:
+    """Return VLLM_RAY_PER_WORKER_GPUS, which may be a part of a GPU, or None if it is not set.
+
+    Raises:
+        ConfigError: it is not a positive number.
+    """
+    _, text = _first(_RAY_GPUS) or ("", "")
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"{_RAY_GPUS} must be a number of GPUs above 0, got {text!r}")
+    return number
 
 
 def hub_offline() -> bool:

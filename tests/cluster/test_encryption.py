@@ -21,6 +21,8 @@ pytestmark = [
 Start = Callable[..., Program]
 Two = tuple[hosts.Host, hosts.Host]
 
+OUTSIDER = {"SHOAL_CLUSTER_KEY": "not the key"}  # who knows the key, and cannot join, ends the leader
+
 TOKENS = encode_tokens(PROMPT)
 MESSAGES = (b"Challenge", b"EngineCall", b"StepPlan", b"RankSetup", b"EngineRequest", b"RoomMessage", b"StoreSet")
 
@@ -56,7 +58,7 @@ def test_without_tls_prompts_can_be_read_but_not_the_key(
     common = [*generation(folder), "--output", str(output), "-tp", "2", "--dtype", "float32"]
     with hosts.recorded(two[0]) as seen:
         leader = start(two[0], *common, *nodes(two, 0))
-        with_tls = start(two[1], *common, *nodes(two, 1), *tls[1])
+        with_tls = start(two[1], *common, *nodes(two, 1), *tls[1], environment=OUTSIDER)
         assert f"{two[0].address}:29501 does not use TLS: give --cluster-tls to all hosts" in error_of(with_tls)
         leader.await_text(f"a process at {two[1].address} cannot join at {two[0].address}:29501: it uses TLS")
         node = start(two[1], *common, *nodes(two, 1))
@@ -75,13 +77,13 @@ def test_with_tls_nothing_can_be_read_and_strangers_are_refused(
     folder, output = checkpoint("llama"), tmp_path / "answers.jsonl"
     foreign = ["--cluster-tls", str(Cluster(tmp_path).folder("foreign"))]
     common = [*generation(folder), "--output", str(output), "-tp", "2", "--dtype", "float32"]
+    leader = start(two[0], *common, *nodes(two, 0), *tls[0])
+    plain, stranger = (start(two[1], *common, *nodes(two, 1), *flags, environment=OUTSIDER) for flags in ([], foreign))
+    assert f"{two[0].address}:29501: it uses TLS: give --cluster-tls here too" in error_of(plain)
+    assert f"{two[0].address}:29501 can't be joined: its certificate has another CA" in error_of(stranger)
+    for why in ("it does not use TLS", "it does not accept the certificate of this host", "the shared key differs"):
+        leader.await_text(f"a process at {two[1].address} cannot join at {two[0].address}:29501: {why}")
     with hosts.recorded(two[0]) as seen:
-        leader = start(two[0], *common, *nodes(two, 0), *tls[0])
-        plain, stranger = (start(two[1], *common, *nodes(two, 1), *flags) for flags in ([], foreign))
-        assert f"{two[0].address}:29501: it uses TLS: give --cluster-tls here too" in error_of(plain)
-        assert f"{two[0].address}:29501 can't be joined: its certificate has another CA" in error_of(stranger)
-        for why in ("it does not use TLS", "it does not accept the certificate of this host"):
-            leader.await_text(f"a process at {two[1].address} cannot join at {two[0].address}:29501: {why}")
         node = start(two[1], *common, *nodes(two, 1), *tls[1])
         assert (leader.await_end(), node.await_end()) == (0, 0), leader.text
     assert tokens_in(output) == Reference(folder).greedy(PROMPT, NUM_TOKENS)[0]

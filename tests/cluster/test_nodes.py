@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import hosts, processes
+from support.certificates import Cluster
 from support.checkpoints import Reference
 from support.host_programs import NUM_TOKENS, PORT, PROMPT, SMALL, WAIT_S, Program, ask, generation
 
@@ -104,7 +105,7 @@ def test_no_request_is_lost_when_hosts_end_or_are_cut_off_under_load(
 
         hosts.cut(two[1])
         try:
-            server.await_text("is lost: node 2")  # within 8 s; the deadline of the wait is far above
+            server.await_text("its 0 unfinished requests wait")  # within 8 s; the deadline of the wait is far above
         finally:
             hosts.join(two[1])
         assert "".join(ask(two[0], "2 apples", 2)) == expected[2]
@@ -136,14 +137,34 @@ def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.
         assert "the engine has gone" not in other.text
 
 
-def test_a_node_that_differs_is_refused_and_all_are_told(
-    start: Start, two: tuple[hosts.Host, hosts.Host], checkpoint: Callable[[str], Path]
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1, got 0"),
+        (["--cluster-tls", "FOREIGN"], "can't be joined: its certificate has another CA"),
+    ],
+    ids=["fails before it has joined", "certificate of another cluster"],
+)
+def test_a_node_that_cannot_join_is_told_why_and_so_are_all_others(
+    start: Start,
+    two: tuple[hosts.Host, hosts.Host],
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    changed: list[str],
+    told: str,
 ) -> None:
-    common = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2"]
-    leader = start(two[0], *common, *nodes(two, 0))
-    other = start(two[1], *common, "--dtype", "bfloat16", *nodes(two, 1))
-    assert (leader.await_end(), other.await_end()) == (2, 2)
-    for program in (leader, other):
+    """Node 2 fails, or cannot make a connection; node 1 waits with the leader. All end with the same line."""
+    ours = ["--cluster-tls", str(Cluster(tmp_path / "ours").folder())]
+    foreign = str(Cluster(tmp_path / "foreign").folder())
+    common = [*generation(checkpoint("llama")), "--output", "-", "-tp", "3", "--nnodes", "3"]
+    where = ["--master-addr", two[0].address]
+    first, second = (start(two[rank], *common, *ours, *where, "--node-rank", str(rank)) for rank in range(2))
+    first.await_text("node 1 (")
+    last = [each.replace("FOREIGN", foreign) for each in [*ours, *changed]]
+    third = start(two[1], *common, *last, *where, "--node-rank", "2")
+    programs = (first, second, third)
+    assert [program.await_end() for program in programs] == [2, 2, 2]
+    for program in programs:
         error = [line for line in program.text.splitlines() if line.startswith("error: ")]
         assert len(error) == 1, program.text
-        assert "its --dtype is bfloat16, that of node 0" in error[0], program.text
+        assert told in error[0], program.text

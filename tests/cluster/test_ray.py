@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,9 +30,14 @@ Two = tuple[hosts.Host, hosts.Host]
 Start = Callable[..., Program]
 
 
+PARTS = '{"GPU": 0.6, "slot": 0.5}'
+RESOURCES = ["--num-gpus=1", '--resources={"slot": 1}']  # Ray counts them, whether there are GPUs or not
+ON_CPUS = ["--device", "cpu"]
+
+
 @pytest.fixture(scope="module")
 def cluster(two: Two) -> Iterator[tuple[RayNode, RayNode]]:
-    with ray_cluster(two) as nodes:
+    with ray_cluster(two, flags=RESOURCES) as nodes:
         yield nodes
 
 
@@ -39,7 +45,7 @@ def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[li
     output = folder / "answers.jsonl"
     output.unlink(missing_ok=True)
     command = [*generation(folder), "--output", str(output), "--dtype", "float32", "--ray-address", node.address]
-    program = start(node.host, *command, *flags, environment=ENVIRONMENT)
+    program = start(node.host, *command, *ON_CPUS, *flags, environment=ENVIRONMENT)
     assert program.await_end() == 0, program.text
     (line,) = output.read_text().splitlines()
     return json.loads(line)["outputs"][0]["token_ids"], program
@@ -51,8 +57,9 @@ def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[li
         (["-tp", "2", "-pp", "2"], "2 + 2", False),  # Ray is chosen, because one host has two cores
         (["-tp", "2", "--placement", "tp-across", "--distributed-executor-backend", "ray"], "1 + 1", False),
         (["-tp", "3", "--distributed-executor-backend", "ray"], "2 + 1", True),
+        (["-pp", "2", "--distributed-executor-backend", "ray", "--ray-resources", PARTS], "1 + 1", False),
     ],
-    ids=["tp x pp", "tp across", "tp 3, TLS"],
+    ids=["tp x pp", "tp across", "tp 3, TLS", "parts of GPUs"],
 )
 def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
     start: Start,
@@ -98,7 +105,7 @@ def test_the_doctor_examines_every_node_of_a_cluster(
 
 def serve(start: Start, node: RayNode, *flags: str) -> Program:
     server = start(
-        node.host, "serve", "bundled", *SMALL, "--port", str(PORT), "--ray-address", node.address, *flags,
+        node.host, "serve", "bundled", *SMALL, *ON_CPUS, "--port", str(PORT), "--ray-address", node.address, *flags,
         environment=ENVIRONMENT,
     )  # fmt: skip
     server.await_text("Shoal serves")
@@ -146,13 +153,12 @@ def test_resources_that_never_come_are_named_with_their_holders(
 ) -> None:
     """The totals would be enough, but a server holds them."""
     server = serve(start, cluster[0], "-tp", "2", "-pp", "2")
-    command = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2", "--start-timeout", "12"]
+    command = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2", "--start-timeout", "12", *ON_CPUS]
     late = start(
         cluster[0].host, *command, "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray",
         environment=ENVIRONMENT,
     )  # fmt: skip
-    assert late.await_end() == 2, late.text
-    (error,) = [line for line in late.text.splitlines() if line.startswith("error: ")]
+    error = error_of(late)
     assert "Ray has not placed the ranks within 12 s: it asks for 2 CPU; " in error
     assert "10.213.77.1 has 0 CPU free of 2 CPU" in error
     assert "held by shoal-replica-0 has 4 CPU" in error
@@ -179,8 +185,29 @@ def test_resources_that_never_come_are_named_with_their_holders(
 def test_what_ray_cannot_do_is_one_clear_line(
     start: Start, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path], flags: list[str], told: str
 ) -> None:
-    command = [*generation(checkpoint("llama")), "--output", "-", "--ray-address", cluster[0].address, *flags]
+    command = [*generation(checkpoint("llama")), "--output", "-", "--ray-address", cluster[0].address, *ON_CPUS, *flags]
     program = start(cluster[0].host, *command, environment=ENVIRONMENT)
+    assert told in error_of(program)
+
+
+def error_of(program: Program) -> str:
+    """Wait until a program has ended with an error of the user, and return its one line."""
     assert program.await_end() == 2, program.text
-    (error,) = [line for line in program.text.splitlines() if line.startswith("error: ")]
-    assert told in error
+    (line,) = [line for line in program.text.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_process_with_another_version_of_ray_than_the_cluster(
+    start: Start, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path]
+) -> None:
+    pretend = "import ray; ray.__version__ = '2.0.0'; from shoal.cli.main import main; main()"
+    flags = ["--output", "-", "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray"]
+    program = start(
+        cluster[0].host, *generation(checkpoint("llama")), *flags,
+        command=(sys.executable, "-c", pretend), environment=ENVIRONMENT,
+    )  # fmt: skip
+    error = error_of(program)
+    assert re.search(
+        r"cluster was started with: Ray: \S+ Python: \S+ This process .* was started with: Ray: 2.0.0 ", error
+    )
+    assert error.endswith("; install the same versions of Ray and Python on all hosts")

@@ -17,6 +17,7 @@ from shoal import LLM, SamplingParams
 from shoal.errors import ClosedError, RankFailed
 from shoal.params import StructuredOutputsParams
 from support import processes
+from support.hanging import HANGS_ON_SIGNAL
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -207,31 +208,12 @@ def test_a_last_stage_with_a_draft_model_is_killed(folder: str) -> None:
         assert_replaced(llm, before, 1)
 
 
-# A module that Python imports when it starts. A signal has the process compute for ever, in the middle of a step.
-HANGS_ON_SIGNAL = """import signal
-
-
-def hang(number, frame):
-    files = set()
-    while frame:
-        files.add(frame.f_code.co_filename.rpartition("/")[2])
-        frame = frame.f_back
-    while "runner.py" in files and "torch_distributed.py" not in files:
-        pass
-    signal.setitimer(signal.ITIMER_REAL, 0.0001)
-
-
-signal.signal(signal.SIGUSR1, hang)
-signal.signal(signal.SIGALRM, hang)
-"""
-
-
 def test_a_rank_that_hangs_is_told_apart_from_those_that_wait_and_is_replaced(
-    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It computes for ever. The other rank waits for it in a collective, and keeps its process."""
-    (tmp_path / "sitecustomize.py").write_text(HANGS_ON_SIGNAL)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name, value in HANGS_ON_SIGNAL.items():
+        monkeypatch.setenv(name, value)
     with LLM(folder, tensor_parallel_size=2, **SMALL) as llm:
         expected, before = generate(llm), pids(llm)
         with running(llm) as outputs:

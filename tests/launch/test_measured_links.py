@@ -14,8 +14,8 @@ from shoal.launch.deployment import NodeGroup
 from shoal.launch.measured_links import PairMeasurement, measure_links, read_measured
 from shoal.launch.node_pool import NodePool
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.connecting import connect
 from shoal.transport.rendezvous import Rendezvous
-from shoal.transport.room_member import connect
 from shoal.wire.base import encode
 from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.hosts import HostReport

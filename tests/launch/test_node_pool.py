@@ -11,8 +11,8 @@ from shoal.errors import ConfigError, EngineError
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.node_pool import NodePool
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.connecting import connect, report_failure
 from shoal.transport.rendezvous import Rendezvous
-from shoal.transport.room_member import connect
 from shoal.wire.base import encode
 from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.hosts import HostReport
@@ -106,21 +106,25 @@ def test_a_node_that_ends_is_missed_and_another_may_take_its_place(meeting: Meet
         (3, 3, "awaits nodes 1 to 2: see --node-rank"),
     ],
 )
-def test_a_process_that_is_not_awaited_is_refused_and_the_others_go_on(
+def test_a_node_that_is_not_awaited_is_refused_and_ends_the_wait_of_the_leader(
     meeting: Meeting, rank: int, size: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         meeting.come(rank, size)
-    meeting.come(1)
-    meeting.come(2)
-    assert list(meeting.pool.gather([1, 2], 30)) == [1, 2]
+    with pytest.raises(ConfigError, match=rf"node {rank} \(.*\) cannot join: .*{message}"):
+        meeting.pool.gather([1, 2], 30)
 
 
 def test_two_hosts_with_one_node_rank(meeting: Meeting) -> None:
-    meeting.come(1)
-    with pytest.raises(ConfigError, match=r"node 1 \(.*\) is here already: give every host a --node-rank of its own"):
-        meeting.come(1, timeout=1)
-    assert list(meeting.pool.gather([1], 30)) == [1]
+    """The host of the first one answers, so its connection has not ended unnoticed."""
+    with ThreadPoolExecutor(1) as pool:
+        gathered = pool.submit(meeting.pool.gather, [1, 2], 600)
+        meeting.come(1)
+        why = r"node 1 \(.*\) is here already: give every host a --node-rank of its own"
+        with pytest.raises(ConfigError, match=why):
+            meeting.come(1, timeout=600)
+        with pytest.raises(ConfigError, match=rf"node 1 \(.*\) cannot join: {why}"):
+            gathered.result(30)
 
 
 def test_a_node_that_differs_ends_the_wait_of_the_leader_before_all_were_there(meeting: Meeting) -> None:
@@ -132,13 +136,23 @@ def test_a_node_that_differs_ends_the_wait_of_the_leader_before_all_were_there(m
             gathered.result(30)
 
 
-def test_a_node_that_differs_does_no_harm_once_all_were_there(meeting: Meeting) -> None:
-    meeting.come(1).close()
+def test_a_node_that_reports_why_it_cannot_join_ends_the_wait_of_the_leader(meeting: Meeting) -> None:
+    where = Address.parse(meeting.rendezvous.address)
+    with ThreadPoolExecutor(1) as pool:
+        gathered = pool.submit(meeting.pool.gather, [1, 2], 600)
+        meeting.come(1)
+        assert report_failure(where, NO_CREDENTIALS, room=NODES_DOOR, rank=2, size=3, why="no model in /x", timeout=30)
+        with pytest.raises(ConfigError, match=r"node 2 \(.*\) cannot join: no model in /x"):
+            gathered.result(30)
+
+
+def test_a_node_that_cannot_join_does_no_harm_once_all_were_there(meeting: Meeting) -> None:
     meeting.come(1)
-    meeting.pool.gather([1], 30)
+    meeting.come(2).close()
     with pytest.raises(ConfigError, match="its wire version is 8"):
         meeting.come(2, agreement={"wire version": "8"})
-    assert list(meeting.pool.gather([1], 30)) == [1]
+    meeting.come(2)
+    assert list(meeting.pool.gather([1, 2], 30)) == [1, 2]
 
 
 def test_a_wait_can_be_cancelled(meeting: Meeting) -> None:

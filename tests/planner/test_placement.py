@@ -1,5 +1,6 @@
 """The placement of ranks on hosts."""
 
+import dataclasses
 from itertools import combinations
 from typing import Any
 
@@ -106,6 +107,14 @@ def test_a_list_that_does_not_fit_is_refused(wanted: str, message: str) -> None:
 def test_a_placement_in_another_form_is_refused(text: object) -> None:
     with pytest.raises(ConfigError, match="--placement takes auto, tp-across, or the ranks of each host"):
         parse_placement(text, "--placement")
+
+
+def test_nodes_on_one_host_must_not_share_a_gpu() -> None:
+    """Ray may give two nodes that take parts of GPUs the same one."""
+    first, second = hosts(1, 1, device="cuda", devices_shareable=False, visible=("0",))
+    assert placed([first, second], 2, 1) == [[0], [1]]
+    with pytest.raises(ConfigError, match=r"nodes 0 and 1 of this replica share GPU 0 of h1 \(10\..*more than half"):
+        placed([first, dataclasses.replace(second, address=first.address, number=1)], 2, 1)
 
 
 def test_a_placement_survives_the_way_to_another_host() -> None:

@@ -1,14 +1,17 @@
-"""Each process of a loaded server is killed and stopped: no stream loses, repeats or changes a token."""
+"""Processes of a loaded server are killed, stopped or hang: no stream loses, repeats or changes a token."""
 
 import asyncio
 import os
+import re
 import signal
 import time
+import urllib.error
 from typing import Any
 
 import pytest
 
 from openai import AsyncOpenAI
+from support.hanging import HANGS_ON_SIGNAL
 from support.servers import ShoalServer
 
 pytestmark = pytest.mark.slow
@@ -99,9 +102,24 @@ async def settled(server: ShoalServer, traffic: Traffic, ends: int) -> Any:
         await asyncio.sleep(0.05)
 
 
+async def unhealthy(server: ShoalServer) -> str:
+    """Return what /health says, once it answers with 503."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            await asyncio.to_thread(server.get, "/health")
+        except urllib.error.HTTPError as error:
+            if error.code == 503:
+                return error.read().decode()
+            raise
+        await asyncio.sleep(0.05)
+    raise AssertionError("/health never answered with 503")
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", [("-tp", "2"), ("-dp", "2")], ids=" ".join)
 def test_streams_survive_the_end_of_any_process(layout: tuple[str, str], request: pytest.FixtureRequest) -> None:
+    has_rank_processes = layout != ("-dp", "2")  # a replica of one rank runs it in the engine's process
     times = 3 if request.config.getoption("--matrix") else 1
 
     async def run(server: ShoalServer) -> None:
@@ -117,13 +135,20 @@ def test_streams_survive_the_end_of_any_process(layout: tuple[str, str], request
             os.kill(victim(status, role, turn), number)
             ends += 1
             status = await settled(server, traffic, ends)
-        await traffic.stop()
         assert status["replays"] > 0
-        alone = layout == ("-dp", "2")  # replicas of one rank run it in the engine's process: it cannot be replaced
-        assert replacements_of(status) == (0 if alone else ends // len(ROLES))
+        replaced = ends // len(ROLES) if has_rank_processes else 0
+        if has_rank_processes:
+            os.kill(victim(status, "worker", 1), signal.SIGUSR1)
+            why = await unhealthy(server)
+            assert re.search(r"replica 0: rank \d .*does nothing in step \d+", why)
+            ends, replaced = ends + 1, replaced + 1
+            status = await settled(server, traffic, ends)
+            assert server.get("/health") == {"status": "ok"}
+        await traffic.stop()
+        assert replacements_of(status) == replaced
         assert restarts_of(status) == ends - replacements_of(status)
 
-    with ShoalServer(*layout, "--max-restarts", "100") as server:
+    with ShoalServer(*layout, "--max-restarts", "100", environment=HANGS_ON_SIGNAL) as server:
         asyncio.run(run(server))
         assert server.stop() == 0
         assert server.pids() == set()

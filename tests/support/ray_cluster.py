@@ -93,11 +93,13 @@ def _is_of_ray(pid: int) -> bool:
 
 
 @contextmanager
-def ray_cluster(two: tuple[hosts.Host, hosts.Host], cpus: int = 2) -> Iterator[tuple[RayNode, RayNode]]:
+def ray_cluster(
+    two: tuple[hosts.Host, hosts.Host], cpus: int = 2, flags: Sequence[str] = ()
+) -> Iterator[tuple[RayNode, RayNode]]:
     nodes: list[RayNode] = []
     try:
-        nodes.append(RayNode(two[0], cpus=cpus))
-        nodes.append(RayNode(two[1], head=two[0], cpus=cpus))
+        nodes.append(RayNode(two[0], cpus=cpus, flags=flags))
+        nodes.append(RayNode(two[1], head=two[0], cpus=cpus, flags=flags))
         yield nodes[0], nodes[1]
     finally:
         for node in reversed(nodes):

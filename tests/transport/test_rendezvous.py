@@ -23,11 +23,13 @@ import pytest
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
+from shoal.transport import connecting as connecting_module
 from shoal.transport import rendezvous as rendezvous_module
 from shoal.transport import room_member as members_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.connecting import connect
 from shoal.transport.rendezvous import Rendezvous, enable_keepalive, proof, require_key
-from shoal.transport.room_member import RoomMember, connect
+from shoal.transport.room_member import RoomMember
 from shoal.wire.base import encode
 from shoal.wire.credentials import Credentials
 from shoal.wire.rendezvous import (
@@ -163,9 +165,32 @@ def test_an_address_that_closes_every_connection_is_another_program() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         pool.submit(shut_down)
-        with pytest.raises(ConfigError, match=r"closed every connection for 0.5 s: is another program there"):
+        with pytest.raises(ConfigError, match="closes every connection: is another program there"):
             connect(Address("127.0.0.1", listener.getsockname()[1]), OURS, timeout=0.5)
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_address_that_answers_in_another_protocol_is_another_program() -> None:
+    def answer(listener: socket.socket) -> None:
+        with listener.accept()[0] as client:
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer, listener)
+        with pytest.raises(ConfigError, match="uses another protocol: is another program there"):
+            connect(Address("127.0.0.1", listener.getsockname()[1]), OURS, timeout=600.0)
+        answered.result()
+
+
+@pytest.mark.slow
+def test_an_address_that_never_answers_is_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connecting_module, "SILENT_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(connecting_module, "ANSWER_S", 0.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(ConfigError, match="did not answer in time: is another program there"),
+    ):
+        connect(Address("127.0.0.1", listener.getsockname()[1]), OURS, timeout=600.0)
 
 
 def test_the_error_names_missing_members(meeting: Rendezvous) -> None:
@@ -524,7 +549,7 @@ def test_without_file_descriptors_the_next_connection_is_waited_for(
 def test_keepalive_is_enabled_on_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """TCP notices an unreachable host: the connection of a store has no heartbeats of its own."""
     watched = list[socket.socket]()
-    for module in (members_module, rendezvous_module):
+    for module in (connecting_module, rendezvous_module):
         monkeypatch.setattr(module, "enable_keepalive", watched.append)
     with Rendezvous(credentials=OURS) as meeting, closing(connect(Address.parse(meeting.address), OURS, timeout=60.0)):
         assert len({sock.fileno() for sock in watched}) == 2

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError
-from shoal.transport import room_member as members_module
+from shoal.transport import connecting
 from shoal.transport.channel import Channel, wait
+from shoal.transport.connecting import connect
 from shoal.transport.rendezvous import Rendezvous, proof
-from shoal.transport.room_member import RoomMember, connect
+from shoal.transport.room_member import RoomMember
 from shoal.wire.base import encode
 from shoal.wire.credentials import Credentials
 from shoal.wire.rendezvous import (
@@ -107,7 +108,7 @@ def test_a_second_process_with_the_same_rank_is_refused_after_a_while(
     meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not refused immediately, since the first one may be unreachable and not removed yet."""
-    monkeypatch.setattr(members_module, "REFUSED_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connecting, "REFUSED_TIMEOUT_S", 0.3)
     members = all_of(meeting, [0, 1])
     with pytest.raises(ConfigError, match=r"rank 1 \(.*\) has already joined: give every process a rank of its own"):
         join(meeting, 1)
@@ -198,8 +199,8 @@ class ScriptedRendezvous:
 def test_only_consecutive_refusals_end_the_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a refusal and a long time without an answer, another refusal counts as the first one."""
     script = ScriptedRendezvous()
-    monkeypatch.setattr(members_module, "time", FakeTime(members_module.REFUSED_TIMEOUT_S * 2))
-    monkeypatch.setattr("shoal.transport.room_member.addresses.connect", script.connect)
+    monkeypatch.setattr(connecting, "time", FakeTime(connecting.REFUSED_TIMEOUT_S * 2))
+    monkeypatch.setattr("shoal.transport.connecting.addresses.connect", script.connect)
     script.answers = ["not now", "hang up", "not now", "unreachable", "not now", "come in"]
     connect(script.address, Credentials(KEY), timeout=1e6).close()
     script.answers = ["not now", "not now"]

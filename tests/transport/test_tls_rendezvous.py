@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
 from shoal.addresses import Address
 from shoal.errors import ConfigError
-from shoal.transport.channel import wait
+from shoal.transport.channel import Channel, wait
+from shoal.transport.connecting import connect, report_failure
 from shoal.transport.rendezvous import Rendezvous
-from shoal.transport.room_member import RoomMember, connect
+from shoal.transport.room_member import RoomMember
 from shoal.wire.base import encode
 from shoal.wire.credentials import Credentials, TlsFiles
-from shoal.wire.rendezvous import StoreGet, StoreSet, StoreValue, from_rendezvous
+from shoal.wire.rendezvous import Hello, JoinRefused, StoreGet, StoreSet, StoreValue, from_rendezvous
 from support.certificates import Cluster, files_in
 
 KEY = "a key"
@@ -199,6 +201,47 @@ def test_a_process_without_a_certificate(
     ask(meeting, ours)
     assert "cannot join" in warnings_of(logged)
     assert "it has no certificate" in warnings_of(logged)
+
+
+class Door:
+    """A door that nobody may enter. It has the reports of those who cannot join."""
+
+    def __init__(self) -> None:
+        self.reports: list[str] = []
+
+    def objection(self, hello: Hello) -> JoinRefused:
+        self.reports.append(hello.failure)
+        return JoinRefused("closed")
+
+    def enter(self, hello: Hello, channel: Channel) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "told"),
+    [
+        ("ours", "another", "no model"),
+        ("ours", "foreign", "its certificate has another CA"),
+        ("ours", "none", "no model"),
+        ("none", "ours", "does not use TLS"),
+    ],
+)
+def test_a_process_that_knows_the_key_reports_why_it_cannot_join(
+    ours: Credentials, another_host: Credentials, foreign: Cluster, there: str, here: str, told: str
+) -> None:
+    """If both sides do not agree on TLS, the rendezvous learns this: otherwise it would wait for the process."""
+    foreign_host = Credentials(KEY, foreign.host(f"{here} at {there}"))
+    known = {"ours": ours, "another": another_host, "foreign": foreign_host, "none": Credentials(KEY)}
+    door = Door()
+    with Rendezvous(credentials=known[there], doors={"door": door}) as meeting:
+        address = Address.parse(meeting.address)
+        stranger = Credentials("another key", known[here].tls)
+        asked: dict[str, Any] = {"room": "door", "rank": 1, "size": 2, "why": "no model", "timeout": 30}
+        report_failure(address, stranger, **asked)
+        assert door.reports == []
+        assert report_failure(address, known[here], **asked)
+    (found,) = door.reports
+    assert told in found
 
 
 def test_the_shared_key_is_needed_too(meeting: Rendezvous, ours: Credentials) -> None:

@@ -25,6 +25,7 @@ from shoal.jobs.prompt_file import PromptFile, as_chat
 from shoal.jobs.resume import AnsweredPrompts, ResumeCheck, drop_failed_lines, scan_answers, verify_answers
 from shoal.jobs.run_job import JobRun, Preparer, prepare
 from shoal.launch import hub
+from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm.llm import LLM
 from shoal.log import get_logger
@@ -84,20 +85,22 @@ def generate(
         overwrite = overwrite and _typed("overwrite")
     elif _typed("overwrite"):
         resume = False
-    _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
-    given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
     values = engine_values(flags)
+    with told_to_other_hosts(values):
+        _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
+        given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
     if values.get("node_rank"):
         from shoal.launch import node
 
         return node.run(model, values, online=False)
-    opened = open_model(model, values, own_process=True)
-    parameters = JobParameters(DEFAULTS, sampling, opened.default_sampling_params)
-    if chat:
-        opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises if there is no template
-    typed = given.check_typed(opened.reader(), parameters)
-    with closing(opened.grammar_checker()) as grammars:
-        grammars.check_jobs(typed)
+    with told_to_other_hosts(values):
+        opened = open_model(model, values, own_process=True)
+        parameters = JobParameters(DEFAULTS, sampling, opened.default_sampling_params)
+        if chat:
+            opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises without a template
+        typed = given.check_typed(opened.reader(), parameters)
+        with closing(opened.grammar_checker()) as grammars:
+            grammars.check_jobs(typed)
     if output is None:
         with LLM(opened) as llm:
             return _print(llm, given, parameters)

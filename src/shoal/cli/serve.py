@@ -10,6 +10,7 @@ from shoal import env
 from shoal.cli.numbers import FloatRange, IntRange
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
 from shoal.errors import ConfigError
+from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import open_model
 from shoal.values import parse_bytes, shown
 
@@ -164,26 +165,27 @@ def serve(
     from shoal.server.serve import run
     from shoal.server.settings import ServerSettings
 
-    if enable_auto_tool_choice and tool_call_parser is None:
-        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser, the form of the model's tool calls")
-    settings = ServerSettings(
-        served_model_names=served_model_names,
-        api_keys=api_keys,
-        chat_template=_template(chat_template),
-        trust_request_chat_template=trust_request_chat_template,
-        tool_call_parser=tool_call_parser,
-        max_logprobs=max_logprobs,
-        return_tokens_as_token_ids=return_tokens_as_token_ids,
-        max_request_bytes=parse_bytes(max_request_bytes, "--max-request-bytes"),
-        stored_responses=stored_responses,
-        stored_response_bytes=parse_bytes(stored_response_bytes, "--stored-response-bytes"),
-        stored_response_seconds=stored_response_seconds,
-        disable_docs=disable_docs,
-        root_path=root_path,
-        allowed_origins=_origins(allowed_origins),
-    )
-    listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
     values = engine_values(flags)
+    with told_to_other_hosts(values):
+        if enable_auto_tool_choice and tool_call_parser is None:
+            raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser, the form of the model's tool calls")
+        settings = ServerSettings(
+            served_model_names=served_model_names,
+            api_keys=api_keys,
+            chat_template=_template(chat_template),
+            trust_request_chat_template=trust_request_chat_template,
+            tool_call_parser=tool_call_parser,
+            max_logprobs=max_logprobs,
+            return_tokens_as_token_ids=return_tokens_as_token_ids,
+            max_request_bytes=parse_bytes(max_request_bytes, "--max-request-bytes"),
+            stored_responses=stored_responses,
+            stored_response_bytes=parse_bytes(stored_response_bytes, "--stored-response-bytes"),
+            stored_response_seconds=stored_response_seconds,
+            disable_docs=disable_docs,
+            root_path=root_path,
+            allowed_origins=_origins(allowed_origins),
+        )
+    listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
     if values.get("node_rank"):
         from shoal.launch import node
 
@@ -192,7 +194,8 @@ def serve(
         from shoal.launch import headless
 
         return headless.run(model, values)
-    opened = open_model(model, values, own_process=True, online=True)
+    with told_to_other_hosts(values):
+        opened = open_model(model, values, own_process=True, online=True)
     return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)
 
 

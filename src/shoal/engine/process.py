@@ -14,8 +14,8 @@ from shoal.engine.serve_channel import serve
 from shoal.log import configure_logging
 from shoal.process import garbage_collector
 from shoal.transport.channel import Channel
+from shoal.transport.connecting import connect
 from shoal.transport.process import die_with_parent
-from shoal.transport.room_member import connect
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import EnginePlan
 from shoal.wire.rendezvous import PEERS_DOOR

@@ -19,9 +19,9 @@ from shoal.engine.serve_channel import receive_first, report_failure, report_to_
 from shoal.errors import EngineError
 from shoal.log import configure_logging, get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.connecting import connect
 from shoal.transport.process import die_with_parent
 from shoal.transport.relay import Relay
-from shoal.transport.room_member import connect
 from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import to_engine
 from shoal.wire.hosts import HeadlessSetup, PlanReceived, headless_setup_decoder

@@ -7,8 +7,8 @@ from shoal.addresses import Address
 from shoal.executors.local_ranks import start_rank
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
+from shoal.transport.connecting import connect
 from shoal.transport.process import ChildProcess, end_all
-from shoal.transport.room_member import connect
 from shoal.wire.base import Stop, WireError, encode
 from shoal.wire.credentials import Credentials
 from shoal.wire.nodes import (

@@ -11,7 +11,7 @@ from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.launch.node import BackgroundNode
 from shoal.launch.shared_calls import Call, read_error, result_of
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.room_member import connect
+from shoal.transport.connecting import connect
 from shoal.wire.base import WireError
 from shoal.wire.calls import FOLLOWERS_DOOR, CallAnswer, EngineReady, LeaderFailed, to_follower
 from shoal.wire.credentials import Credentials

@@ -124,7 +124,12 @@ class Leader:
             self._starter.start(place.rank, self.rendezvous, timeout, cancelled)
             cancelled = functools.partial(self._check_nodes, self._starter, place.rank, cancelled)
             advice = {"advice": functools.partial(self._starter.describe, place.rank)}
-        nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled, **advice)
+        try:
+            nodes = self._pool.gather([number for number in numbers if number], timeout, cancelled, **advice)
+        except UserError as error:
+            if self.num_replicas == 1:  # nothing else can work, so the other nodes need not wait for the end of this
+                self._pool.dismiss(str(error), user_error=True)
+            raise
         place = replace_fields(
             place,
             local_rank=0,

@@ -11,6 +11,7 @@ from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.executors.node_agent import NodeAgent
 from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import Deployment, NodeGroup
+from shoal.launch.early_failure import report_refusal, told_to_other_hosts
 from shoal.launch.headless import introduce_host
 from shoal.launch.host_network import warn_of_kernel_ports
 from shoal.launch.measured_links import PairMeasurement
@@ -18,11 +19,11 @@ from shoal.launch.open_model import read_options, refuse_manual_place
 from shoal.log import get_logger
 from shoal.process.stop_event import SignalEvent, StopEvent
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.room_member import connect
+from shoal.transport.connecting import RefusedUnknown, connect
 from shoal.wire.base import encode
 from shoal.wire.hosts import HostReport
 from shoal.wire.nodes import AwaitPairs, Dismissal, LeaderToNode, MeasurePairs, NodeToLeader, leader_to_node
-from shoal.wire.rendezvous import NODES_DOOR
+from shoal.wire.rendezvous import NODES_DOOR, Alive
 
 log = get_logger("node")
 
@@ -47,12 +48,13 @@ def run(model: str | None, given: Mapping[str, Any], *, online: bool) -> int:
         UserError: the leader cannot be reached or refuses this node, or cannot work with these options.
         EngineError: the leader has failed; or it has gone, and does not serve.
     """
-    options, given = read_options(model, given, online=online)
-    refuse_manual_place(options)
-    group = Deployment.of(options).nodes
-    assert group is not None
-    warn_of_kernel_ports(options)
-    report, agreement = introduce_host(options, given, group.address.host)
+    with told_to_other_hosts(given):
+        options, given = read_options(model, given, online=online)
+        refuse_manual_place(options)
+        group = Deployment.of(options).nodes
+        assert group is not None
+        warn_of_kernel_ports(options)
+        report, agreement = introduce_host(options, given, group.address.host)
     with SignalEvent() as signals:
         node = Node(group, options, report, agreement, signals)
         try:
@@ -120,6 +122,9 @@ class Node:
             except EngineError:
                 if not returning:
                     return
+            except RefusedUnknown as error:
+                report_refusal(self._group, error)
+                raise
             else:
                 log.info(
                     "node %d of %d is with its leader at %s", self._group.rank, self._group.size, self._group.address
@@ -149,6 +154,8 @@ class Node:
         return False
 
     def _obey(self, message: LeaderToNode) -> bool:
+        if isinstance(message, Alive):
+            return True
         if isinstance(message, Dismissal):
             self._end_ranks()
             if message.why:

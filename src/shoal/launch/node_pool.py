@@ -16,7 +16,7 @@ from shoal.transport.rendezvous import describe_difference
 from shoal.wire.base import WireError, encode
 from shoal.wire.hosts import HostReport, host_report_decoder
 from shoal.wire.nodes import Dismissal, EngineCall, LeaderToNode, NodeToLeader, node_to_leader
-from shoal.wire.rendezvous import Hello, JoinRefused
+from shoal.wire.rendezvous import Alive, Hello, JoinRefused
 
 log = get_logger("nodes")
 
@@ -26,6 +26,7 @@ _FLUSH_S = 1.0
 _ANSWER_SLICE_S = 0.05  # how often answers are looked for, which another thread may have received
 _MOST_ANSWERS = 8  # of a node, which answers every message once
 _ADVICE = "run the same command on each host with its own --node-rank; each must be able to reach this address"
+_PROBE_S = 2.0  # for how long a sign of life of a host counts
 _CALL_S = 60.0  # how long a node may try to connect to the engine that calls it
 
 
@@ -71,24 +72,28 @@ class NodePool:
         self._reports: dict[int, HostReport] = {}  # of nodes that are about to enter
         self._replaced: dict[int, int] = {}  # rank of a node -> number that it has now; for those that spares replace
         self._refused = ""  # why an awaited node was refused; "": none was
-        self._ever_complete = False
+        self._ever_complete = False  # True: all nodes have been here at the same time
+        self._probed_at: dict[int, float] = {}  # number of a node -> when its host was asked for a sign of life
         self._changed = threading.Condition()
 
     # --- the door ------------------------------------------------------------------------------------------------
 
     def objection(self, hello: Hello) -> JoinRefused | None:
+        if hello.failure:
+            return self._refuse(hello, hello.failure)
         if hello.size != self._group.size:
-            return JoinRefused(
+            return self._refuse(
+                hello,
                 f"it expects {hello.size} nodes, but {self._name} expects {self._group.size}: give all hosts the same "
-                "--nnodes"
+                "--nnodes",
             )
         last = self._group.size + self._group.spares - 1
         if not 0 < hello.rank <= last and (hello.rank < 1 or self._group.leader_has_ranks):
-            return JoinRefused(f"{self._name} awaits nodes 1 to {last}: see --node-rank")
+            return self._refuse(hello, f"{self._name} awaits nodes 1 to {last}: see --node-rank")
         present = self._nodes.get(self._number_of(hello))
         if present is not None and not present.is_gone():
-            # It may have lost its connection without this process having noticed yet.
-            return JoinRefused(f"{present.name} is here already: give every host a --node-rank of its own", again=True)
+            why = f"{present.name} is here already: give every host a --node-rank of its own"
+            return self._refuse(hello, why) if self._is_reachable(present) else JoinRefused(why, again=True)
         why = describe_difference(hello.agreement, self._agreement, self._name)
         if not why:
             try:
@@ -97,8 +102,21 @@ class NodePool:
                 why = f"its report cannot be read: {error}"
         return self._refuse(hello, why) if why else None
 
+    def _is_reachable(self, node: WaitingNode) -> bool:
+        """Return whether the host of a node is known to answer. It is asked here, so the next call may know.
+
+        A node may have lost its connection without this process having noticed yet.
+        """
+        now = time.monotonic()
+        if now - self._probed_at.get(node.number, float("-inf")) < _PROBE_S:
+            return node.channel.is_acknowledged
+        self._probed_at[node.number] = now
+        with suppress(ChannelClosed):
+            node.channel.send(encode(Alive()))
+        return False
+
     def _refuse(self, hello: Hello, why: str) -> JoinRefused:
-        """Refuse a node that is awaited. Before all have come once, the deployment cannot work without it."""
+        """Refuse a node. Before all have been here, this ends the deployment, so that all hosts show the mistake."""
         with self._changed:
             self._refused = f"node {hello.rank} ({hello.host}, process {hello.pid}) cannot join: {why}"
             log.warning("%s", self._refused)
@@ -117,6 +135,7 @@ class NodePool:
             if former := self._nodes.get(number):
                 former.channel.close()
             self._nodes[number] = node
+            self._ever_complete |= self._nodes.keys() >= set(range(1, self._group.size))
             self._changed.notify_all()
 
     # --- what the leader does with them --------------------------------------------------------------------------
@@ -135,7 +154,8 @@ class NodePool:
             advice: returns what could be done about missing nodes, for messages.
 
         Raises:
-            ConfigError: not all have come within `timeout` seconds; or one was refused, and all have never been here.
+            ConfigError: not all have come within `timeout` seconds; or a node was refused or has reported that it
+                cannot join, and all have never been here.
             EngineError: `cancelled` returned True.
         """
         wanted = list(numbers)
@@ -154,7 +174,6 @@ class NodePool:
                     limit = "" if timeout == float("inf") else f" of {timeout:g}"
                     log.info("waiting for %s, %.0f s%s: %s", self._describe(missing), now - begun, limit, advice())
                 self._changed.wait(_SLICE_S)
-            self._ever_complete = True
             return {number: self._nodes[number] for number in wanted}
 
     def _missing(self, wanted: Iterable[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """The engine of a program, which may be one of several processes that run the same program and make the same calls."""
 
 from shoal.launch.credentials import credentials_of_host
+from shoal.launch.early_failure import report_refusal
 from shoal.launch.followed_engine import FollowedEngine
 from shoal.launch.followers import Followers
 from shoal.launch.headless import introduce_host
@@ -11,6 +12,7 @@ from shoal.launch.open_model import OpenModel
 from shoal.launch.shared_calls import OwnCalls, SharedCalls
 from shoal.log import get_logger
 from shoal.protocols import Engine
+from shoal.transport.connecting import RefusedUnknown
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.calls import FOLLOWERS_DOOR
 
@@ -79,12 +81,17 @@ def _follow(model: OpenModel, rank: int, size: int) -> FollowedEngine:
         node = BackgroundNode(group, model.options, report, agreement)
     meeting = job or group
     assert meeting is not None
-    return FollowedEngine(
-        meeting.address,
-        credentials_of_host(model.options.tls, None if job is None else job.key),
-        rank=rank,
-        size=size,
-        agreement={} if node else model.agreement,
-        timeout=timeout,
-        node=node,
-    )
+    try:
+        return FollowedEngine(
+            meeting.address,
+            credentials_of_host(model.options.tls, None if job is None else job.key),
+            rank=rank,
+            size=size,
+            agreement={} if node else model.agreement,
+            timeout=timeout,
+            node=node,
+        )
+    except RefusedUnknown as error:
+        if group is not None:
+            report_refusal(group, error)
+        raise

@@ -16,6 +16,7 @@ from shoal.cluster.fleet_connections import FleetConnection, FleetMessage
 from shoal.cluster.fleet_server import FleetServer
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ClosedError, EngineError, RequestError
+from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.start_fleet import start_fleet
 from shoal.llm.outputs import PromptOutputs
@@ -79,7 +80,9 @@ class AsyncLLM(PauseAndSleep):
             UserError: model, options and host do not fit together; nothing was started.
         """
         if not isinstance(model, OpenModel):
-            model = open_model(name_of(model), {**from_environment(online=True), **options}, online=True)
+            given = {**from_environment(online=True), **options}
+            with told_to_other_hosts(given):
+                model = open_model(name_of(model), given, online=True)
         self._owner = Owner("AsyncLLM")
         self._model = model
         self._reader = model.reader()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from shoal.activity import AWAKE, Activity
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ConfigError, ReplicasFailed, RequestError
+from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.programs import start_program
 from shoal.launch.shared_calls import Call
@@ -52,7 +53,9 @@ class LLM:
             EngineError: a rank failed at the start.
         """
         if not isinstance(model, OpenModel):
-            model = open_model(name_of(model), {**from_environment(), **options})
+            given = {**from_environment(), **options}
+            with told_to_other_hosts(given):
+                model = open_model(name_of(model), given)
         self._model = model
         self._client, self._calls = start_program(self._model)
         self._activity = AWAKE

@@ -90,11 +90,27 @@ def _check_hosts(hosts: Sequence[ReplicaHost], world: int) -> None:
     if len(kinds) > 1:
         found = ", ".join(f"{host.facts.name} has {host.facts.hardware.device}" for host in hosts)
         raise ConfigError(f"the hosts of a replica must have devices of one kind, but {found}: give all --device cpu")
+    _check_shared_gpus(hosts)
     if world < len(hosts):
         raise ConfigError(
             f"a layout of {numbered(world, 'rank')} cannot use {len(hosts)} hosts: lower --nnodes, or raise "
             "--tensor-parallel-size or --pipeline-parallel-size"
         )
+
+
+def _check_shared_gpus(hosts: Sequence[ReplicaHost]) -> None:
+    """Check that no GPU belongs to two nodes on one host, as Ray allows: NCCL cannot connect ranks that share one."""
+    owners: dict[tuple[str, str], ReplicaHost] = {}
+    for host in hosts:
+        hardware = host.facts.hardware
+        for gpu in hardware.visible if hardware.device == "cuda" else ():
+            other = owners.setdefault((host.address, gpu), host)
+            if other is not host:
+                raise ConfigError(
+                    f"nodes {other.number} and {host.number} of this replica share GPU {gpu} of {host.facts.name} "
+                    f"({host.address}), but ranks of one replica can't: let each take more than half of a GPU "
+                    "(--ray-resources or VLLM_RAY_PER_WORKER_GPUS), or use replicas of one rank"
+                )
 
 
 def _room(hosts: Sequence[ReplicaHost], world: int, warnings: list[str]) -> list[int]:

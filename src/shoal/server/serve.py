@@ -15,6 +15,7 @@ import uvloop
 
 from shoal.activity import ActivityState
 from shoal.errors import ClosedError, EngineError, ShoalError
+from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel
 from shoal.log import get_logger
 from shoal.process import garbage_collector
@@ -103,9 +104,10 @@ def run(
         UserError, EngineError: the replicas could not start, none is left that could restart, or the HTTP server has
             failed.
     """
-    listening.check()
     with ExitStack() as stack:
-        sockets = [stack.enter_context(sock) for sock in listening.bind()]
+        with told_to_other_hosts(model.given):
+            listening.check()
+            sockets = [stack.enter_context(sock) for sock in listening.bind()]
         serving = _serve(model, settings, listening, sockets, api_server_count, shutdown_timeout)
         return uvloop.run(serving)
 

@@ -7,9 +7,11 @@ reason, the other one notices immediately.
 """
 
 import contextlib
+import fcntl
 import select
 import socket
 import struct
+import termios
 import threading
 import time
 from collections import deque
@@ -138,6 +140,17 @@ class Channel:
     def backlog(self) -> bool:
         """True if bytes are waiting to be written."""
         return bool(self._outgoing)
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """True if the other host has received everything that was sent over this TCP connection."""
+        if self._outgoing:
+            return False
+        try:
+            waiting = fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4))
+        except (OSError, ValueError):  # it was closed here
+            return False
+        return not any(waiting)
 
     def _write(self) -> None:
         try:

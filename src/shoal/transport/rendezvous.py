@@ -22,7 +22,6 @@ import os
 import secrets
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -116,7 +115,10 @@ class Door(Protocol):
     """
 
     def objection(self, hello: Hello) -> JoinRefused | None:
-        """Return why a process that knows the key may not enter, or None if it may."""
+        """Return why a process that knows the key may not enter, or None if it may.
+
+        A process with a `failure` does not enter: it only reports this.
+        """
 
     def enter(self, hello: Hello, channel: Channel) -> None:
         """Take over the connection of a process that was admitted."""
@@ -299,6 +301,9 @@ class Rendezvous:
             if not peer.challenged and isinstance(peer.socket, TlsSocket) and peer.socket.is_open:
                 self._challenge(peer)
         except ChannelClosed as ended:
+            if isinstance(ended.__cause__, NotTls) and isinstance(peer.socket, TlsSocket):
+                self._go_on_without_tls(peer, peer.socket)
+                return
             if peer.hello is None:
                 self._explain_end(peer, ended)
             self._drop(peer, "ended, or lost its connection")
@@ -310,6 +315,18 @@ class Rendezvous:
             self._send(peer, JoinRefused(f"the request failed: {error}"))
             self._drop(peer, f"was removed: {error}")
 
+    def _go_on_without_tls(self, peer: _Peer, encrypted: TlsSocket) -> None:
+        """Listen to a process that does not use TLS: it may report why it cannot join. Otherwise it is refused."""
+        del self._peers[peer.channel.fileno()]
+        plain = encrypted.without_tls()
+        peer.channel = Channel(plain, _MAX_KNOCK_BYTES)
+        peer.socket = plain
+        self._peers[peer.channel.fileno()] = peer
+        self._read(peer)
+
+    def _must_use_tls(self, peer: _Peer) -> bool:
+        return self._credentials.tls is not None and not isinstance(peer.socket, TlsSocket)
+
     def _challenge(self, peer: _Peer) -> None:
         peer.challenged = True
         peer.channel.max_frame_bytes = _MAX_HELLO_BYTES
@@ -318,10 +335,8 @@ class Rendezvous:
     def _explain_end(self, peer: _Peer, ended: ChannelClosed) -> None:
         """Log and answer why a process cannot join, if one of both sides uses TLS and the other does not understand."""
         cause = ended.__cause__
-        if isinstance(cause, NotTls) and isinstance(peer.socket, TlsSocket):
+        if isinstance(ended, FrameTooLong) and self._must_use_tls(peer):
             self._warn(peer.address, _NO_TLS)
-            peer.socket.drop_unread()
-            peer.socket.send_plainly(_frame(JoinRefused(_USE_TLS)))
         elif isinstance(cause, ssl.SSLError) and isinstance(peer.socket, TlsSocket):
             self._warn(peer.address, explain(cause))
             peer.socket.drop_unread()  # so that the other side reads the reason
@@ -341,13 +356,7 @@ class Rendezvous:
 
     def _answer(self, peer: _Peer, message: ToRendezvous) -> None:
         if peer.hello is None:
-            if isinstance(message, Knock) and not peer.challenged:
-                self._challenge(peer)
-                return
-            if not isinstance(message, Signed):
-                self._drop(peer, "")
-                return
-            self._welcome(peer, message)
+            self._authenticate(peer, message)
             return
         match message:
             case RoomMessage():
@@ -375,6 +384,19 @@ class Rendezvous:
                 peer.pending_get = message
                 self._serve_waiting()
 
+    def _authenticate(self, peer: _Peer, message: ToRendezvous) -> None:
+        match message:
+            case Knock() if not peer.challenged:
+                if self._must_use_tls(peer) and not message.only_to_report:
+                    self._warn(peer.address, _NO_TLS)
+                    self._refuse(peer, JoinRefused(_USE_TLS))
+                else:
+                    self._challenge(peer)
+            case Signed():
+                self._welcome(peer, message)
+            case _:
+                self._drop(peer, "")
+
     def _serve_waiting(self) -> None:
         for peer in list(self._peers.values()):
             asked = peer.pending_get
@@ -387,11 +409,17 @@ class Rendezvous:
 
     def _welcome(self, peer: _Peer, signed: Signed) -> None:
         if not hmac.compare_digest(signed.proof, proof(self._credentials.key, "member", peer.nonce, signed.hello)):
+            self._warn(peer.address, f"the shared key differs: {_SET_KEY}")
             self._refuse(peer, JoinRefused(f"the shared key differs: {_SET_KEY}"))
             return
         hello = hello_decoder.decode(signed.hello)
+        if self._must_use_tls(peer) and not hello.failure:
+            self._refuse(peer, JoinRefused(_USE_TLS))
+            return
         door = self._doors.get(hello.room) if hello.size else None
         refused = self._objection(hello) if door is None else door.objection(hello)
+        if refused is None and hello.failure:
+            refused = JoinRefused(hello.failure)
         if refused is not None:
             self._refuse(peer, refused)
             return
@@ -496,12 +524,6 @@ class Rendezvous:
         peer.last_sent = time.monotonic()
         with contextlib.suppress(ChannelClosed):  # `_read` will notice it and drop the peer
             peer.channel.send(encode(message))
-
-
-def _frame(message: FromRendezvous) -> bytes:
-    """Return a message as a channel without TLS sends it."""
-    encoded = encode(message)
-    return struct.pack("<I", len(encoded)) + encoded
 
 
 class _Listener:

@@ -156,10 +156,9 @@ class TlsSocket:
             while socket.socket.recv(self._ssl, _MAX_UNREAD):
                 pass
 
-    def send_plainly(self, data: bytes) -> None:
-        """Send some bytes without TLS, to a process that does not use it."""
-        with suppress(OSError):
-            socket.socket.send(self._ssl, data)
+    def without_tls(self) -> socket.socket:
+        """Return the connection for use without TLS, after `NotTls`: no byte of it was read. This object is closed."""
+        return socket.socket(fileno=self._ssl.detach())
 
     def shutdown(self, how: int) -> None:
         socket.socket.shutdown(self._ssl, how)  # that of SSLSocket would go on without TLS

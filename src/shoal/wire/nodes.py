@@ -8,6 +8,7 @@ import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.ranks import FromRank
+from shoal.wire.rendezvous import Alive
 from shoal.wire.topology import HostPair, PairAddress
 
 # The name of the door of an engine, and the key in the agreement there.
@@ -107,7 +108,7 @@ ToNode = StartRank | ForRank | ForAllRanks | Stop
 
 FromNode = FromRank | RankStarted | RankEnded | RankSuspended
 
-LeaderToNode = EngineCall | AwaitPairs | MeasurePairs | Dismissal
+LeaderToNode = EngineCall | AwaitPairs | MeasurePairs | Dismissal | Alive
 
 NodeToLeader = PairsAwaited | PairsMeasured
 

@@ -13,6 +13,8 @@ NODES_DOOR = "nodes"
 class Knock(Wire, frozen=True):
     """The first message of a process that connects without TLS, so that a rendezvous with TLS sees it at once."""
 
+    only_to_report: bool = False  # True: it only reports why it cannot join, which it may do without TLS
+
 
 class Challenge(Wire, frozen=True):
     """The first message of a rendezvous, after a Knock or after the handshake of TLS.
@@ -38,6 +40,7 @@ class Hello(Wire, frozen=True):
     agreement: dict[str, str]  # what all members must have in common (`launch.agreement`): name -> value or digest
     # An encoded `HostReport`, for the door of a front end. It is decoded after the versions were compared.
     report: bytes = b""
+    failure: str = ""  # why the process cannot join; it only wants the owner of the door to know this
 
 
 class Signed(Wire, frozen=True):

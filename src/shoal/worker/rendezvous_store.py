@@ -10,7 +10,7 @@ import torch.distributed
 from shoal.addresses import Address
 from shoal.errors import CommError, CommTimeout
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.room_member import connect
+from shoal.transport.connecting import connect
 from shoal.wire.base import encode
 from shoal.wire.credentials import Credentials
 from shoal.wire.rendezvous import (

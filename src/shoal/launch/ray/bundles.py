@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 from shoal.config.option_forms import Placement
 from shoal.errors import ConfigError
-from shoal.planner.placement import TP_ACROSS, ranks_across
+from shoal.planner.placement import ANYWHERE, TP_ACROSS, ranks_across
 from shoal.values import numbered
 
 Resources = Mapping[str, float]
 
 _GROUP = "_group_"
+_GPU = "GPU"
+_UNIT = 1e-4
 _MARK = "bundle"  # a resource that Ray itself adds to each bundle
 
 
@@ -24,10 +26,31 @@ class ClusterNode:
     available: Resources
 
 
+def check_resources(each: Resources) -> None:
+    """Check that Ray can give these resources to a rank.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    gpus = each.get(_GPU, 0)
+    if gpus > 1 and not float(gpus).is_integer():
+        raise ConfigError(f"a rank can have a part of one GPU, or whole GPUs, but not {gpus:g}: use 1, or less than 1")
+
+
+def shares_gpu(each: Resources) -> bool:
+    """Return whether a rank takes only a part of a GPU."""
+    return 0 < each.get(_GPU, 0) < 1
+
+
 def ranks_that_fit(there: Resources, each: Resources) -> int:
     """Return how many ranks fit into resources, if each rank needs `each`."""
     # Ray counts in units of 1/10000, so sums of fractions are not exact.
-    return min(int(there.get(name, 0) / amount + 1e-4) for name, amount in each.items() if amount > 0)
+    fits = {name: int(there.get(name, 0) / amount + _UNIT) for name, amount in each.items() if amount > 0}
+    if shares_gpu(each):  # the parts of several GPUs do not add up
+        whole = int(there.get(_GPU, 0) + _UNIT)
+        rest = there.get(_GPU, 0) - whole
+        fits[_GPU] = whole * int(1 / each[_GPU] + _UNIT) + int(rest / each[_GPU] + _UNIT)
+    return min(fits.values())
 
 
 def bundle_sizes(
@@ -36,21 +59,29 @@ def bundle_sizes(
     """Return the number of ranks of each bundle, in the order of the ranks.
 
     There are as few bundles as the largest node allows, and a tensor-parallel group is not cut if a node has room for
-    it. Nodes that are not there yet (an autoscaler may add them) are taken to be as large as the largest.
+    it. If ranks take parts of GPUs, each has a bundle of its own: Ray would give several of them in one bundle the same
+    GPU. Nodes that are not there yet (an autoscaler may add them) are taken to be as large as the largest.
 
     Args:
         each: the resources of a rank.
         wanted: the value of --placement.
 
     Raises:
-        ConfigError: no node has room for a single rank.
+        ConfigError: no node has room for a single rank; or `wanted` does not go together with parts of GPUs.
     """
     world = tp * stages
+    if shares_gpu(each) and wanted != ANYWHERE:
+        raise ConfigError(
+            f"--placement: each rank takes {each[_GPU]:g} GPU, so Ray decides where it runs: leave --placement out, or "
+            "use whole GPUs"
+        )
     if not isinstance(wanted, str):
         return [len(ranks) for _, ranks in wanted]
     largest = max((ranks_that_fit(node.total, each) for node in nodes), default=0)
     if largest == 0:
         raise ConfigError(f"no node of the Ray cluster has {shown(each)} for a rank: {_held(nodes)}")
+    if shares_gpu(each):
+        return [1] * world
     if wanted == TP_ACROSS:
         count = max(2, -(-world // largest))
         return [len(ranks) for ranks in ranks_across(tp, stages, count)]
@@ -84,6 +115,8 @@ def ranks_of_bundles(
 ) -> dict[int, int]:
     """Return how many ranks run in each bundle of a placement group that somebody else has made.
 
+    If ranks take parts of GPUs, a bundle gets one rank at most.
+
     Args:
         bundles: the resources of each bundle, by index.
         each: the resources of a rank.
@@ -97,7 +130,7 @@ def ranks_of_bundles(
     left = world
     for index, bundle in enumerate(bundles):
         free = {name: amount - own.get(index, {}).get(name, 0) for name, amount in bundle.items()}
-        count = min(left, ranks_that_fit(free, each))
+        count = min(left, ranks_that_fit(free, each), 1 if shares_gpu(each) else left)
         if count > 0:
             found[index] = count
             left -= count

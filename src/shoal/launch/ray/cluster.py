@@ -21,6 +21,7 @@ log = get_logger("ray")
 
 _CONNECT_S = 5.0
 _LOCAL_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # written by `ray start` on this host
+_OTHER_VERSIONS = "Version mismatch"  # how Ray's error begins if the cluster has other versions than this process
 _INSTALL = "it needs Ray: pip install 'shoal[ray]'"
 
 
@@ -78,8 +79,10 @@ def connect(address: str | None, flag: str, *, own_cluster: bool = True, show_ta
             include_dashboard=False if there == "local" else None,
         )
     except Exception as error:  # noqa: BLE001 - Ray raises RuntimeError, ConnectionError, ValueError and others
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"Ray cannot be used at {there}: {' '.join(lines)}") from None
+        why = " ".join(str(error).split())
+        if why.startswith(_OTHER_VERSIONS):
+            why = f"{why.rstrip('.')}; install the same versions of Ray and Python on all hosts"
+        raise ConfigError(f"Ray cannot be used at {there}: {why}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has replaced it

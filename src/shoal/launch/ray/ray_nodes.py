@@ -15,7 +15,15 @@ from shoal.launch.credentials import credentials_of_host
 from shoal.launch.deployment import NodeGroup
 from shoal.launch.open_model import OpenModel
 from shoal.launch.ray import cluster
-from shoal.launch.ray.bundles import Resources, bundle_sizes, check_totals, ranks_of_bundles, shown
+from shoal.launch.ray.bundles import (
+    Resources,
+    bundle_sizes,
+    check_resources,
+    check_totals,
+    ranks_of_bundles,
+    shares_gpu,
+    shown,
+)
 from shoal.launch.ray.node_actor import NodeActor, NodeOrder
 from shoal.lazy import load
 from shoal.log import get_logger
@@ -54,6 +62,8 @@ class RayNodes:
         self._model = model
         self._given = cluster.given_group()
         self._each = _resources_of_rank(options)
+        check_resources(self._each)
+        _warn_of_memory(options, self._each)
         parallel = options.parallel
         self._world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         self._replicas = parallel.data_parallel_size
@@ -183,6 +193,7 @@ class RayNodes:
                 name=f"shoal-{Address.parse(leader).port}-replica-{replica}-rank-{named}",
                 num_cpus=resources.pop("CPU", 0),
                 num_gpus=resources.pop("GPU", 0),
+                memory=resources.pop("memory", None),
                 resources=resources,
                 scheduling_strategy=strategy,
                 max_restarts=-1,
@@ -269,7 +280,20 @@ def _resources_of_rank(options: EngineOptions) -> Resources:
         return options.nodes.ray_resources
     has_gpus = any(node.total.get("GPU", 0) > 0 for node in cluster.nodes())
     wanted = options.parallel.device
-    return {"GPU": 1.0} if wanted == "cuda" or (wanted == "auto" and has_gpus) else {"CPU": 1.0}
+    if wanted == "cuda" or (wanted == "auto" and has_gpus):
+        return {"GPU": env.ray_gpus_per_rank() or 1.0}
+    return {"CPU": 1.0}
+
+
+def _warn_of_memory(options: EngineOptions, each: Resources) -> None:
+    """Warn if ranks that take parts of GPUs take more of their memory."""
+    part, utilization = each.get("GPU", 0.0), options.cache.gpu_memory_utilization
+    if shares_gpu(each) and options.parallel.device != "cpu" and utilization > part:
+        log.warning(
+            "each rank takes %g of a GPU, but --gpu-memory-utilization is %g of its memory: give at most %g, or the "
+            "others on that GPU have too little",
+            *(part, utilization, part),
+        )
 
 
 def _divide_given(given: cluster.GivenGroup, each: Resources, world: int, replicas: int) -> list[dict[int, int]]:

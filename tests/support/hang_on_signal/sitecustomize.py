@@ -1,0 +1,23 @@
+"""A module that Python imports when it starts, if its folder is in PYTHONPATH.
+
+The signal SIGUSR1 has a process compute for ever, in the middle of the next step of a rank.
+"""
+
+import signal
+from types import FrameType
+
+_AGAIN_S = 0.0001
+
+
+def _hang(number: int, frame: FrameType | None) -> None:
+    files = set()
+    while frame is not None:
+        files.add(frame.f_code.co_filename.rpartition("/")[2])
+        frame = frame.f_back
+    while "runner.py" in files and "torch_distributed.py" not in files:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+
+
+signal.signal(signal.SIGUSR1, _hang)
+signal.signal(signal.SIGALRM, _hang)
