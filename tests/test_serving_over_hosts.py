@@ -152,6 +152,10 @@ def states(server: Program, url: str) -> list[dict[str, Any]]:
     return found
 
 
+def rank_pids(server: Program, url: str) -> list[int]:
+    return [rank["pid"] for replica in states(server, url) for rank in replica["stats"]["ranks"]]
+
+
 def check_disturbed_streams(server: Program, url: str, disturb: Callable[[], object]) -> None:
     """Check that the streams of all prompts are the same if they are disturbed."""
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -325,7 +329,7 @@ def test_a_sleeping_replica_reports_its_activity_to_the_next_front_end() -> None
 
 
 @needs_hosts
-def test_experts_on_two_hosts_sleep_and_go_on() -> None:
+def test_experts_on_two_hosts_sleep_and_go_on_when_a_rank_dies() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         head, headless = head_and_headless(pair)
         mixture = ["bundled:moe", "--enable-expert-parallel", "--served-model-name", "bundled"]
@@ -342,6 +346,14 @@ def test_experts_on_two_hosts_sleep_and_go_on() -> None:
             assert [rank["weight_bytes"] for rank in ranks] == [0, 0]
             assert json.loads(ask(server, f"{url}/wake_up", {}))["status"] == "awake"
             assert future.result() == wanted
+
+            future = pool.submit(stream, server, url, PROMPTS[1], tokens=40)
+            until(lambda: any(replica["held"] for replica in states(server, url)), "one has requests", server)
+            before = rank_pids(server, url)
+            os.kill(before[1], signal.SIGKILL)
+            assert future.result() == wanted
+        until(lambda: rank_pids(server, url)[1] != before[1], "the rank has another process", server)
+        assert rank_pids(server, url)[0] == before[0]
         assert [replica["restarts"] for replica in states(server, url)] == [0, 0]
 
 

@@ -63,6 +63,7 @@ from shoal.wire.hosts import (
     host_report_decoder,
     to_supervisor,
 )
+from shoal.wire.lockstep import LockstepJoin, LockstepState, lockstep_join, lockstep_state
 from shoal.wire.nodes import (
     FromNode,
     LeaderToNode,
@@ -237,6 +238,8 @@ PAYLOADS = {
     ResponseNames: response_names_decoder.decode,
     Operation: operation_decoder.decode,
     ResetOutcome: reset_outcome_decoder.decode,
+    LockstepJoin: lockstep_join.decode,
+    LockstepState: lockstep_state.decode,
 }
 
 

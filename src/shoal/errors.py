@@ -104,7 +104,7 @@ class RanksDied(RankFailed):
     """The processes of some ranks have ended or stand still. The other ranks can go on with new processes for them.
 
     Args:
-        ranks: the numbers of the ranks that died.
+        ranks: the numbers of the ranks that died; none if all of them belong to other replicas, which share experts.
     """
 
     def __init__(self, message: str, ranks: Sequence[int]) -> None:

@@ -150,21 +150,62 @@ class Recorder(Protocol):
         """A request has ended without an update of a replica: it was refused, aborted or given up."""
 
 
-class Lockstep(Protocol):
+class Peers(Protocol):
+    """The replicas whose ranks form groups with the ranks of an executor, because they share experts."""
+
+    def check(self) -> None:
+        """Do nothing, unless the other replicas need this one to form its groups anew. Never blocks.
+
+        Raises:
+            RanksDied: ranks of another replica have died; the error names none of this one.
+            EngineError: another replica has failed; the message names it.
+        """
+
+    def formed(self) -> bool:
+        """Tell the others that the ranks of this replica are ready again, and return whether those of all replicas are.
+
+        Raises:
+            EngineError: another replica has failed.
+        """
+
+    @property
+    def all_awake(self) -> bool:
+        """Return whether all replicas have begun the reform with all of their memory. All get the same answer."""
+
+
+class Lockstep(Peers, Protocol):
     """A replica's end of a lockstep: replicas whose ranks exchange tensors within a step all launch the same steps.
 
     Each replica launches as many steps as the replica that has launched most, if need be without work of its own. A
     replica with work launches further steps. So when no replica has work, all rest after the same number of steps.
+
+    When ranks of one replica die, the ranks of all replicas form their groups anew: a reform. Like a step, a reform
+    that one replica has begun is begun by all. Each has a larger incarnation, in which steps are counted from 0 on.
     """
 
+    @property
+    def incarnation(self) -> int:
+        """The incarnation in which this replica computes or forms its groups. All replicas begin with the same one."""
+
     def launched(self, count: int) -> None:
-        """Tell the other replicas that this replica has launched `count` steps so far."""
+        """Tell the other replicas that this replica has launched `count` steps in this incarnation."""
 
     def steps_due(self) -> int:
         """Return how many steps this replica must have launched: the most that any replica has. Never blocks.
 
         Raises:
             EngineError: another replica has failed; the message names it.
+        """
+
+    def begin_reform(self, why: str, *, awake: bool) -> int:
+        """Begin a reform, and tell the other replicas. Return its incarnation, which is larger than the one before.
+
+        Args:
+            why: how ranks of this replica have died; "": follow the reform that another replica has begun.
+            awake: False if the ranks of this replica lack a part of their memory.
+
+        Raises:
+            EngineError: another replica has failed.
         """
 
 

@@ -15,6 +15,7 @@ from shoal.jobs.entries import JobEntry
 from shoal.jobs.parameters import JobParameters
 from shoal.jobs.run_job import JobRun
 from shoal.params import BeamSearchParams
+from support import processes
 
 pytestmark = pytest.mark.slow
 
@@ -139,15 +140,16 @@ def expected(folder: Path) -> list[list[tuple[int, ...]]]:
         return tokens_of(llm.generate(prompts(COUNT), HALF_WAY, use_tqdm=False))
 
 
-def run_and_signal(llm: LLM, victim: int, number: int) -> list[RequestOutput]:
-    """Run all prompts, and send the signal to the process when half of them have ended. Each must end once."""
+def run_and_signal(llm: LLM, victim: int, number: int, *more: int) -> list[RequestOutput]:
+    """Run all prompts, and send the signal to the processes when half of them have ended. Each must end once."""
     jobs = [llm.prepare(i, prompt, HALF_WAY) for i, prompt in enumerate(prompts(COUNT))]
     found: dict[int, RequestOutput] = {}
     for index, output in llm.run(jobs):
         assert index not in found
         found[index] = output
         if len(found) == COUNT // 2:
-            os.kill(victim, number)
+            for pid in (victim, *more):
+                os.kill(pid, number)
     assert all(len(output.outputs[0].logprobs or ()) == 16 for output in found.values())
     return [found[i] for i in range(COUNT)]
 
@@ -231,16 +233,41 @@ def test_replicas_that_share_experts(checkpoint: Checkpoint, options: dict[str, 
         assert again.steps - stats.steps <= 2, "at rest nobody takes steps"
 
 
-def test_the_end_of_a_replica_ends_those_that_share_its_experts(checkpoint: Checkpoint) -> None:
-    with LLM(checkpoint("mixtral"), **SIZE, **TOGETHER) as llm:
-        pids = [rank.pid for rank in llm.stats().ranks]
-        jobs = [llm.prepare(i, prompt, GREEDY) for i, prompt in enumerate(prompts(50))]
-        run = llm.run(jobs)
-        next(run)
-        os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(
-            ReplicasFailed, match=rf"^replica 1 \(process \d+\).* \(?process {pids[1]}, .*was killed by"
-        ):
-            list(run)
-        with pytest.raises(ClosedError, match="was killed by SIGKILL"):
-            llm.stats()
+@pytest.fixture(scope="module")
+def together(checkpoint: Checkpoint) -> Iterator[LLM]:
+    """Two replicas of two ranks, which share experts."""
+    with LLM(checkpoint("mixtral"), **MANY, enable_expert_parallel=True, tensor_parallel_size=2) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("number", "bad"), [(signal.SIGKILL, [1, 2]), (signal.SIGSTOP, [0])], ids=["two killed", "one stopped"]
+)
+def test_a_rank_that_holds_experts_of_several_replicas_is_replaced_alone(
+    together: LLM, number: int, bad: list[int]
+) -> None:
+    jobs = [together.prepare(i, prompt, HALF_WAY) for i, prompt in enumerate(prompts(COUNT))]
+    expected = tokens_of([output for _, output in sorted(together.run(jobs), key=lambda pair: pair[0])])
+    before = together.stats()
+    victims = [before.ranks[rank].pid for rank in bad]
+    assert tokens_of(run_and_signal(together, victims[0], number, *victims[1:])) == expected
+    after = together.stats()
+    pids = [(rank.pid, earlier.pid) for rank, earlier in zip(after.ranks, before.ranks, strict=True)]
+    assert [i for i, (now, then) in enumerate(pids) if now != then] == bad, "all others keep their processes"
+    assert {rank.loads for rank in after.ranks} == {1}, "and their weights"
+    assert after.rank_replacements - before.rank_replacements == len(bad)
+    assert len(after.replicas) == 2
+    assert (after.running, after.waiting, after.free_blocks) == (0, 0, after.num_blocks)
+
+
+def test_the_end_of_an_engine_ends_those_that_share_its_experts(together: LLM) -> None:
+    bad = together.stats().ranks[-1].pid
+    (engine,) = (pid for pid in processes.children(os.getpid()) if bad in processes.children(pid))
+    run = together.run([together.prepare(i, prompt, GREEDY) for i, prompt in enumerate(prompts(50))])
+    next(run)
+    os.kill(engine, signal.SIGKILL)
+    says = rf"^replica 1 \(process {engine}\) was killed by SIGKILL; replicas that share experts end together"
+    with pytest.raises(ReplicasFailed, match=says):
+        list(run)
+    with pytest.raises(ClosedError, match="was killed by SIGKILL"):
+        together.stats()

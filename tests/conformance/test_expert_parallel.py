@@ -13,6 +13,7 @@ import pytest
 from conformance.test_greedy_tokens import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.local import LocalLockstep
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.errors import EngineError
 from shoal.executors.base import RankExecutor
@@ -35,20 +36,6 @@ STEPS = 8
 TIMEOUT_S = 120.0
 
 
-class LocalLockstep:
-    """The lockstep of replicas in one process."""
-
-    def __init__(self, counts: list[int], rank: int) -> None:
-        self.counts = counts
-        self.rank = rank
-
-    def launched(self, count: int) -> None:
-        self.counts[self.rank] = count
-
-    def steps_due(self) -> int:
-        return max(self.counts)
-
-
 @dataclass(frozen=True)
 class Layout:
     dp: int = 2
@@ -62,9 +49,10 @@ class Layout:
 class Replicas:
     """Engines with thread ranks, whose steps the test drives."""
 
-    def __init__(self, engines: Sequence[EngineCore], executors: Sequence[RankExecutor]) -> None:
+    def __init__(self, engines: Sequence[EngineCore], executors: Sequence[RankExecutor], incarnation: int) -> None:
         self.engines = engines
         self.executors = executors
+        self.incarnation = incarnation
         self.tokens: dict[int, list[int]] = {}
 
     def add(self, replica: int, seq: int, prompt: Sequence[int], max_tokens: int = STEPS) -> None:
@@ -72,9 +60,11 @@ class Replicas:
         sampling = Sampling(seed=seq)
         self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), len(prompt), sampling, max_tokens))
 
-    def run(self) -> None:
-        while any(engine.busy for engine in self.engines):
-            for engine in self.engines:
+    def run(self, *only: int) -> None:
+        """Run all replicas, or only some."""
+        driven = [self.engines[replica] for replica in only] or self.engines
+        while any(engine.busy for engine in driven):
+            for engine in driven:
                 for update in engine.updates(0.005):
                     self.tokens[update.seq] += update.tokens
                     assert not update.error
@@ -89,7 +79,7 @@ class Replicas:
 def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) -> Iterator[Replicas]:
     """Return executors with thread ranks, or with process ranks if there is a rendezvous for them."""
     groups = ThreadGroups(TIMEOUT_S)
-    counts = [0] * layout.dp
+    locksteps = LocalLockstep.make_all(layout.dp)
     spec = read_spec(folder)
     stages = layout.stages or (spec.num_layers,)
     meeting_address = "" if meeting is None else meeting.address
@@ -113,7 +103,8 @@ def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) ->
             start_timeout=TIMEOUT_S,
             step_timeout=TIMEOUT_S,
         )
-        setups = [RankSetup(WIRE_VERSION, 7 + replica, rank.rank, plan) for rank in plan.ranks]
+        lockstep = locksteps[replica]
+        setups = [RankSetup(WIRE_VERSION, lockstep.incarnation, rank.rank, plan) for rank in plan.ranks]
         links = ThreadLinks(setups, groups) if meeting is None else ProcessLinks(setups)
         executor = RankExecutor(
             links, setups, check_capacity=lambda _: None, start_timeout=TIMEOUT_S, step_timeout=TIMEOUT_S
@@ -124,16 +115,20 @@ def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) ->
             block_size=16,
             prefix_caching=True,
             max_in_flight=2,
-            incarnation=7 + replica,
-            lockstep=LocalLockstep(counts, replica) if layout.dp > 1 else None,
+            incarnation=lockstep.incarnation,
+            lockstep=lockstep if layout.dp > 1 else None,
         )
         return engine, executor
 
     started = on_threads(layout.dp, start)
     with ExitStack() as stack:
+        for lockstep in locksteps:
+            stack.callback(lockstep.close)
         for engine, _ in started:
             stack.callback(engine.close)
-        yield Replicas([engine for engine, _ in started], [executor for _, executor in started])
+        yield Replicas(
+            [engine for engine, _ in started], [executor for _, executor in started], locksteps[0].incarnation
+        )
 
 
 def make_prompts(lengths: Sequence[int]) -> list[list[int]]:
@@ -223,11 +218,11 @@ def test_collectives_of_a_step(checkpoint: Callable[[str], Path]) -> None:
 def test_a_replica_that_fails_releases_the_others(checkpoint: Callable[[str], Path]) -> None:
     with replicas(checkpoint("qwen2_moe"), Layout()) as running:
         running.add(1, 0, make_prompts([5])[0])
-        running.executors[0].launch(StepPlan(7, 0, (), released=(99,)))  # an unknown sequence
+        running.executors[0].launch(StepPlan(running.incarnation, 0, (), released=(99,)))  # an unknown sequence
         with pytest.raises(EngineError, match="KeyError"):
             running.executors[0].poll(TIMEOUT_S)
         with pytest.raises(EngineError, match="was aborted"):
-            running.run()
+            running.run(1)
 
 
 def test_one_replica_has_whole_experts_on_its_own_ranks(checkpoint: Callable[[str], Path]) -> None:

@@ -2,19 +2,21 @@
 
 import threading
 import time
+from collections.abc import Mapping
 from typing import TypeVar
 
 import pytest
 
 from shoal.engine.build import AwaitNodes
 from shoal.engine.core import EngineCore
-from shoal.engine.lockstep.local import LockstepMember
+from shoal.engine.lockstep.member import LockstepMember, SharedProgress
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.serve_channel import serve, serve_client
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import Stop, encode
 from shoal.wire.engine import Abort, EngineFailure, EngineStats, Finish, StatsQuery, Updates, from_engine
+from shoal.wire.lockstep import LockstepState
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.ranks import StepResult
 from support.fakes import FakeExecutor, request
@@ -23,22 +25,23 @@ from support.plans import bare_plan
 T = TypeVar("T")
 
 
-class Peers:
+class Peers(SharedProgress):
     """A lockstep whose other members may have failed."""
 
     backlog = False
 
     def __init__(self, failure: str = "") -> None:
+        super().__init__(0)
         self.failure = failure
         self.told: list[str] = []
 
-    def launched(self, count: int) -> None:
-        raise NotImplementedError
-
-    def steps_due(self) -> int:
+    def others(self) -> Mapping[int, LockstepState]:
         if self.failure:
             raise EngineError(self.failure)
-        return 0
+        return {}
+
+    def tell(self, state: LockstepState) -> None:
+        raise NotImplementedError
 
     def fileno(self) -> int:
         raise NotImplementedError

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from shoal.engine.lockstep.local import LocalLockstep
-from shoal.errors import EngineError
+from shoal.errors import EngineError, RanksDied
 from support.descriptors import many_open_files
 
 
@@ -72,6 +72,48 @@ def test_a_replica_that_leaves_after_its_work_ends_no_other() -> None:
     a.launched(4)
     a.close()
     assert b.steps_due() == 4
+    b.close()
+
+
+def test_a_reform_that_one_replica_begins_is_begun_by_all() -> None:
+    a, b, c = LocalLockstep.make_all(3)
+    first = a.incarnation
+    a.launched(7)
+    for each in (a, b, c):
+        each.check()
+    assert b.begin_reform("rank 3 was killed", awake=True) == first + 1
+    assert readable(a)
+    assert (b.steps_due(), a.steps_due()) == (0, 7), "steps of the incarnation before do not count"
+    for each in (a, c):
+        with pytest.raises(RanksDied, match=r"^replica 1, which shares .* with this one: rank 3 was killed$") as found:
+            each.check()
+        assert found.value.ranks == ()
+    assert a.begin_reform("", awake=True) == first + 1
+    assert not a.formed(), "the others are not ready"
+    assert not b.formed()
+    assert c.begin_reform("rank 4 was stopped", awake=False) == first + 1, "both ranks are replaced together"
+    assert c.formed()
+    assert a.formed()
+    assert b.formed()
+    for each in (a, b, c):
+        each.check()
+        assert not each.all_awake
+        each.close()
+
+
+def test_a_reform_that_is_interrupted_begins_again() -> None:
+    a, b = LocalLockstep.make_all(2)
+    first = a.begin_reform("rank 0 was killed", awake=True)
+    assert b.begin_reform("", awake=True) == first
+    assert b.formed() is False
+    assert b.begin_reform("rank 0 was killed", awake=True) == first + 1
+    assert not b.formed(), "the other replica is in the reform before"
+    with pytest.raises(RanksDied):
+        a.check()
+    assert a.begin_reform("", awake=True) == first + 1
+    assert a.formed()
+    assert a.all_awake
+    a.close()
     b.close()
 
 

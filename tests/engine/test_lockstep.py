@@ -101,7 +101,7 @@ def test_an_idle_replica_launches_as_many_steps_as_one_with_work() -> None:
 def test_an_idle_replica_has_no_more_plans_in_flight_than_another() -> None:
     replicas = Replicas(2, depth=3)
     replicas.add(0, request(1, [1, 2, 3], 9))
-    replicas.group.counts[0] = 9  # as if it were far ahead
+    replicas.group.peers[0].launched(9)  # as if it were far ahead
     for _ in range(3):
         replicas.step(1)
     assert replicas.ranks[1].most_in_flight <= 3

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
-from shoal.errors import ConfigError, EngineError
+from shoal.errors import ConfigError, EngineError, RanksDied
 from shoal.transport.channel import wait
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.base import replace_fields
@@ -83,7 +83,7 @@ def test_all_must_launch_as_many_steps_as_the_furthest(replicas: list[Rendezvous
     assert [each.steps_due() for each in replicas] == [0, 0, 0]
     replicas[1].launched(1)
     replicas[2].launched(3)
-    for rank, due in enumerate([3, 3, 1]):
+    for rank, due in enumerate([3, 3, 3]):
         await_due(replicas[rank], due)
 
 
@@ -120,6 +120,46 @@ def test_a_replica_that_leaves_early_fails_those_that_have_work(replicas: list[R
             each.clear()
     assert [each.steps_due() for each in replicas[:2]] == [1, 1], "the others rest, so they do not need it"
     replicas[0].launched(2)
+    await_end(replicas[0], r"^replica 2 \(.*\) ended while this replica has work$")
+    await_end(replicas[1], r"^replica 2 \(.*\) ended while another replica has work$")
+
+
+def reform_elsewhere(replica: RendezvousLockstep) -> str:
+    """Wait until a replica hears of a reform, and return the reason."""
+    for _ in range(600):
+        try:
+            replica.check()
+        except RanksDied as error:
+            return str(error)
+        assert wait([replica], 60)  # type: ignore[list-item]
+        replica.clear()
+    raise AssertionError("it hears of no reform")
+
+
+def await_formed(replica: RendezvousLockstep) -> None:
+    while not replica.formed():
+        assert wait([replica], 60)  # type: ignore[list-item]
+        replica.clear()
+
+
+def test_all_follow_the_replica_whose_ranks_have_died(replicas: list[RendezvousLockstep]) -> None:
+    (first,) = {each.incarnation for each in replicas}
+    replicas[0].launched(3)
+    assert replicas[2].begin_reform("rank 4 was killed", awake=False) == first + 1
+    for each in replicas[:2]:
+        assert reform_elsewhere(each) == "replica 2, which shares experts with this one: rank 4 was killed"
+        assert each.begin_reform("", awake=True) == first + 1
+    assert not replicas[0].formed()
+    with ThreadPoolExecutor(SIZE) as pool:
+        list(pool.map(await_formed, replicas))
+    assert not any(each.all_awake for each in replicas)
+    replicas[1].launched(1)
+    await_due(replicas[0], 1)
+
+
+def test_a_replica_that_leaves_before_a_reform_fails_those_that_need_it(replicas: list[RendezvousLockstep]) -> None:
+    replicas[2].close()
+    replicas[0].begin_reform("rank 4 was killed", awake=True)
     await_end(replicas[0], r"^replica 2 \(.*\) ended while this replica has work$")
     await_end(replicas[1], r"^replica 2 \(.*\) ended while another replica has work$")
 

@@ -174,12 +174,12 @@ class FakeLinks:
         self.spares_after: list[int] = []  # how many ranks were replaced before each call of `keep_spares`
         self.hanging: list[int] = []
         self.sent: list[ToRank] = []
-        self._answers = answers
+        self.answers = answers
         self._inbox: list[FromRank] = []
 
     def send(self, message: ToRank, rank: int | None = None) -> None:
         self.sent.append(message)
-        self._inbox += self._answers(message)
+        self._inbox += self.answers(message)
 
     def receive(self, timeout: float) -> list[FromRank]:
         if not self._inbox:
@@ -491,21 +491,75 @@ def test_a_rank_that_hangs_counts_as_dead(scripted: tuple[ScriptedLinks, RankExe
     assert links.closed == []
 
 
-def test_a_rank_that_dies_while_all_start_or_where_none_may_be_replaced_ends_the_executor() -> None:
-    starting = DyingLinks()
-    starting.dead = [0]
-    with pytest.raises(RankFailed, match="rank 0 was killed"):
-        executor(starting)
-    assert starting.closed[0] is True
+def test_a_rank_that_dies_while_all_start_ends_the_executor() -> None:
     links = DyingLinks()
-    found = RankExecutor(
-        links, SETUPS, check_capacity=lambda _: None, start_timeout=5, step_timeout=5, replaces_ranks=False
-    )
-    links.dead = [1]
-    with pytest.raises(RankFailed, match="rank 1 was killed") as caught:
-        found.poll(0)
+    links.dead = [0]
+    with pytest.raises(RankFailed, match="rank 0 was killed") as caught:
+        executor(links)
     assert not isinstance(caught.value, RanksDied)
-    assert links.closed == [True]
+    assert links.closed[0] is True
+
+
+class FakePeers:
+    """Replicas whose ranks form groups with those of the executor. One of them loses a rank after some checks."""
+
+    def __init__(self, checks: int = 0, *, all_awake: bool = True) -> None:
+        self.checks = checks
+        self.all_awake = all_awake
+        self.questions_until_ready = 3
+
+    def check(self) -> None:
+        self.checks -= 1
+        if self.checks == 0:
+            raise RanksDied("replica 1: rank 0 was killed", ())
+
+    def formed(self) -> bool:
+        self.questions_until_ready -= 1
+        return self.questions_until_ready <= 0
+
+
+def test_a_rank_that_has_lost_contact_waits_for_the_death_of_a_rank_elsewhere(plan: StepPlan) -> None:
+    """It is told by the engine of the other replica, perhaps much later than the connection has ended."""
+    links, peers = DyingLinks(), FakePeers()
+    found = executor(links, peers=peers)
+    found.launch(plan)
+    links.inbox = [RankReport(0, 6, "connection closed", communication=True)]
+    peers.checks = 5
+    with pytest.raises(RanksDied, match=r"^replica 1: rank 0 was killed$"):
+        found.poll(1)
+    found.reform(1, ())
+    while found.reforming:
+        found.poll(0.1)
+    assert links.replaced == []
+    assert peers.questions_until_ready == 0, "it has waited until all are ready"
+
+
+def test_a_death_elsewhere_ends_a_call_to_ranks_that_wait_for_it(plan: StepPlan) -> None:
+    links, peers = DyingLinks(), FakePeers()
+    found = executor(links, peers=peers, step_timeout=60)
+    found.launch(plan)
+    links.answers = silent_for("stats", 1)
+    peers.checks = 3
+    with pytest.raises(RanksDied, match="replica 1"):
+        found.call("stats", timeout=60)
+
+
+def test_a_death_elsewhere_while_all_start_ends_the_executor() -> None:
+    links = DyingLinks()
+    with pytest.raises(RankFailed, match=r"^replica 1: rank 0 was killed$") as caught:
+        executor(links, peers=FakePeers(3))
+    assert not isinstance(caught.value, RanksDied)
+    assert links.closed[0] is True
+
+
+def test_ranks_do_not_warm_up_together_with_ranks_that_sleep() -> None:
+    links = DyingLinks()
+    found = executor(links, peers=FakePeers(all_awake=False))
+    died(links, found, 1)
+    found.reform(1, ())
+    while found.reforming:
+        found.poll(0.1)
+    assert [each.verb for each in links.sent if isinstance(each, RankCall)] == ["connect", "load", "allocate"]
 
 
 @pytest.mark.slow

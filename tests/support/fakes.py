@@ -11,10 +11,12 @@ from typing import TypeVar
 import msgspec
 from hypothesis import HealthCheck, settings
 
+from shoal.engine.lockstep.member import SharedProgress
 from shoal.errors import EngineError, RankFailed, RanksDied
 from shoal.protocols import Executor
 from shoal.wire.base import encode
 from shoal.wire.engine import EngineRequest, Finish, SeqUpdate
+from shoal.wire.lockstep import LockstepState
 from shoal.wire.ranks import NewSeq, RankStats, Sampling, SeqOut, StepMask, StepPlan, StepResult, StepTimes, Work
 from shoal.wire.tokens import decode_tokens, encode_tokens, token_set
 
@@ -419,24 +421,29 @@ class FakeLockstep:
     """The lockstep of replicas in one process. `peers[i]` belongs to replica i."""
 
     def __init__(self, size: int) -> None:
-        self.counts = [0] * size
+        self.states = [LockstepState(0)] * size
         self.failure: str = ""
         self.peers = [_LockstepEnd(self, rank) for rank in range(size)]
 
+    @property
+    def counts(self) -> list[int]:
+        """The number of steps that each replica has launched."""
+        return [state.steps for state in self.states]
 
-@dataclass(slots=True)
-class _LockstepEnd:
-    group: FakeLockstep
-    rank: int
 
-    def launched(self, count: int) -> None:
-        assert count == self.group.counts[self.rank] + 1
-        self.group.counts[self.rank] = count
+class _LockstepEnd(SharedProgress):
+    def __init__(self, group: FakeLockstep, rank: int) -> None:
+        super().__init__(0)
+        self._group = group
+        self._rank = rank
 
-    def steps_due(self) -> int:
-        if self.group.failure:
-            raise EngineError(self.group.failure)
-        return max(self.group.counts)
+    def others(self) -> Mapping[int, LockstepState]:
+        if self._group.failure:
+            raise EngineError(self._group.failure)
+        return {rank: state for rank, state in enumerate(self._group.states) if rank != self._rank}
+
+    def tell(self, state: LockstepState) -> None:
+        self._group.states[self._rank] = state
 
 
 class FaultyExecutor:

@@ -56,7 +56,7 @@ def build_engine(
     in_this_process = EXECUTORS[plan.executor].in_this_process
     if in_this_process:
         _check_threads_of_torch()
-    incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
+    incarnation = time.time_ns() if lockstep is None else lockstep.incarnation
     listener = NodeListener(plan, str(incarnation)) if plan.nodes_elsewhere else None
     if listener is not None and await_nodes is not None:
         await_nodes(listener.address, str(incarnation))
@@ -74,7 +74,7 @@ def build_engine(
         check_capacity=lambda blocks: require_capacity(blocks, plan.block_size, shortest),
         start_timeout=plan.timeouts.start_s,
         step_timeout=plan.timeouts.step_s,
-        replaces_ranks=not plan.layout.shares_experts,  # ranks of other replicas would have to form new groups too
+        peers=lockstep,
     )
     executor.start_times = {"launch": launched, **executor.start_times}
     limits = SchedulerLimits(

@@ -8,7 +8,7 @@ from typing import NoReturn
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
 from shoal.engine.engine_stats import RankCounts, StepCounts, describe_engine
-from shoal.engine.rank_deaths import RankDeaths
+from shoal.engine.rank_deaths import RankDeaths, describe_replacement
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.scheduler import Scheduler
 from shoal.engine.scheduler.waiting_queue import PriorityPolicy
@@ -40,8 +40,9 @@ class EngineCore:
     When ranks die and the executor can replace them, the engine goes on: requests keep their tokens, and no plan is
     made until the ranks are replaced (`reforming`). Each replacement is a new incarnation.
 
-    A replica in lockstep launches steps without work if other replicas need them. While it is not `busy`, its owner
-    waits for the lockstep (see `LockstepMember.fileno`); no method of this class does.
+    A replica in lockstep launches steps without work if other replicas need them, and its ranks form their groups anew
+    if those of another replica do. While it is not `busy`, its owner waits for the lockstep (see
+    `LockstepMember.fileno`); no method of this class does.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class EngineCore:
             grammars=grammars,
         )
         self._lockstep = lockstep
+        self._steps_before = 0  # steps of earlier incarnations
         self._activity = AWAKE
         self._missing: tuple[str, ...] = ()  # parts of memory that the ranks do not have, once all calls are done
         self._memory_timeout = memory_timeout
@@ -136,6 +138,8 @@ class EngineCore:
             if self._executor.reforming:
                 self._executor.poll(timeout)
                 return
+            if self._lockstep is not None and not self._scheduler.num_in_flight:
+                self._executor.poll(0)  # raises an error if ranks have died, here or in another replica
             self._launch()
             if not self._scheduler.num_in_flight:
                 self._take_verdicts(min(timeout, _GRAMMAR_SLICE_S))
@@ -170,14 +174,21 @@ class EngineCore:
         scheduler = self._scheduler
         at_work = not scheduler.idle if self._activity.runs else scheduler.num_in_flight > 0
         try:
+            if self._lockstep is not None:
+                self._lockstep.check()
             return at_work or scheduler.has_updates or self._executor.reforming or self._is_behind
-        except EngineError:  # `updates` raises it too
+        except EngineError:  # `updates` acts on it
             return True
 
     @property
     def _is_behind(self) -> bool:
         """Return whether other replicas have launched steps that this replica has not launched yet."""
-        return self._lockstep is not None and self._lockstep.steps_due() > self._scheduler.num_steps
+        return self._lockstep is not None and self._lockstep.steps_due() > self._steps_launched
+
+    @property
+    def _steps_launched(self) -> int:
+        """Return the number of steps launched in this incarnation."""
+        return self._scheduler.num_steps - self._steps_before
 
     def _root_cause(self, error: EngineError) -> EngineError:
         """Return the error to report. If another replica has failed, `error` follows from that failure."""
@@ -196,7 +207,7 @@ class EngineCore:
                 self._executor.launch(plan)
                 self._counts.note_plan(plan)
                 if self._lockstep is not None:
-                    self._lockstep.launched(self._scheduler.num_steps)
+                    self._lockstep.launched(self._steps_launched)
                 self._send_mask(plan)
             self._schedule_ns += time.perf_counter_ns() - begun
             if plan is None:
@@ -235,23 +246,28 @@ class EngineCore:
         return self._executor.reforming
 
     def _replace_ranks(self, error: RanksDied) -> None:
-        """Begin to replace ranks that have died.
+        """Begin to replace ranks that have died, or to form the groups anew because ranks of another replica have.
 
         Raises:
             RankFailed: they are not replaced, because a request may be the cause or because it has not helped before.
         """
-        if why_not := self._deaths.note_death(self._scheduler.in_flight):
+        if why_not := self._deaths.note_death(self._scheduler.in_flight, here=bool(error.ranks)):
             self._fail(RankFailed(f"{error}; {why_not}"), error)
-        them = "they are" if len(error.ranks) > 1 else "it is"
-        self._trouble = f"{error}; {them} replaced, the other ranks keep their weights"
+        self._trouble = describe_replacement(error)
         log.warning("%s", self._trouble)
-        self._incarnation += 1
-        self._scheduler.start_anew(self._incarnation)
         try:
+            self._incarnation = self._begin_incarnation(error)
+            self._scheduler.start_anew(self._incarnation)
+            self._steps_before = self._scheduler.num_steps
             self._executor.reform(self._incarnation, self._missing)
         except EngineError as another:
             self._fail(another)
         self._ranks.note_replacement(error.ranks)
+
+    def _begin_incarnation(self, error: RanksDied) -> int:
+        if self._lockstep is None:
+            return self._incarnation + 1
+        return self._lockstep.begin_reform(str(error) if error.ranks else "", awake=not self._missing)
 
     def _finish_reform(self) -> None:
         """Wait until ranks that are being replaced can compute."""

@@ -8,7 +8,7 @@ import click
 from shoal.addresses import Address
 from shoal.engine.build import AwaitNodes, build_engine
 from shoal.engine.core import EngineCore
-from shoal.engine.lockstep.local import LockstepMember
+from shoal.engine.lockstep.member import LockstepMember
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.engine.serve_channel import serve
 from shoal.log import configure_logging

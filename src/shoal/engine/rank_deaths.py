@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from shoal.engine.request import Request
+from shoal.errors import RanksDied
 
 _MOST_IN_A_ROW = 2  # deaths without any work between them
 _MOST_WITH_A_REQUEST = 2  # deaths with the same request, which made no progress between them
@@ -32,15 +33,18 @@ class RankDeaths:
         """Note that the ranks have computed a step."""
         self._in_a_row = 0
 
-    def note_death(self, in_flight: Iterable[Request]) -> str:
+    def note_death(self, in_flight: Iterable[Request], *, here: bool = True) -> str:
         """Note that ranks have died, and return the reason why they should not be replaced; "": they should.
 
         Args:
             in_flight: the requests that had work in the steps that are lost.
+            here: False if the ranks belong to another replica, whose engine counts how often they die in a row. They
+                may still have died from a request of this one, whose tokens they got.
         """
-        now = self._clock()
-        self._in_a_row = 1 if now - self._last > _USEFUL_S else self._in_a_row + 1
-        self._last = now
+        if here:
+            now = self._clock()
+            self._in_a_row = 1 if now - self._last > _USEFUL_S else self._in_a_row + 1
+            self._last = now
         suspects = {request.message.seq: self._suspect(request) for request in in_flight}
         if suspects:  # a death while the ranks are being replaced says nothing about requests
             self._suspects = suspects
@@ -57,3 +61,11 @@ class RankDeaths:
         if known is None or length - known.length >= _SAME_PLACE:
             return _Suspect(length, 1)
         return _Suspect(length, known.deaths + 1)
+
+
+def describe_replacement(error: RanksDied) -> str:
+    """Return what the engine does when ranks have died, for the log and for its stats."""
+    if not error.ranks:
+        return f"{error}; the ranks of this replica form their groups anew, and keep their weights"
+    them = "they are" if len(error.ranks) > 1 else "it is"
+    return f"{error}; {them} replaced, the other ranks keep their weights"

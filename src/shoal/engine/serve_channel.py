@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.engine.build import AwaitNodes
 from shoal.engine.core import EngineCore
-from shoal.engine.lockstep.local import LockstepMember
+from shoal.engine.lockstep.member import LockstepMember
 from shoal.errors import EngineError, RequestError, ShoalError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, encode

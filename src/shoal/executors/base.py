@@ -12,8 +12,10 @@ from shoal.activity import KV_CACHE, WEIGHTS
 from shoal.errors import ClosedError, RankFailed, RanksDied, UserError
 from shoal.executors.descriptions import describe_compute, describe_load
 from shoal.executors.links import Links
+from shoal.executors.no_peers import NoPeers
 from shoal.executors.step_durations import StepDurations
 from shoal.log import get_logger
+from shoal.protocols import Peers
 from shoal.wire.base import replace_fields
 from shoal.wire.ranks import (
     FromRank,
@@ -33,6 +35,8 @@ log = get_logger("executor")
 _SLICE_S = 0.5  # the longest wait for messages before deadlines are checked
 _AWAY_S = 5.0  # after this time without a call, the deadlines of steps begin again
 _CAUSE_S = 2.0  # how long to wait for another report, if a rank has only lost contact with others
+_CAUSE_AMONG_PEERS_S = 10.0  # ... which may belong to another replica: its engine tells of a death or fails before
+_PEERS_POLL_S = 0.02  # how often to ask whether the ranks of other replicas are ready
 
 T = TypeVar("T")
 # An exchange with the ranks that waits for messages: it yields the most seconds to wait, and is continued after that.
@@ -50,7 +54,7 @@ class RankExecutor:
         check_capacity: Callable[[int], None],
         start_timeout: float,
         step_timeout: float,
-        replaces_ranks: bool = True,
+        peers: Peers | None = None,
     ) -> None:
         """Run the start phases on all ranks.
 
@@ -60,7 +64,7 @@ class RankExecutor:
             check_capacity: is called with the number of KV blocks, and raises an error if there are too few.
             start_timeout: the most seconds for a start phase.
             step_timeout: the most seconds for a step.
-            replaces_ranks: False if a rank that dies must end this executor, even if the links could replace it.
+            peers: the replicas with which the ranks form groups; None: there are none.
 
         Raises:
             UserError: the options, the model and the hardware of a rank do not fit together.
@@ -69,6 +73,8 @@ class RankExecutor:
         self.num_blocks = 0
         self.start_times: dict[str, float] = {}
         self._links = links
+        self._peers: Peers = NoPeers() if peers is None else peers
+        self._cause_s = _CAUSE_S if peers is None else _CAUSE_AMONG_PEERS_S
         self._setups = list(setups)
         self._incarnation = setups[0].incarnation
         self._start_timeout = start_timeout
@@ -91,7 +97,7 @@ class RankExecutor:
         except BaseException:
             links.close(failed=True)
             raise
-        self._replaces_ranks = replaces_ranks
+        self._replaces_ranks = True
         links.keep_spares()
 
     def _start(self, check_capacity: Callable[[int], None]) -> Exchange[None]:
@@ -158,12 +164,21 @@ class RankExecutor:
             yield from self._load(times)
         if KV_CACHE not in missing:
             yield from self._phase("allocate", times, self._block_count)
-        if not missing:
+        yield from self._await_peers()
+        if not missing and self._peers.all_awake:
             yield from self._phase("warm_up", times)
-        names = ", ".join(map(str, ranks))
+        done = f"{_names(ranks)}: replaced" if ranks else "the ranks have formed their groups anew"
         phases = ", ".join(f"{name} {took:.2f}" for name, took in times.items())
-        log.info("rank %s: replaced in %.2f s (%s)", names, time.monotonic() - begun, phases)
+        log.info("%s in %.2f s (%s)", done, time.monotonic() - begun, phases)
         self._links.keep_spares()
+
+    def _await_peers(self) -> Exchange[None]:
+        """Wait until the ranks of all replicas are ready: a step before would wait for those that still load."""
+        deadline = time.monotonic() + self._start_timeout
+        while not self._peers.formed():
+            if time.monotonic() > deadline:
+                self._raise_failure(f"replicas that share experts were not ready within {self._start_timeout:g} s")
+            yield _PEERS_POLL_S
 
     def _go_on_with_reform(self, timeout: float) -> None:
         """Go on with the replacement of ranks for up to `timeout` seconds."""
@@ -259,6 +274,7 @@ class RankExecutor:
         reports = self._reports_in(messages)
         if reports:
             self._raise_report(reports)
+        self._check_peers()
         for message in messages:
             match message:
                 case StepResult() if message.incarnation == self._incarnation:
@@ -273,6 +289,12 @@ class RankExecutor:
         try:
             return self._links.receive(timeout)
         except RankFailed as error:
+            self._handle_death(error)
+
+    def _check_peers(self) -> None:
+        try:
+            self._peers.check()
+        except RanksDied as error:
             self._handle_death(error)
 
     def _handle_death(self, error: RankFailed) -> NoReturn:
@@ -292,9 +314,10 @@ class RankExecutor:
 
         A rank that has lost contact with others is seldom the one at fault, so other reports are awaited for a moment.
         """
-        deadline = time.monotonic() + _CAUSE_S
+        deadline = time.monotonic() + self._cause_s
         while all(report.communication for report in reports) and (remaining := deadline - time.monotonic()) > 0:
-            reports += self._reports_in(self._guarded_receive(remaining))  # raises an error if a rank has died
+            self._check_peers()  # it raises an error if a rank of another replica has died, ...
+            reports += self._reports_in(self._guarded_receive(min(remaining, _PEERS_POLL_S)))  # ... and this of our own
         report = min(reports, key=lambda report: report.communication)
         if report.user_error:
             self.fail(report.error)

@@ -7,7 +7,8 @@ from shoal.cluster.replicas.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.routing.capacity import ReplicaCapacity, max_requests_held
 from shoal.engine.build import AwaitNodes, build_engine
 from shoal.engine.core import EngineCore
-from shoal.engine.lockstep.local import LocalLockstep, LockstepMember
+from shoal.engine.lockstep.local import LocalLockstep
+from shoal.engine.lockstep.member import LockstepMember
 from shoal.engine.serve_channel import serve
 from shoal.errors import ShoalError, UserError
 from shoal.executors.table import thread_groups

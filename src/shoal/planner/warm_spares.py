@@ -41,13 +41,13 @@ def warm_spares(
         ConfigError: the memory of a host does not suffice for as many as were asked for there.
     """
     counts = []
-    why_useless = _why_useless(layout, executor)
+    why_useless = _why_useless(executor)
     replicas = max(place.local_size, place.local_rank + 1)
     for host, ranks in zip(hosts, placed, strict=True):
         asked = host.options.parallel.warm_spares
         if asked and why_useless:
             warnings.append(f"--warm-spares {asked} changes nothing: {why_useless}")
-        by_default = 1 if online and layout.num_ranks > 1 else 0
+        by_default = 1 if online and (layout.num_ranks > 1 or layout.shares_experts) else 0
         count = by_default if asked is None else asked
         if not count or why_useless or not place.local_size:
             counts.append(0)
@@ -58,12 +58,10 @@ def warm_spares(
     return tuple(counts)
 
 
-def _why_useless(layout: Layout, executor: str) -> str:
+def _why_useless(executor: str) -> str:
     """Return why no rank could be replaced by a spare; "" if one could be."""
     if executor in ("uni", "threads"):
         return f"ranks of the executor {executor} are no processes of their own, so that none can be replaced"
-    if layout.shares_experts:
-        return "replicas that share experts start again together when a rank dies"
     return ""
 
 

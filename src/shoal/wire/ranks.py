@@ -150,8 +150,8 @@ class StepResult(Wire, frozen=True):
 class RankSetup(Wire, frozen=True):
     """The first message of an engine to a rank: the plan of its replica, and its own number in the plan.
 
-    A rank that gets another setup, with a larger incarnation, is a survivor: other ranks of its replica were replaced.
-    It drops all messages before, forgets its sequences, keeps its weights, and connects to the others again.
+    A rank that gets another setup, with a larger incarnation, is a survivor: a rank with which it exchanges tensors was
+    replaced. It drops all messages before, forgets its sequences, keeps its weights, and connects to the others again.
     """
 
     wire_version: int

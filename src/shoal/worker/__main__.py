@@ -4,7 +4,8 @@ Its first message says whether it is a rank at once, or a warm spare, which load
 
 The main thread computes. A second thread reads messages, and tells the engine twice a second that the process is alive
 and what it is doing, even while the main thread waits for another rank. It ends the process when the engine's process
-has ended. When another rank of the replica was replaced, it ends the main thread's wait for the rank that has died.
+has ended. When another rank with which it exchanges tensors was replaced, it ends the main thread's wait for the rank
+that has died.
 """
 
 import contextlib

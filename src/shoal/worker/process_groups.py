@@ -27,7 +27,7 @@ class ProcessGroups:
     rendezvous. Its store still has the addresses of earlier starts, so the number of the meeting is part of the keys.
 
     With a setup of a larger incarnation, the groups are formed anew: the communicators stay, and connect again. The
-    incarnation is part of the keys.
+    incarnation, on which all replicas whose ranks form a group agree, is part of the keys.
     """
 
     def __init__(self, store: int) -> None:
@@ -51,8 +51,7 @@ class ProcessGroups:
         aborted = self._begin(setup)
         cuda = setup.rank_plan.device == "cuda" and axis != "token_return"  # drawn tokens are on the host
         store = self._store(setup, ranks)
-        name = f"{axis}:{ranks[0]}"
-        prefix = f"{setup.plan.place.meeting}:{name}" if store is self._shared else f"{setup.incarnation}:{name}"
+        prefix = f"{setup.plan.place.meeting}:{setup.incarnation}:{axis}:{ranks[0]}"
         comm = self._comms.get(axis)
         if comm is not None:
             comm.connect(store, prefix, aborted)

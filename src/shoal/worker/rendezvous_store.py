@@ -49,6 +49,8 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
         return self._channel.local_address
 
     def close(self) -> None:
+        """End the connection, and the waits of other threads for values."""
+        self._channel.shut_down()
         self._channel.close()
 
     def set(self, key: str, value: str | bytes) -> None:

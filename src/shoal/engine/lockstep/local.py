@@ -3,39 +3,20 @@
 import contextlib
 import os
 import threading
-from typing import Protocol
+import time
+from collections.abc import Mapping
 
+from shoal.engine.lockstep.member import SharedProgress, progress
 from shoal.errors import EngineError
-from shoal.protocols import Lockstep
+from shoal.wire.lockstep import LockstepState
 
 
-class LockstepMember(Lockstep, Protocol):
-    """A replica's end of a lockstep. A wait for channels can include it.
+class _Shared:
+    """The part that all members share: the state of each, a failure, and an eventfd per member."""
 
-    It is readable when another replica has launched a step or failed.
-    """
-
-    backlog: bool
-
-    def fileno(self) -> int: ...
-
-    def clear(self) -> None:
-        """Make this not readable until another replica launches a step or fails."""
-
-    def close(self, why: str = "") -> None:
-        """Leave the lockstep. Idempotent.
-
-        Args:
-            why: the failure that the other replicas are told of; "" if the work is done.
-        """
-
-
-class _SharedCounts:
-    """The state that all members share: the highest number of launched steps, a failure, and an eventfd per member."""
-
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, incarnation: int) -> None:
         self.lock = threading.Lock()
-        self.most_launched = 0
+        self.states = [LockstepState(incarnation)] * size
         self.failure = ""
         self.wakers: list[int | None] = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(size)]
 
@@ -45,20 +26,22 @@ class _SharedCounts:
                 os.eventfd_write(waker, 1)
 
 
-class LocalLockstep:
+class LocalLockstep(SharedProgress):
     """A `LockstepMember` for an engine on a thread of this process."""
 
     backlog = False
 
-    def __init__(self, shared: _SharedCounts, number: int) -> None:
+    def __init__(self, shared: _Shared, number: int, incarnation: int) -> None:
+        super().__init__(incarnation)
         self._shared = shared
         self._number = number
 
     @classmethod
     def make_all(cls, size: int) -> "list[LocalLockstep]":
         """Return the members of a new lockstep of `size` replicas."""
-        shared = _SharedCounts(size)
-        return [cls(shared, number) for number in range(size)]
+        incarnation = time.time_ns()
+        shared = _Shared(size, incarnation)
+        return [cls(shared, number, incarnation) for number in range(size)]
 
     def fileno(self) -> int:
         waker = self._shared.wakers[self._number]
@@ -68,17 +51,18 @@ class LocalLockstep:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fileno())
 
-    def launched(self, count: int) -> None:
-        with self._shared.lock:
-            if count > self._shared.most_launched:
-                self._shared.most_launched = count
-                self._shared.wake_all_but(self._number)
-
-    def steps_due(self) -> int:
+    def others(self) -> Mapping[int, LockstepState]:
         with self._shared.lock:
             if self._shared.failure:
                 raise EngineError(self._shared.failure)
-            return self._shared.most_launched
+            return {other: state for other, state in enumerate(self._shared.states) if other != self._number}
+
+    def tell(self, state: LockstepState) -> None:
+        with self._shared.lock:
+            furthest = max(map(progress, self._shared.states))
+            self._shared.states[self._number] = state
+            if progress(state) > furthest or not state.steps:  # the others have launched other steps already
+                self._shared.wake_all_but(self._number)
 
     def close(self, why: str = "") -> None:
         with self._shared.lock:

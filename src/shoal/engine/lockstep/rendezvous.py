@@ -1,19 +1,23 @@
 """Lockstep between engine processes, on one host or several, which exchange their counts at a rendezvous."""
 
+import time
 from collections.abc import Mapping
 
 from shoal import addresses, env
 from shoal.addresses import Address
+from shoal.engine.lockstep.member import SharedProgress, progress
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.room_member import RoomMember
+from shoal.wire.base import encode
+from shoal.wire.lockstep import LockstepJoin, LockstepState, lockstep_join, lockstep_state
 from shoal.wire.plan import ReplicaPlace
 
 _ROOM = "replicas"
-_LAUNCHED = "launched"  # the topic of posts with a number of steps
-_ADDRESS = "address"  # ... with the address of a host
+_JOIN = "join"  # the topic of a LockstepJoin
+_STATE = "state"  # ... of a LockstepState
 
 
-class RendezvousLockstep:
+class RendezvousLockstep(SharedProgress):
     """A `LockstepMember` for an engine in a process of its own."""
 
     backlog = False
@@ -37,18 +41,27 @@ class RendezvousLockstep:
             timeout=timeout,
             returning=place.returning,
         )
-        self._launched = 0
         try:
-            self._compare_addresses(place, timeout)
+            joins = self._exchange_joins(timeout)
+            self._compare_addresses({rank: join.address for rank, join in joins.items()})
         except BaseException:
             self._member.close()
             raise
+        super().__init__(max(join.incarnation for join in joins.values()))
+        self._beginning = LockstepState(self.incarnation)  # the state of replicas that have told none yet
 
-    def _compare_addresses(self, place: ReplicaPlace, timeout: float) -> None:
+    def _exchange_joins(self, timeout: float) -> dict[int, LockstepJoin]:
+        """Tell the other replicas how this one has joined, and return the same of all."""
+        own = LockstepJoin(time.time_ns(), self.host_address)
+        self._member.post(_JOIN, encode(own))
+        found = {self.rank: own}
+        for rank in range(self._member.size):
+            if rank != self.rank:
+                found[rank] = lockstep_join.decode(self._member.await_post(_JOIN, rank, timeout=timeout))
+        return found
+
+    def _compare_addresses(self, found: Mapping[int, str]) -> None:
         """Check that ranks can reach each other at the addresses by which their hosts have joined."""
-        self._member.post(_ADDRESS, self.host_address.encode())
-        found = {rank: self._member.await_post(_ADDRESS, rank, timeout=timeout).decode() for rank in self._others}
-        found[place.rank] = self.host_address
         loopback = [rank for rank, each in found.items() if addresses.is_local(each)]
         if loopback and len(loopback) < len(found):
             first = min(loopback)
@@ -71,10 +84,6 @@ class RendezvousLockstep:
             )
 
     @property
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self._member.size) if rank != self._member.rank]
-
-    @property
     def host_address(self) -> str:
         """The address of this host at which the other replicas reach it."""
         named = env.host_ip()
@@ -89,30 +98,34 @@ class RendezvousLockstep:
         """The number of this meeting of replicas at the rendezvous. Every meeting there has another one."""
         return self._member.formation
 
-    def launched(self, count: int) -> None:
-        self._launched = count
-        self._member.post(_LAUNCHED, str(count).encode())
-
-    def steps_due(self) -> int:
+    def others(self) -> Mapping[int, LockstepState]:
         failures = self._member.failures()
         if failures:
             causes = "; ".join(why.replace("rank", "replica", 1) for _, why in sorted(failures.items()))
             raise EngineError(f"another replica has failed, and this one cannot go on without it: {causes}")
-        launched = {rank: int(count) for rank, count in self._member.latest(_LAUNCHED).items()}
-        self._check_gone(launched)
-        return max(launched.values(), default=0)
+        told = self._member.latest(_STATE)
+        states = {
+            rank: lockstep_state.decode(told[rank]) if rank in told else self._beginning
+            for rank in range(self._member.size)
+            if rank != self.rank
+        }
+        self._check_gone(states)
+        return states
 
-    def _check_gone(self, launched: Mapping[int, int]) -> None:
-        """Check that no replica has left before a step in which its ranks had to take part.
+    def _check_gone(self, states: Mapping[int, LockstepState]) -> None:
+        """Check that no replica has left before a step or a reform in which its ranks had to take part.
 
         A replica may leave when all have launched the same steps.
         """
         for rank in self._member.gone():
             name = self._member.members[rank].replace("rank", "replica", 1)
-            if launched.get(rank, 0) < self._launched:
+            if progress(states[rank]) < progress(self._own):
                 raise EngineError(f"{name} ended while this replica has work")
-            if launched.get(rank, 0) < max(launched.values(), default=0):
+            if progress(states[rank]) < max(map(progress, states.values())):
                 raise EngineError(f"{name} ended while another replica has work")
+
+    def tell(self, state: LockstepState) -> None:
+        self._member.post(_STATE, encode(state))
 
     def gone(self) -> list[int]:
         """Return the replicas that have left."""

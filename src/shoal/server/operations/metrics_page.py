@@ -109,7 +109,7 @@ _ENGINE_COUNTERS: list[tuple[MetricFamily, Callable[[EngineStats], int]]] = [
         ("shoal:steps_total", "Steps of the engine.", lambda s: s.steps),
         (
             "shoal:rank_replacements_total",
-            "Ranks that died and were replaced alone, while the other ranks of their replica kept their weights.",
+            "Ranks that died and were replaced alone, while all other ranks kept their weights.",
             lambda s: s.rank_replacements,
         ),
     )
