@@ -1,4 +1,5 @@
 import logging
+import os
 import re
 import subprocess
 import time
@@ -54,6 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     example_counts.quick = config.getoption("--quick")
+    # Each server with several ranks would import PyTorch once more. Tests of warm spares ask for them.
+    os.environ.setdefault("SHOAL_WARM_SPARES", "0")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -161,7 +161,7 @@ def test_a_master_that_does_not_answer_is_named() -> None:
 
 @pytest.mark.slow
 def test_two_replicas_give_the_same_answers_as_one() -> None:
-    one, two = run_example("--dp-size", "1"), run_example("--dp-size", "2", "--tp-size", "2")
+    one, two = run_example("--dp-size", "1"), run_example("--dp-size", "2")
     texts = [process.communicate(timeout=300) for process in (one, two)]
     assert [one.returncode, two.returncode] == [0, 0], texts
     assert answers(texts[0][0]) == answers(texts[1][0])
@@ -172,14 +172,13 @@ def test_two_replicas_give_the_same_answers_as_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
-@pytest.mark.parametrize("first", [0, 1])
-def test_two_hosts_may_start_in_either_order(first: int) -> None:
+def test_two_hosts_where_the_second_starts_first() -> None:
     """Run the example with the commands from its docstring."""
     with hosts.two_hosts() as pair:
         common = ["--dp-size", "2", "--tp-size", "2", "--node-size", "2", "--master-port", "29533"]
         common += ["--master-addr", pair[0].address, "--timeout", "240"]
         processes = {}
-        for node in (first, 1 - first):
+        for node in (1, 0):
             arguments = [*common, "--node-rank", str(node)]
             processes[node] = run_example(*arguments, netns=pair[node].netns, SHOAL_CLUSTER_KEY=KEY)
         texts = {node: process.communicate(timeout=300) for node, process in processes.items()}
@@ -278,9 +277,8 @@ def two_moe_hosts(*more: str, kind: str = "address") -> Iterator[list["subproces
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
-@pytest.mark.parametrize("kind", ["address", "address_v6"])
-def test_two_hosts_share_experts(kind: str) -> None:
-    with two_moe_hosts(kind=kind) as processes:
+def test_two_hosts_share_experts_over_ipv6() -> None:
+    with two_moe_hosts(kind="address_v6") as processes:
         texts = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     assert len(answers(texts[0][0])) == 7

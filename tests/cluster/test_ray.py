@@ -55,11 +55,10 @@ def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[li
     ("flags", "sizes", "encrypted"),
     [
         (["-tp", "2", "-pp", "2"], "2 + 2", False),  # Ray is chosen, because one host has two cores
-        (["-tp", "2", "--placement", "tp-across", "--distributed-executor-backend", "ray"], "1 + 1", False),
         (["-tp", "3", "--distributed-executor-backend", "ray"], "2 + 1", True),
         (["-pp", "2", "--distributed-executor-backend", "ray", "--ray-resources", PARTS], "1 + 1", False),
     ],
-    ids=["tp x pp", "tp across", "tp 3, TLS", "parts of GPUs"],
+    ids=["tp x pp", "tp 3 across, TLS", "parts of GPUs"],
 )
 def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
     start: Start,

@@ -45,6 +45,7 @@ OVER_PROCESSES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"tensor_parallel_size": 2, "data_parallel_size": 2, "experts": "linear"},
     "deepseek_v2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
 }
+ALWAYS_OVER_PROCESSES = ("opt", "gemma2", "deepseek_v3", "deepseek_v2")  # the others only with --matrix
 
 
 def full_product() -> Iterator[dict[str, Any]]:
@@ -65,6 +66,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         whole = metafunc.config.getoption("--matrix")
         cases = list(full_product()) if whole else pairwise({**LAYOUTS, **OPTIONS})
         metafunc.parametrize("case", cases, ids=["-".join(map(str, case.values())) for case in cases])
+    if "over_processes" in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--matrix")
+        metafunc.parametrize("over_processes", OVER_PROCESSES if whole else ALWAYS_OVER_PROCESSES)
 
 
 def test_same_tokens(checkpoint: Callable[[str], Path], case: dict[str, Any]) -> None:
@@ -77,10 +81,9 @@ def test_same_tokens(checkpoint: Callable[[str], Path], case: dict[str, Any]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OVER_PROCESSES)
-def test_same_tokens_over_processes(checkpoint: Callable[[str], Path], name: str) -> None:
-    folder = checkpoint(name)
-    options = {**layout(name, OVER_PROCESSES[name]), "distributed_executor_backend": "auto"}
+def test_same_tokens_over_processes(checkpoint: Callable[[str], Path], over_processes: str) -> None:
+    folder = checkpoint(over_processes)
+    options = layout(over_processes, OVER_PROCESSES[over_processes]) | {"distributed_executor_backend": "auto"}
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, steps=STEPS, max_model_len=MAX_MODEL_LEN, **options))
 
 

@@ -58,7 +58,7 @@ class Docker:
 
     def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [str(SCRIPT), *arguments],
+            ["env", "--default-signal=HUP", str(SCRIPT), *arguments],  # it may be ignored here, as by nohup
             env={**self._environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
 }
 PROMPTS: list[Any] = [{"prompt_token_ids": [5, 6, 7 + i]} for i in range(6)]
 PARAMS = [
-    SamplingParams(temperature=i % 2, seed=i, max_tokens=150, ignore_eos=True, logprobs=1 if i == 3 else None)
+    SamplingParams(temperature=i % 2, seed=i, max_tokens=60, ignore_eos=True, logprobs=1 if i == 3 else None)
     for i in range(6)
 ]
 WAIT_S = 60.0
@@ -73,7 +73,7 @@ def running(llm: LLM) -> Iterator[Future[list[tuple[int, ...]]]]:
     begun = llm.stats().steps
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(generate, llm)
-        until(lambda: llm.stats().steps > begun + 10, "the requests begin")
+        until(lambda: llm.stats().steps > begun + 5, "the requests begin")
         yield future
         future.result(WAIT_S)
 
@@ -85,24 +85,22 @@ def assert_replaced(llm: LLM, before: list[int], *bad: int) -> None:
     assert {rank.loads for rank in ranks} == {1}
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp", "bad"), [(2, 1, 0), (1, 2, 0), (2, 2, 2)], ids=["tp 2", "first of two stages", "tp 2 x pp 2"]
-)
-def test_outputs_are_the_same_when_a_rank_is_killed(
-    folder: str, tp: int, pp: int, bad: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with LLM(folder, tensor_parallel_size=tp, pipeline_parallel_size=pp, **SMALL) as llm:
-        expected, before = generate(llm), pids(llm)
-        with running(llm) as outputs:
-            os.kill(before[bad], signal.SIGKILL)
-            assert outputs.result(WAIT_S) == expected
-        assert_replaced(llm, before, bad)
-        stats = llm.stats()
-        assert stats.rank_replacements == 1
-        assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
-    (line,) = [record.getMessage() for record in caplog.records if "killed" in record.getMessage()]
-    says = "was killed by SIGKILL; it is replaced, the other ranks keep their weights"
-    assert re.fullmatch(rf"rank {bad} \(process {before[bad]}, last step \d+, .*\) {says}", line)
+def test_outputs_are_the_same_when_a_rank_is_killed(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    """First a rank of the first stage, then one of the last."""
+    with LLM(folder, tensor_parallel_size=2, pipeline_parallel_size=2, **SMALL) as llm:
+        expected = generate(llm)
+        for turn, bad in enumerate((0, 2)):
+            before = pids(llm)
+            with running(llm) as outputs:
+                os.kill(before[bad], signal.SIGKILL)
+                assert outputs.result(WAIT_S) == expected
+            assert_replaced(llm, before, bad)
+            stats = llm.stats()
+            assert stats.rank_replacements == turn + 1
+            assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
+            line = [record.getMessage() for record in caplog.records if "killed" in record.getMessage()][turn]
+            says = "was killed by SIGKILL; it is replaced, the other ranks keep their weights"
+            assert re.fullmatch(rf"rank {bad} \(process {before[bad]}, last step \d+, .*\) {says}", line)
 
 
 def test_a_stopped_rank_is_replaced(pair: LLM, undisturbed: list[tuple[int, ...]]) -> None:
@@ -121,14 +119,6 @@ def test_all_ranks_of_a_step_are_killed(pair: LLM, undisturbed: list[tuple[int, 
             os.kill(pid, signal.SIGKILL)
         assert outputs.result(WAIT_S) == undisturbed
     assert_replaced(pair, before, 0, 1)
-
-
-def test_a_rank_is_killed_while_the_engine_is_idle(pair: LLM, undisturbed: list[tuple[int, ...]]) -> None:
-    before = pids(pair)
-    os.kill(before[0], signal.SIGKILL)
-    pair.stats()  # may notice it, and must not fail
-    assert generate(pair) == undisturbed
-    assert_replaced(pair, before, 0)
 
 
 def newcomer(before: list[int]) -> int:
@@ -166,17 +156,13 @@ def test_a_rank_is_killed_while_another_is_replaced(pair: LLM, undisturbed: list
     assert_replaced(pair, before, *([1] if who == "newcomer" else [0, 1]))
 
 
-@pytest.mark.parametrize("phase", ["asleep", "paused"])
-def test_a_rank_is_killed_while_the_engine_rests(pair: LLM, undisturbed: list[tuple[int, ...]], phase: str) -> None:
+def test_a_rank_is_killed_while_the_engine_is_paused(pair: LLM, undisturbed: list[tuple[int, ...]]) -> None:
     before = pids(pair)
-    if phase == "asleep":
-        pair.sleep()
-    else:
-        pair.sleep(0)
+    pair.sleep(0)
     os.kill(before[1], signal.SIGKILL)
     pair.wake_up()
     assert generate(pair) == undisturbed
-    assert [pid for pid in pids(pair) if pid in before] == [before[0]]
+    assert_replaced(pair, before, 1)
 
 
 def test_ranks_that_die_again_and_again_end_the_engine(folder: str) -> None:
@@ -231,8 +217,8 @@ def test_a_rank_that_hangs_is_told_apart_from_those_that_wait_and_is_replaced(
 
 def test_structured_outputs_go_on_when_a_rank_is_killed() -> None:
     """Masks and verdicts that are on their way do not belong to the steps after the replacement."""
-    asked = StructuredOutputsParams(regex="[a-z0-9 ]{100,110}")
-    params = [SamplingParams(temperature=1, seed=seed, max_tokens=120, structured_outputs=asked) for seed in range(4)]
+    asked = StructuredOutputsParams(regex="[a-z0-9 ]{50,60}")
+    params = [SamplingParams(temperature=1, seed=seed, max_tokens=70, structured_outputs=asked) for seed in range(4)]
 
     def texts(llm: LLM) -> list[str]:
         return [output.outputs[0].text for output in llm.generate(["12 + 34 ="] * 4, params, use_tqdm=False)]
@@ -240,8 +226,8 @@ def test_structured_outputs_go_on_when_a_rank_is_killed() -> None:
     with LLM(tensor_parallel_size=2, **SMALL) as llm, ThreadPoolExecutor(1) as pool:
         expected, before, begun = texts(llm), pids(llm), llm.stats().steps
         outputs = pool.submit(texts, llm)
-        until(lambda: llm.stats().steps > begun + 10, "the requests begin")
+        until(lambda: llm.stats().steps > begun + 5, "the requests begin")
         os.kill(before[1], signal.SIGKILL)
         assert outputs.result(WAIT_S) == expected
-        assert all(re.fullmatch("[a-z0-9 ]{100,110}", text) for text in expected)
+        assert all(re.fullmatch("[a-z0-9 ]{50,60}", text) for text in expected)
         assert_replaced(llm, before, 1)

@@ -589,7 +589,7 @@ PROMPTS = ["Once upon a time", "The little dog", "A girl", "There was a"] * 4
 
 def params_of(number: int) -> SamplingParams:
     temperature = 0.0 if number % 2 else 1.0
-    return SamplingParams(max_tokens=200, temperature=temperature, seed=number, ignore_eos=True, logprobs=0)
+    return SamplingParams(max_tokens=120, temperature=temperature, seed=number, ignore_eos=True, logprobs=0)
 
 
 async def texts(llm: AsyncLLM, during: Callable[[], Awaitable[None]] | None = None) -> list[RequestOutput]:
@@ -616,8 +616,7 @@ def shown(outputs: Sequence[RequestOutput]) -> list[tuple[str, tuple[int, ...], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP])
-def test_streams_are_the_same_when_an_engine_dies(signal_: signal.Signals) -> None:
+def test_streams_are_the_same_when_an_engine_dies() -> None:
     async def work() -> None:
         async with real(data_parallel_size=2, distributed_executor_backend="mp") as llm:
             twins = await texts(llm)
@@ -628,7 +627,7 @@ def test_streams_are_the_same_when_an_engine_dies(signal_: signal.Signals) -> No
             async def kill() -> None:
                 busiest = max((await llm.status()).replicas, key=lambda each: each.held)
                 assert busiest.held, "all streams have ended already"
-                os.kill(busiest.pid, signal_)
+                os.kill(busiest.pid, signal.SIGKILL)
                 killed.append(busiest)
 
             found = await texts(llm, kill)

@@ -32,9 +32,9 @@ CHECKS: list[Any] = [
     content_type_conformance,
     response_schema_conformance,
 ]
-WITH_BODY = 80  # generated requests for an operation with a body, in each mode
+WITH_BODY = 40  # generated requests for an operation with a body, in each mode
 WITHOUT = 10
-GARBAGE = 300
+GARBAGE = 200
 WAIT_S = 100.0
 # Fields with which a request may take long, and the values to which they are cut. Larger values are tested elsewhere.
 MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 3, "replicas": 1} | dict.fromkeys(

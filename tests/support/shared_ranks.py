@@ -123,6 +123,9 @@ class SharedRank:
                 self.loads += message.verb == "wake_up" and b"weights" in message.payload
         return RankReply(message.id, 0, payload)
 
+    def keep_spares(self) -> None:
+        """Do nothing: there are no processes."""
+
     def replace(self, ranks: Sequence[int]) -> None:
         if ranks:
             self.dead, self.loads, self.pid = False, 0, self.pid + 1
