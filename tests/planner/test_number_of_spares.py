@@ -73,5 +73,5 @@ def test_they_are_of_no_use_where_no_rank_can_be_replaced(folder: str) -> None:
 
 
 def test_replicas_of_one_rank_that_share_experts_keep_one_each(checkpoint: Callable[[str], Path]) -> None:
-    shared = {"replicas": 2, "tensor_parallel_size": 1, "enable_expert_parallel": True}
-    assert plan(str(checkpoint("mixtral")), **shared).warm_spares == (1,)
+    found = plan(str(checkpoint("mixtral")), replicas=2, tensor_parallel_size=1, enable_expert_parallel=True)
+    assert found.warm_spares == (1,)
