@@ -101,18 +101,13 @@ def test_ports_that_the_kernel_chooses_are_named(start: Start, two: tuple[hosts.
     server.await_text("ranks (gloo, NCCL) open ports that the kernel chooses from 31000-31063, not only from")
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"SHOAL_HOST_IP": "10.9.9.9"}, "error: SHOAL_HOST_IP 10.9.9.9 is no address of this host"),
-        ({"GLOO_SOCKET_IFNAME": "second"}, "error: GLOO_SOCKET_IFNAME=second does not allow sh"),
-    ],
-    ids=["address", "interface"],
-)
-def test_a_node_with_a_wrong_address_ends(
-    start: Start, two: tuple[hosts.Host, hosts.Host], environment: dict[str, str], message: str
-) -> None:
-    node = serve(start, two, 1, "--headless", **environment)
-    assert node.await_end() == 2, node.text
-    (error,) = [line for line in node.text.splitlines() if line.startswith("error: ")]
-    assert error.startswith(message)
+def test_nodes_with_wrong_addresses_end(start: Start, two: tuple[hosts.Host, hosts.Host]) -> None:
+    address = serve(start, two, 1, "--headless", SHOAL_HOST_IP="10.9.9.9")
+    interface = serve(start, two, 1, "--headless", GLOO_SOCKET_IFNAME="second")
+    for node, message in (
+        (address, "error: SHOAL_HOST_IP 10.9.9.9 is no address of this host"),
+        (interface, "error: GLOO_SOCKET_IFNAME=second does not allow sh"),
+    ):
+        assert node.await_end() == 2, node.text
+        (error,) = [line for line in node.text.splitlines() if line.startswith("error: ")]
+        assert error.startswith(message)

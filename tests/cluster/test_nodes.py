@@ -130,7 +130,7 @@ def test_a_rank_that_is_killed_is_replaced_alone(start: Start, two: tuple[hosts.
 
     Streams go on, and the other rank keeps its process.
     """
-    with served(start, two, "-tp", "2") as (server, other), ThreadPoolExecutor(4) as pool:
+    with served(start, two, "-tp", "2", "--warm-spares", "1") as (server, other), ThreadPoolExecutor(4) as pool:
         expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(4)))
         spares = [ready_spare(server), ready_spare(other)]
         (theirs,) = set(processes.children(other.process.pid)) - set(spares)

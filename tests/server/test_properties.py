@@ -130,7 +130,7 @@ def test_requests_from_the_openapi_description_get_described_answers(
 
         ask()
     check_well(server, session)
-    assert statuses.total() >= 400, statuses
+    assert statuses.total() >= 300, statuses
     assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 100, statuses
 
 

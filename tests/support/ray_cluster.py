@@ -55,10 +55,12 @@ class RayNode:
             else [f"--address={self.address}"]
         )
         ray = str(Path(sys.executable).parent / "ray")
+        # Tests hide GPUs by this variable, and Ray refuses to count more of them than it names.
+        without_choice_of_gpus = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         command = [ray, "start", *role, f"--node-ip-address={self.host.address}", f"--num-cpus={self._cpus}"]
         subprocess.run(
             [*self.host.inside, *command, f"--temp-dir={self._folder}", "--object-store-memory=80000000", *self._flags],
-            env={**os.environ, **self._environment},
+            env={**without_choice_of_gpus, **self._environment},
             stdout=subprocess.DEVNULL,
             check=True,
             timeout=_START_S,
