@@ -131,7 +131,7 @@ def test_requests_from_the_openapi_description_get_described_answers(
         ask()
     check_well(server, session)
     assert statuses.total() >= 300, statuses
-    assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 100, statuses
+    assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 50, statuses
 
 
 words = st.text(max_size=12) | st.sampled_from(
