@@ -89,14 +89,16 @@ def test_the_doctor_examines_every_node_of_a_cluster(
     file = tmp_path / "topology.json"
     flags = ["--ray", "--ray-address", cluster[0].address, "--ranks", "0", "--json", "--output", str(file)]
     doctor = start(two[0], "doctor", *flags, environment={**ENVIRONMENT, "SHOAL_LOG_LEVEL": "error"})
-    assert doctor.await_end() == 0, doctor.text
+    assert doctor.await_end() == 1, doctor.text  # one failure: Ray counts GPUs that the hosts do not have
     findings = json.loads(doctor.text[doctor.text.index("{\n") :])["findings"]
     of_all = {each["kind"]: each for each in findings if each["host"] == "all hosts"}
     for kind in ("hosts", "versions", "all-reduce", "connection"):
         assert of_all[kind]["level"] == "ok", of_all[kind]
     of_ray = {each["kind"]: each for each in findings if each["host"] == "Ray cluster"}
     assert of_ray["ray-nodes"]["level"] == of_ray["ray-address"]["level"] == "ok"
-    assert "Ray counts 0 GPU" not in of_ray["ray-resources"]["text"]
+    failures = [each["text"] for each in findings if each["level"] == "failure"]
+    name = os.uname().nodename
+    assert failures == [f"Ray counts 1 GPU on {name} ({host.address}), which has 0" for host in two]
     topology = read_topology(file.read_bytes())
     assert [host.address for host in topology.hosts] == [host.address for host in two]
     assert {(each.source, each.target) for each in topology.pairs if each.bandwidth} == {(0, 1), (1, 0)}

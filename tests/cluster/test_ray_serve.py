@@ -78,7 +78,7 @@ def test_an_application_of_serve_scales_and_loses_no_request_with_its_ranks(
     given = [f"{name}={value}" for name, value in arguments.items()]
     serve = start(
         host, "run", "examples.ray_serve.app:build", *given, f"engine={json.dumps(ENGINE)}",
-        command=[str(Path(sys.executable).parent / "serve")],
+        command=["env", "--default-signal=INT", str(Path(sys.executable).parent / "serve")],  # it may be ignored here
         environment={**QUICK, "RAY_ADDRESS": f"{host.address}:6379", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     serve.await_text("is ready at")
