@@ -12,7 +12,7 @@ import pytest
 from support import checkpoints, example_counts
 
 SLOW_MODULE = re.compile(r"^pytestmark = (pytest\.mark\.slow|\[.*pytest\.mark\.slow\b.*\])", re.MULTILINE)
-QUICK_CASES = 3  # cases of a parametrized test that a quick run has
+QUICK_CASES = 2  # cases of a parametrized test that a quick run has
 QUICK_S = 1.0  # tests of a quick run that take more CPU time are named at its end
 
 

@@ -508,6 +508,7 @@ def test_the_grafana_dashboard_uses_metrics_that_exist() -> None:
 # --- the fleet's status --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @steady
 @given(
     replicas=st.lists(

@@ -111,6 +111,7 @@ texts = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(fields()), texts, st.booleans())
 def test_odd_values_never_give_a_server_error(

@@ -328,6 +328,7 @@ def chain(length: int, link: str) -> dict[str, Any]:
     return {"$ref": "#/$defs/0", "$defs": made}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "link", ['{"$ref": "NEXT"}', '{"type": "array", "items": {"$ref": "NEXT"}}', '{"anyOf": [{"$ref": "NEXT"}]}']
 )
