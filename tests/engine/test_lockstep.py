@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, rule
 
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler.limits import SchedulerLimits
@@ -13,6 +13,7 @@ from shoal.errors import ClosedError, EngineError
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import StepResult
 from support.fakes import FakeExecutor, FakeLockstep, FaultyExecutor, Outcomes, alone, request, steady
+from support.replica_machine import ReplicaMachine
 
 MAX_MODEL_LEN = 20
 
@@ -160,7 +161,7 @@ def test_an_error_that_follows_from_another_replicas_failure_names_that_replica(
     assert "connection closed" in str(found.value.__cause__)
 
 
-class LockstepMachine(RuleBasedStateMachine):
+class LockstepMachine(ReplicaMachine):
     """Requests of several replicas that are driven in any order, with steps that take longer on some of them."""
 
     @initialize(
@@ -171,7 +172,7 @@ class LockstepMachine(RuleBasedStateMachine):
         delays=st.lists(st.integers(0, 2), min_size=1, max_size=4),
     )
     def start(self, size: int, depth: int, stages: int, num_blocks: int, delays: list[int]) -> None:
-        self.replicas = Replicas(size, depth=depth, stages=stages, num_blocks=num_blocks, delays=delays)
+        self.replicas: Replicas = Replicas(size, depth=depth, stages=stages, num_blocks=num_blocks, delays=delays)
 
     @rule(
         where=st.integers(0, 2),
@@ -183,18 +184,6 @@ class LockstepMachine(RuleBasedStateMachine):
         seq = len(self.replicas.outcomes.specs)
         where %= len(self.replicas.cores)
         self.replicas.add(where, request(seq, prompt, max_tokens, stop_ids=sorted(stop_ids)))
-
-    @rule(where=st.integers(0, 2), times=st.integers(1, 4))
-    def step(self, where: int, times: int) -> None:
-        for _ in range(times):
-            self.replicas.step(where % len(self.replicas.cores))
-
-    @precondition(lambda self: self.replicas.outcomes.open)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(self.replicas.outcomes.open))
-        self.replicas.outcomes.may_abort.add(seq)
-        self.replicas.cores[self.replicas.placed[seq]].abort([seq])
 
     @rule()
     def rest(self) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 
 from shoal.activity import AWAKE, PARTS, PAUSED, Activity, ActivityState
 from shoal.errors import ClosedError, EngineError
 from support.fakes import request, steady
+from support.replica_machine import ReplicaMachine
 from support.shared_ranks import SharedReplicas
 
 ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
@@ -172,12 +173,12 @@ def test_a_rank_dies_when_some_replicas_sleep_and_others_do_not(
     assert [each for each, _ in loads(replicas)] == [0, 1, 0]
 
 
-class ReformMachine(RuleBasedStateMachine):
+class ReformMachine(ReplicaMachine):
     """Requests, deaths and pauses of replicas that are driven in any order."""
 
     @initialize(size=st.integers(2, 3), depth=st.integers(1, 3))
     def start(self, size: int, depth: int) -> None:
-        self.replicas = SharedReplicas(size, depth=depth)
+        self.replicas: SharedReplicas = SharedReplicas(size, depth=depth)
         self.killed = [0] * size
         self.may_die = 2  # more may have the same request
 
@@ -185,11 +186,6 @@ class ReformMachine(RuleBasedStateMachine):
     def add(self, where: int, prompt: list[int], most: int) -> None:
         seq = len(self.replicas.outcomes.specs)
         self.replicas.add(where % len(self.killed), request(seq, prompt, most))
-
-    @rule(where=st.integers(0, 2), times=st.integers(1, 4))
-    def step(self, where: int, times: int) -> None:
-        for _ in range(times):
-            self.replicas.step(where % len(self.killed))
 
     @precondition(lambda self: self.may_die)
     @rule(where=st.integers(0, 2))
@@ -203,13 +199,6 @@ class ReformMachine(RuleBasedStateMachine):
     @rule(activity=st.sampled_from([AWAKE, PAUSED, ASLEEP, NO_CACHE]))
     def change(self, activity: Activity) -> None:
         self.replicas.change_to(activity)
-
-    @precondition(lambda self: self.replicas.outcomes.open)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(self.replicas.outcomes.open))
-        self.replicas.outcomes.may_abort.add(seq)
-        self.replicas.cores[self.replicas.placed[seq]].abort([seq])
 
     @rule()
     def rest(self) -> None:

@@ -22,7 +22,7 @@ class AllReduces:
 
     @property
     def streams(self) -> int:
-        """How often a residual stream is sent between hosts."""
+        """Return how often a residual stream is sent between hosts."""
         return self.times * 2 * (len(self.hosts) - 1)
 
     def seconds(self, links: HostLinks, stream_bytes: int, order: Sequence[int]) -> float:

@@ -18,7 +18,7 @@ _ASSUMED_BYTES = 2  # of a number, where config.json names no type; the checkpoi
 
 
 class MeasuredHosts:
-    """What was measured on the hosts of a replica. Without measurements it changes nothing."""
+    """The measurements of the hosts of a replica, and what follows from them for its placement. There may be none."""
 
     def __init__(self, hosts: Sequence[ReplicaHost], layout: Layout, reasons: list[str], warnings: list[str]) -> None:
         """Know nothing yet. `reasons`, `warnings`: lines for the log; this object appends its own."""

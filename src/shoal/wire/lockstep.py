@@ -13,7 +13,7 @@ class LockstepJoin(Wire, frozen=True):
 
 
 class LockstepState(Wire, frozen=True):
-    """How far a replica has come. Each message replaces the one before."""
+    """The progress of a replica, sent to the other replicas in lockstep. Each message replaces the one before."""
 
     incarnation: int  # of its steps, and of the groups that its ranks form with those of the other replicas
     formed: bool = True  # False: its ranks are not ready yet, because they form their groups anew

@@ -35,7 +35,7 @@ class Dismissal(Wire, frozen=True):
 
 
 class RankEnvironment(Wire, frozen=True):
-    """What the environment of all processes for ranks of a host is made from."""
+    """The facts from which a host makes the environment variables of its processes for ranks."""
 
     address: str = ""  # of the host, as other hosts reach it; "": there are no others
     # Environment variables that the processes get, unless they are set on the host.
