@@ -78,7 +78,7 @@ class _FilesUnusable(_Obstacle):
 
 
 class _RefusedForNow(_Obstacle):
-    pass
+    """The other side refused this process, and may accept it later."""
 
 
 def connect(
@@ -153,8 +153,8 @@ def _is_told(address: Address, credentials: Credentials, hello: Hello, timeout: 
         return True
     except RefusedUnknown:
         raise
-    except ShoalError:
-        pass
+    except ShoalError:  # nobody has answered in this time; the process ends with its own error all the same
+        return False
     return False
 
 
