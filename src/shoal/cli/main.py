@@ -6,7 +6,7 @@ import sys
 
 from shoal.cli.container_init import stand_apart
 from shoal.lazy import load
-from shoal.process import import_path, open_files
+from shoal.process import garbage_collector, import_path, open_files
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         import_path.remove_implicit_folders()
         _open_standard_streams()
+        garbage_collector.collect_rarely()
         stand_apart()
         signal.signal(
             signal.SIGCHLD, signal.SIG_DFL
@@ -27,6 +28,7 @@ def main() -> None:
     if code == 130:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+    garbage_collector.skip_last_collections()
     sys.exit(code)
 
 

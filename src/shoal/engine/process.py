@@ -26,6 +26,7 @@ from shoal.wire.rendezvous import PEERS_DOOR
 @click.option("--parent", type=int, required=True)
 def main(fd: int, parent: int) -> None:
     die_with_parent(parent)
+    garbage_collector.collect_rarely()
     for number in (
         signal.SIGINT,
         signal.SIGTERM,

@@ -38,6 +38,7 @@ _NICE = 5  # of the thread that loads a spare: it gets a third of what a rank ge
 @click.option("--store", type=int, required=True)
 def main(fd: int, parent: int, store: int) -> None:
     die_with_parent(parent)
+    garbage_collector.collect_rarely()
     for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group; the engine ends its ranks
         signal.signal(each, signal.SIG_IGN)
     configure_logging("(spare) ")
@@ -53,7 +54,7 @@ def main(fd: int, parent: int, store: int) -> None:
     from shoal.worker.rank import Rank
     from shoal.worker.thread_binding import bind_threads
 
-    garbage_collector.freeze()
+    garbage_collector.freeze_imports()
     status.groups = groups = ProcessGroups(store)
     status.rank = rank = Rank(groups)
     if status.place is None:
