@@ -21,7 +21,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 @dataclass(frozen=True)
 class _Library:
-    name: str
+    name: str  # with its package
     sources: list[str]
     headers: list[str]  # a change of these rebuilds the library; they are part of a source distribution
     flags: list[str]  # in addition to the common flags
@@ -29,16 +29,20 @@ class _Library:
 
 _LIBRARIES = [
     _Library(
-        "_native", ["csrc/rows.cpp", "csrc/attention.cpp"], ["csrc/common.h", "csrc/chunks.h"], ["-fno-signed-zeros"]
+        "kernels._native",
+        ["csrc/rows.cpp", "csrc/attention.cpp"],
+        ["csrc/common.h", "csrc/chunks.h"],
+        ["-fno-signed-zeros"],
     ),
-    _Library("_sampling", ["csrc/sampling.cpp"], ["csrc/common.h"], []),
+    _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h"], []),
+    _Library("comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
 ]
 
 setup(
     package_dir={"": "src"},
     ext_modules=[
         Extension(
-            name=f"shoal.kernels.{library.name}",
+            name=f"shoal.{library.name}",
             sources=library.sources,
             depends=library.headers,
             language="c++",

@@ -24,7 +24,8 @@ from torch import Tensor
 from shoal.addresses import resolve
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
-from shoal.comm.torch_distributed import TorchComm
+from shoal.comm.process_comm import ProcessComm
+from shoal.comm.select import Requested
 from shoal.errors import ConfigError
 
 _c10d: Any = torch.distributed  # its bindings carry no usable types
@@ -58,7 +59,8 @@ def init_distributed_environment(
     Args:
         world_size: -1 to read it from the environment, where `torchrun` sets it; `rank` too.
         local_rank: the number of this process's GPU; -1 for its rank modulo the number of GPUs.
-        backend: by default nccl if this process has a GPU, otherwise gloo.
+        backend: nccl or gloo, also that of the default group; by default nccl if this process has a GPU, and
+            otherwise gloo for the default group and shared memory for tensors of processes on one host.
         tensor_model_parallel_size: the size of each tensor-parallel group of consecutive ranks; by default one group
             has all processes.
 
@@ -74,6 +76,7 @@ def init_distributed_environment(
     tp = tensor_model_parallel_size or world_size
     if world_size % tp:
         raise ConfigError(f"tensor_model_parallel_size {tp} does not divide the {world_size} processes")
+    requested: Requested = "gloo" if backend == "gloo" else "auto"
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cpu")
     if backend == "nccl":
@@ -87,12 +90,12 @@ def init_distributed_environment(
     comm: Communicator = LocalComm()
     if tp > 1:
         prefix = f"shoal tensor parallel {rank // tp}"
-        comm = TorchComm(
+        comm = ProcessComm(
             store,
             prefix,
             rank % tp,
             tp,
-            backend=backend,
+            requested=requested,
             timeout_s=timeout_s,
             device=device,
             interface_address=_address_towards(store),

@@ -80,6 +80,7 @@ def test_little_is_imported_before_interrupts_are_handled() -> None:
     light = [
         "shoal.cli.container_init",
         "shoal.process",
+        "shoal.process.garbage_collector",
         "shoal.process.import_path",
         "shoal.process.open_files",
     ]  # which import nothing but the standard library

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
+from shoal.comm.process_comm import ProcessComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
-from shoal.comm.torch_distributed import TorchComm, c10d
+from shoal.comm.torch_distributed import c10d
 from shoal.errors import CommAborted, CommError, CommTimeout
 from support.fakes import on_threads
 
 T = TypeVar("T")
-GROUPS = [("local", 1), ("threads", 2), ("threads", 3), ("gloo", 2), ("gloo", 3)]
+GROUPS = [("local", 1), ("threads", 2), ("threads", 3), ("gloo", 2), ("gloo", 3), ("shm", 2), ("shm", 3)]
 OPERATIONS: dict[str, Callable[[Communicator], object]] = {
     "all_reduce": lambda comm: comm.all_reduce(torch.ones(2)),
     "all_gather": lambda comm: comm.all_gather(torch.ones(1), [1] * comm.size),
@@ -33,7 +34,7 @@ OPERATIONS: dict[str, Callable[[Communicator], object]] = {
 }
 
 
-def connect(kind: str, size: int, timeout_s: float, store: Any = None) -> list[Communicator]:
+def connect(kind: Any, size: int, timeout_s: float, store: Any = None) -> list[Communicator]:
     if kind == "local":
         return [LocalComm()]
     if kind == "threads":
@@ -41,7 +42,7 @@ def connect(kind: str, size: int, timeout_s: float, store: Any = None) -> list[C
         return [ThreadComm(group, rank) for rank in range(size)]
     store, device = c10d.HashStore() if store is None else store, torch.device("cpu")
     return on_threads(
-        size, lambda rank: TorchComm(store, "g", rank, size, backend="gloo", timeout_s=timeout_s, device=device)
+        size, lambda rank: ProcessComm(store, "g", rank, size, requested=kind, timeout_s=timeout_s, device=device)
     )
 
 
@@ -225,7 +226,7 @@ def test_progress_names_the_last_operation(comms: list[Communicator]) -> None:
     assert str(comms[0].progress) == f"after operation #{before + done}"
 
 
-@pytest.mark.parametrize("kind", ["threads", "gloo"])
+@pytest.mark.parametrize("kind", ["threads", "gloo", "shm"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_timeout_names_the_rank_and_the_operation(kind: str, operation: str) -> None:
     comm, _absent = connect(kind, 2, timeout_s=0.2)
@@ -259,7 +260,7 @@ def test_a_rank_that_arrives_at_the_last_moment_is_not_missing() -> None:
     assert group.exchange(0, "mine", "barrier") == ["mine", "theirs"]
 
 
-@pytest.mark.parametrize("kind", ["threads", "gloo"])
+@pytest.mark.parametrize("kind", ["threads", "gloo", "shm"])
 @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "recv"])
 @pytest.mark.parametrize("caller", [0, 1])
 def test_an_abort_on_any_rank_ends_a_wait(kind: str, operation: str, caller: int) -> None:
@@ -341,7 +342,7 @@ def test_threads_refuse_a_tensor_of_another_shape() -> None:
         receiver.recv(torch.empty(2, 3), 0)
 
 
-@pytest.mark.parametrize("kind", ["threads", "gloo"])
+@pytest.mark.parametrize("kind", ["threads", "gloo", "shm"])
 def test_a_recv_fills_the_given_tensor(kind: str) -> None:
     comms = connect(kind, 2, timeout_s=60)
     buffer = torch.zeros(3)

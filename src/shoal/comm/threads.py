@@ -109,6 +109,7 @@ class ThreadComm:
         self.rank = rank
         self.size = group.size
         self.progress = Progress()
+        self.backend = "threads"
         self._group = group
 
     def _exchange(self, value: Any, operation: str, sent_bytes: int = 0) -> list[Any]:

@@ -1,8 +1,7 @@
 """Communicators for ranks that are processes, on torch.distributed's backends: gloo for CPUs, NCCL for GPUs.
 
 The process groups are built directly instead of with `init_process_group`, which keeps global state: so one process
-can be in any number of groups and engines. A communicator outlives its group: `connect` forms another one, so that all
-who hold the communicator, such as the layers of a model, use the new group.
+can be in any number of groups and engines.
 """
 
 import datetime
@@ -44,32 +43,28 @@ class TorchComm:
         device: torch.device,
         interface_address: str = "127.0.0.1",
         aborted: threading.Event | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        """Form the group with the other ranks of it.
+
+        Args:
+            prefix: must be new in the store.
+            aborted: ends the wait for the others when it is set, by any thread. `abort` sets it too.
+            progress: counts the operations; by default one of its own.
+        """
         self.rank = rank
         self.size = size
-        self.progress = Progress()
+        self.progress = Progress() if progress is None else progress
         self._timeout_s = timeout_s
-        self._backend = backend
+        self.backend = backend
         self._device = device
         self._interface_address = interface_address
         self._store_query = threading.Thread()
-        self._store: Any = None
         self._group: Any = None
-        self.connect(store, prefix, aborted)
-
-    def connect(self, store: Any, prefix: str, aborted: threading.Event | None = None) -> None:
-        """Form the group with the other ranks of it, or form it anew after an abort.
-
-        All ranks of the group call this with the same prefix, which must be new in the store each time.
-
-        Args:
-            aborted: ends the wait for the others when it is set, by any thread. `abort` sets it too.
-        """
-        self._group = None  # closes the connections of the former group
         self._aborted = threading.Event() if aborted is None else aborted
         self._store = c10d.PrefixStore(prefix, store)
         timeout = datetime.timedelta(seconds=self._timeout_s)
-        if self._backend == "nccl":
+        if self.backend == "nccl":
             nccl = c10d.ProcessGroupNCCL.Options()
             nccl._timeout = timeout
             self._group = c10d.ProcessGroupNCCL(self._store, self.rank, self.size, nccl)
@@ -144,7 +139,7 @@ class TorchComm:
     def _wait(self, work: Any) -> None:
         """Wait for an operation. For gloo the wait polls, to see whether another rank has aborted the group."""
         next_query = time.monotonic() + _STORE_POLL_S
-        while self._backend == "gloo" and not work.is_completed():
+        while self.backend == "gloo" and not work.is_completed():
             try:
                 work.wait(_POLL)
             except RuntimeError:
@@ -217,7 +212,7 @@ class TorchComm:
                 store.set("aborted", "1")
 
         _start_thread(publish).join(_STORE_TIMEOUT_S)
-        if self._backend == "gloo":
+        if self.backend == "gloo":
             self._close_pairs(group)
         else:
             group.abort()

@@ -35,6 +35,7 @@ Backend = Literal["auto", Executor, "external_launcher"]
 DataParallelBackend = Literal["mp", "ray"]
 ExpertPlacement = Literal["linear", "round_robin"]
 All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
+CommBackend = Literal["auto", "shm", "gloo", "nccl"]
 SchedulingPolicy = Literal["priority", "fcfs"]
 ModelImpl = Literal["auto", "shoal", "transformers"]
 GenerationConfig = Literal["auto", "vllm"]
@@ -112,6 +113,10 @@ class ParallelOptions:
     )
     all2all_backend: All2All = option(
         "auto", "how tokens reach the ranks of their experts; auto: all_to_all if it sends a quarter fewer bytes"
+    )
+    comm_backend: CommBackend = option(
+        "auto",
+        "how ranks exchange tensors; shm: shared memory of one host; auto: nccl between GPUs, shm on one host, or gloo",
     )
     distributed_executor_backend: Backend = option(
         "auto",

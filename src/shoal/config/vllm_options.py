@@ -113,7 +113,7 @@ TABLE: tuple[Accepted, ...] = (
     Accepted("max_seq_len_to_capture", ANY_NUMBER, _EAGER, "leave it out"),
     Accepted("max_cudagraph_capture_size", ANY_NUMBER, _EAGER, "leave it out"),
     Accepted("compilation_config", ("0", '{"mode": 0}', '{"level": 0}', "{}"), _EAGER, "leave it out"),
-    Accepted("disable_custom_all_reduce", ON, "sums over ranks are those of NCCL and gloo", "leave it out"),
+    Accepted("disable_custom_all_reduce", ON, "there are no kernels of its own for sums over GPUs", "leave it out"),
     Accepted("disable_cascade_attn", ON, "the attention of each request is computed separately", "leave it out"),
     Accepted("disable_hybrid_kv_cache_manager", ON, "each sequence has one block table", "leave it out"),
     Accepted("use_v2_block_manager", ON, "there is only one block manager", "leave it out"),

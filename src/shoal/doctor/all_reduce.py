@@ -18,7 +18,7 @@ from shoal.wire.doctor import Finding
 from shoal.wire.topology import AllReduceSpeed
 
 _MODULE = "shoal.worker.all_reduce_probe"
-_BYTES = {"gloo": 8 << 20, "threads": 8 << 20, "nccl": 64 << 20}
+_BYTES = {"shm": 8 << 20, "gloo": 8 << 20, "threads": 8 << 20, "nccl": 64 << 20}
 _HOST_BYTES = {"gloo": 4 << 20, "nccl": 64 << 20}
 _REPEAT = 5
 _MAX_LOG = 1 << 20
@@ -34,6 +34,7 @@ class Usual:
 
 
 USUAL = {
+    "shm": Usual(1_000, 0.5e9, "1 to 50 us, 2 to 20 GB/s"),
     "gloo": Usual(5_000, 0.1e9, "50 us to 2 ms, 0.3 to 5 GB/s"),
     "threads": Usual(5_000, 0.1e9, "10 us to 1 ms, 0.5 to 10 GB/s"),
     "nccl": Usual(500, 4e9, "10 to 60 us; 5 to 25 GB/s over PCIe, 50 to 450 GB/s over NVLink or Infinity Fabric"),
@@ -70,8 +71,8 @@ class AllReduceFacts:
 
 def measure_host(ranks: int, num_gpus: int, timeout_s: float) -> AllReduceFacts:
     """Run an all-reduce over `ranks` processes of this host with each backend, and return the results."""
-    backends = ["gloo", "threads", *(["nccl"] if num_gpus else [])]
-    sizes = {"gloo": ranks, "threads": ranks, "nccl": min(ranks, max(num_gpus, 1))}
+    backends = ["shm", "gloo", "threads", *(["nccl"] if num_gpus else [])]
+    sizes = {"shm": ranks, "gloo": ranks, "threads": ranks, "nccl": min(ranks, max(num_gpus, 1))}
     store = os.memfd_create("shoal-store")
     try:
         question = {"ranks": ranks, "store": store, "rendezvous": "", "credentials": "", "bytes": _BYTES}

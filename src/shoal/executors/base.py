@@ -119,6 +119,8 @@ class RankExecutor:
             if not info.weights_kept:
                 log.info("%s", describe_load(setup, info))
                 log.debug("%s", describe_compute(setup, info))
+            if info.rank == 0 and info.comm:
+                log.info("rank 0 exchanges tensors: %s", info.comm)
 
     @property
     def _block_count(self) -> bytes:

@@ -18,7 +18,8 @@ def describe_load(setup: RankSetup, info: LoadInfo) -> str:
 
 def describe_compute(setup: RankSetup, info: LoadInfo) -> str:
     """Return a line for the debug log: how a rank computes."""
+    ways = f", {info.comm}" if info.comm else ""
     return (
         f"rank {setup.rank}: {setup.rank_plan.cost_share:.1%} of the cost, {info.threads} threads, {info.linear}, "
-        f"{info.kernels}, {info.comm}"
+        f"{info.kernels}{ways}"
     )

@@ -23,8 +23,8 @@ from shoal.kernels.base import (
     QKNorm,
     Rope,
 )
-from shoal.kernels.library import open_library
 from shoal.kernels.reference import ReferenceKernels, attend_multi_queries
+from shoal.native_library import open_library
 
 ABI_VERSION = 3
 MAX_SHORT_QUERIES = 8  # with more queries PyTorch's matrix products are faster than reading the keys for every query

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.gumbel_noise import gumbel
-from shoal.kernels.library import open_library
+from shoal.native_library import open_library
 
 ABI_VERSION = 1
 

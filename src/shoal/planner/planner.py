@@ -19,6 +19,7 @@ from shoal.models.spec import ModelSpec
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.planner.all2all import plan_all2all
 from shoal.planner.budgets import budgets_of_added_replica, kv_budgets, num_blocks
+from shoal.planner.comm_backend import check_comm_backend
 from shoal.planner.context_length import context_length
 from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.host_devices import check_devices, device_of, rank_cores, restrict_cores
@@ -124,6 +125,7 @@ class Planner:
         self._executor = _executor(
             options, self._layout, self.hardware, self._reasons, hosts=max(len(hosts), options.nodes.nnodes)
         )
+        check_comm_backend(options, self.hardware.device, self._executor, len(hosts), self._warnings)
         opened = reader.open()
         self.model, self.draft = opened.model, opened.draft
         self._reasons += self.model.notes
@@ -219,6 +221,7 @@ class Planner:
             ),
             bind_cores=parallel.cpu_cores != (),
             all2all=self._all2all,
+            comm_backend=parallel.comm_backend,
             draft=None
             if self.draft is None
             else _model_plan(self.files.draft_folder, self.files.draft_state, self.draft),

@@ -158,6 +158,7 @@ class EnginePlan(Wire, frozen=True):
     timeouts: Timeouts
     bind_cores: bool = True  # True: the threads of a rank run on its cores only
     all2all: str = ""  # backend that takes tokens to experts on ranks of other replicas; "": none is needed
+    comm_backend: Literal["auto", "shm", "gloo", "nccl"] = "auto"  # as asked for; each group chooses as it connects
     draft: ModelPlan | None = None
     speculative: SpeculativeConfig | None = None
     eos: Ids = ()  # tokens that end a text

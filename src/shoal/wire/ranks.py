@@ -263,7 +263,7 @@ class LoadInfo(Wire, frozen=True):
     threads: int
     kernels: str  # the name of the attention kernels
     linear: str  # how linear layers are computed
-    comm: str  # the name of the communicator
+    comm: str  # how tensors travel to other ranks, for each axis of the mesh; "": there are no others
     weights_kept: bool = False  # True: it had its weights already, and has read none
 
 

@@ -12,15 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
 
 from shoal.comm.base import Communicator
+from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
+from shoal.comm.shared_memory import load_library
 from shoal.comm.threads import ThreadComm, ThreadGroup
-from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import ShoalError
 from shoal.transport.channel import Channel, wait
 from shoal.transport.process import die_with_parent
@@ -93,20 +94,22 @@ class Places:
         self._store: Any = None
         self._interface = "127.0.0.1"
 
-    def measure(self, backend: str) -> dict[str, Any]:
+    def measure(self, backend: Literal["shm", "gloo", "nccl", "threads"]) -> dict[str, Any]:
         """Return whether the sums are right, the latency in microseconds, and the bytes per second of each rank."""
         if backend == "threads":
             return self._measure_threads()
         if backend == "nccl" and self._rank >= torch.cuda.device_count() and not self._question["rendezvous"]:
+            return {"skipped": True}
+        if backend == "shm" and load_library()[0] is None:
             return {"skipped": True}
         device = torch.device("cpu")
         if backend == "nccl":
             device = torch.device("cuda", 0 if self._question["rendezvous"] else self._rank)
             torch.cuda.set_device(device)
         size = self._question["sizes"][backend]
-        comm = TorchComm(
+        comm = ProcessComm(
             *(self._meet(), f"doctor:{backend}", self._rank, size),
-            backend=backend,
+            requested="auto" if backend == "nccl" else backend,
             timeout_s=self._question["timeout_s"],
             device=device,
             interface_address=self._interface,

@@ -16,8 +16,8 @@ import click
 import torch
 
 from shoal.comm.base import Communicator
+from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
-from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import ShoalError
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
 from shoal.parallel.dispatch import Dispatch
@@ -45,7 +45,7 @@ def main(fd: int, parent: int, rank: int, store: int, text: str) -> None:
 
     def connect(axis: str, ranks: Sequence[int]) -> Communicator:
         file, cpu = SharedFileStore(store, timeout_s=_COMM_TIMEOUT_S), torch.device("cpu")
-        return TorchComm(file, axis, rank, size, backend="gloo", timeout_s=_COMM_TIMEOUT_S, device=cpu)
+        return ProcessComm(file, axis, rank, size, timeout_s=_COMM_TIMEOUT_S, device=cpu)
 
     try:
         for answer in measure(make_mesh(Topology.of(dp=size), rank, connect, expert_parallel=True), question):

@@ -1,4 +1,4 @@
-"""The communicators between ranks that are processes, made by torch.distributed.
+"""The communicators between ranks that are processes.
 
 The ranks of a group find each other through a store of keys and values that all of them can reach.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from shoal.comm.base import Communicator
+from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
-from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import CommAborted
 from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.ranks import RankSetup
@@ -36,7 +36,7 @@ class ProcessGroups:
         self._own: RendezvousStore | SharedFileStore | None = None
         self._shared: RendezvousStore | None = None
         self._lock = threading.Lock()  # for what follows; `abort_before` is called on another thread
-        self._comms: dict[str, TorchComm] = {}
+        self._comms: dict[str, ProcessComm] = {}
         self._incarnation = -1
         self._oldest = -1  # setups of smaller incarnations are obsolete
         self._aborted = threading.Event()
@@ -56,15 +56,16 @@ class ProcessGroups:
         if comm is not None:
             comm.connect(store, prefix, aborted)
             return comm
-        comm = TorchComm(
+        comm = ProcessComm(
             store,
             prefix,
             ranks.index(setup.global_rank),
             len(ranks),
-            backend="nccl" if cuda else "gloo",
+            requested="auto" if setup.plan.comm_backend == "nccl" else setup.plan.comm_backend,
             timeout_s=setup.plan.timeouts.comm_s,
             device=torch.device("cuda", setup.rank_plan.device_index) if cuda else torch.device("cpu"),
             interface_address=setup.address,
+            cores=setup.rank_plan.cores if setup.plan.bind_cores else (),
             aborted=aborted,
         )
         with self._lock:

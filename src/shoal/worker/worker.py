@@ -197,7 +197,7 @@ class Worker:
             threads=torch.get_num_threads(),
             kernels=model.kernels,
             linear=model.linear,
-            comm=type(next(iter(self.mesh.axes), self.mesh.tp).comm).__name__,
+            comm=", ".join(f"{axis.name} over {axis.comm.backend}" for axis in self.mesh.axes),
             weights_kept=kept,
         )
         return encode(info)

@@ -1,10 +1,8 @@
-"""Finds and opens the libraries that `setup.py` builds from `csrc/`."""
+"""Finds and opens the libraries that `setup.py` builds from `csrc/`. Their callers have imported torch before."""
 
 import ctypes
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-
-import torch  # noqa: F401  (loads the OpenMP runtime that the libraries bind to)
 
 
 def open_library(folder: Path, name: str, version_function: str, version: int) -> tuple[ctypes.CDLL | None, str]:

@@ -1,0 +1,348 @@
+"""Communicators for ranks of one host, through memory that all of them map: `csrc/shared_memory.cpp`.
+
+The memory is a file without a name, so that nothing is left when processes are killed. Its address space is much larger
+than the memory that it takes: a page exists once it was written to.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.comm.base import PendingSend, Progress, bytes_to_others, reduced_bytes
+from shoal.errors import CommAborted, CommError, CommTimeout
+from shoal.native_library import open_library
+
+VERSION = 1
+_SPIN_US = 300  # how long a wait keeps its core, if there is a core for each rank
+
+_OPERATIONS = (
+    *("", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"),
+    *("broadcast", "send", "recv", "barrier"),
+)  # by their codes in the library
+_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.uint8: 6,
+}
+_TIMEOUT, _ABORTED, _DIED, _MISMATCH = 1, 2, 3, 4
+
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "bytes": (_LONG, [_INT]),
+    "map": (_LONG, [_INT, _INT]),
+    "unmap": (None, [_POINTER, _INT]),
+    "max_ranks": (_INT, []),
+    "sums": (_INT, [_INT]),
+    "prepare": (None, [_POINTER, _INT, ctypes.c_uint64]),
+    "attach": (_POINTER, [_POINTER, _INT, _INT, ctypes.c_uint64, _POINTER, _LONG, _LONG, _LONG]),
+    "detach": (None, [_POINTER]),
+    "abort": (None, [_POINTER, _INT]),
+    "position": (ctypes.c_uint64, [_POINTER, _INT]),
+    "totals": (None, [_POINTER, _INT, _POINTER]),
+    "all_reduce": (_LONG, [_POINTER, _INT, _POINTER, _POINTER, _LONG]),
+    "all_gather": (_LONG, [_POINTER, _POINTER, _POINTER, _POINTER]),
+    "reduce_scatter": (_LONG, [_POINTER, _INT, _POINTER, _POINTER, _POINTER]),
+    "all_to_all": (_LONG, [*[_POINTER] * 5]),
+    "broadcast": (_LONG, [_POINTER, _POINTER, _LONG, _INT]),
+    "barrier": (_LONG, [_POINTER]),
+    "send": (_LONG, [_POINTER, _POINTER, _LONG, _INT]),
+    "receive": (_LONG, [_POINTER, _POINTER, _LONG, _INT]),
+}
+
+
+class _Library:
+    """The functions of the library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = library[f"shoal_shared_memory_{name}"]
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:  # only for types: all functions are attributes
+        raise AttributeError(name)
+
+
+@cache
+def load_library() -> tuple[_Library | None, str]:
+    """Return the library, or None, and one line that names it or says why there is none."""
+    library, reason = open_library(Path(__file__).parent, "_shared_memory", "shoal_shared_memory_version", VERSION)
+    return (None if library is None else _Library(library)), reason
+
+
+def host_identity() -> str:
+    """Return a text that is equal for the processes that can map each other's memory.
+
+    Processes in other network namespaces count as other hosts, which they are to all other communication.
+    """
+    spaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "pid")]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ":".join(map(str, (boot, *spaces, os.getuid())))
+
+
+class SharedMemory:
+    """The mapped memory of a group. One rank makes it, and the others open it by its `name`."""
+
+    def __init__(self, file: int, ranks: int, nonce: int) -> None:
+        self._file = -1
+        self._unmap: Callable[[], object] = lambda: None
+        self.ranks = ranks
+        self.nonce = nonce
+        library, _ = load_library()
+        assert library is not None
+        self.address = library.map(file, ranks)
+        if self.address < 0:
+            number = -self.address
+            raise OSError(number, os.strerror(number))
+        self._unmap = partial(library.unmap, self.address, ranks)
+        self._file = file  # other ranks open it through this process
+
+    @classmethod
+    def make(cls, ranks: int) -> "SharedMemory":
+        """Return new memory.
+
+        Raises:
+            OSError: there is no address space or no file descriptor for it.
+        """
+        library, _ = load_library()
+        assert library is not None
+        file = os.memfd_create("shoal-comm", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(file, library.bytes(ranks))
+            memory = cls(file, ranks, secrets.randbits(63))
+        except OSError:
+            os.close(file)
+            raise
+        library.prepare(memory.address, ranks, memory.nonce)
+        return memory
+
+    @classmethod
+    def open(cls, name: str) -> "SharedMemory":
+        """Return the memory that another process has made and named.
+
+        Raises:
+            OSError: it cannot be opened or mapped.
+        """
+        process, descriptor, ranks, nonce = map(int, name.split(":"))
+        file = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return cls(file, ranks, nonce)
+        except OSError:
+            os.close(file)
+            raise
+
+    @property
+    def name(self) -> str:
+        """The name by which other processes open it, until `close_file`."""
+        return f"{os.getpid()}:{self._file}:{self.ranks}:{self.nonce}"
+
+    def close_file(self) -> None:
+        """Close the file, which stays mapped: all ranks have opened it. Idempotent."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+    def __del__(self) -> None:
+        self.close_file()
+        self._unmap()
+
+    def abort(self) -> None:
+        """End all operations on this memory, current and future, on all ranks."""
+        library, _ = load_library()
+        assert library is not None
+        library.abort(self.address, self.ranks)
+
+
+class SharedMemoryComm:
+    """One rank's communicator on shared memory.
+
+    Sends copy their tensor and do not wait, unless a quarter of a gigabyte is on its way to one rank.
+    """
+
+    def __init__(
+        self,
+        memory: SharedMemory,
+        rank: int,
+        processes: Sequence[int],
+        *,
+        timeout_s: float,
+        spin: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Use the memory of a group.
+
+        Args:
+            processes: the process of each rank, so that an operation can tell when one of them has ended.
+            spin: let a wait keep its core for a while: there is a core for each rank.
+            progress: counts the operations; by default one of its own.
+
+        Raises:
+            CommError: the memory is that of another group.
+        """
+        self.rank = rank
+        self.size = memory.ranks
+        self.progress = Progress() if progress is None else progress
+        self.backend = "shm"
+        self._memory = memory
+        self._processes = tuple(processes)
+        self._timeout_s = timeout_s
+        library, reason = load_library()
+        if library is None:
+            raise CommError(f"shared memory cannot be used: {reason}")
+        self._library = library
+        self._summed = {dtype: code for dtype, code in _TYPES.items() if library.sums(code)}
+        self._watched = [self._watch(process) for process in processes]
+        self._context = library.attach(
+            memory.address,
+            rank,
+            self.size,
+            memory.nonce,
+            (_INT * self.size)(*self._watched),
+            int(timeout_s * 1e9),
+            _SPIN_US * 1000 if spin else 0,
+            torch.get_num_threads(),
+        )
+        if not self._context:
+            raise CommError("the shared memory is that of another group")
+
+    def _watch(self, process: int) -> int:
+        """Return a descriptor that tells of the end of a process, or -1."""
+        if process == os.getpid():
+            return -1
+        try:
+            return os.pidfd_open(process)
+        except OSError:
+            return -1
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_watched", ()):
+            if descriptor >= 0:
+                os.close(descriptor)
+        if getattr(self, "_context", None):
+            self._library.detach(self._context)
+
+    def _end(self, status: int) -> None:
+        """End an operation, or raise the error that its status means."""
+        if status:
+            raise self._error(status & 0xFF, status >> 8)
+        self.progress.end()
+
+    def _error(self, kind: int, whom: int) -> CommError:
+        where = f"rank {self.rank} of {self.size}: {self.progress}"
+        if kind == _ABORTED:
+            return CommAborted(f"{where} was aborted")
+        if kind == _TIMEOUT:
+            return CommTimeout(f"{where} waited {self._timeout_s:g} s for {self._describe(whom)}")
+        if kind == _DIED:
+            return CommError(f"{where}: rank {whom} (process {self._processes[whom]}) has ended")
+        if kind == _MISMATCH:
+            return CommError(f"{where}: rank {whom} called another operation, or the same with another size")
+        return CommError(f"{where} cannot begin: an earlier operation has failed")
+
+    def _describe(self, rank: int) -> str:
+        """Describe a rank and what it is doing."""
+        position = self._library.position(self._context, rank)
+        operation, number = _OPERATIONS[position >> 48], position & (2**48 - 1)
+        process = self._processes[rank]
+        doing = f"in {operation} #{number}" if operation else f"after operation #{number}"
+        with contextlib.suppress(OSError, IndexError):
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+            doing += {"T": ", stopped", "t": ", stopped by a debugger", "Z": ", ended"}.get(state, "")
+        return f"rank {rank} (process {process}, {doing})"
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        address = x.data_ptr()
+        self.progress.begin("all_reduce", reduced_bytes(x, self.size))
+        self._end(self._library.all_reduce(self._context, self._type(x), address, address, x.numel()))
+        return x
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        if dim != 0:
+            return self.all_gather(x.transpose(0, dim), sizes).transpose(0, dim).contiguous()
+        x = x.contiguous()
+        out = x.new_empty((sum(sizes), *x.shape[1:]))
+        row = _row_bytes(x)
+        counts = (_LONG * self.size)(*(size * row for size in sizes))
+        self.progress.begin("all_gather", x.nbytes * (self.size - 1))
+        self._end(self._library.all_gather(self._context, x.data_ptr(), out.data_ptr(), counts))
+        return out
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        x = x.contiguous()
+        out = x.new_empty((sizes[self.rank], *x.shape[1:]))
+        row = _row_bytes(x) // x.itemsize
+        counts = (_LONG * self.size)(*(size * row for size in sizes))
+        self.progress.begin("reduce_scatter", bytes_to_others(x, sizes, self.rank))
+        self._end(self._library.reduce_scatter(self._context, self._type(x), x.data_ptr(), out.data_ptr(), counts))
+        return out
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        x = x.contiguous()
+        out = x.new_empty((sum(receive), *x.shape[1:]))
+        row = _row_bytes(x)
+        sent, received = ((_LONG * self.size)(*(size * row for size in sizes)) for sizes in (send, receive))
+        self.progress.begin("all_to_all", bytes_to_others(x, send, self.rank))
+        self._end(self._library.all_to_all(self._context, x.data_ptr(), out.data_ptr(), sent, received))
+        return out
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        x = x.contiguous()
+        sent = x.nbytes * (self.size - 1) if self.rank == root else 0
+        self.progress.begin("broadcast", sent)
+        self._end(self._library.broadcast(self._context, x.data_ptr(), x.nbytes, root))
+        return x
+
+    def send(self, x: Tensor, to: int) -> PendingSend:
+        x = x.contiguous()
+        self.progress.begin("send", x.nbytes)
+        self._end(self._library.send(self._context, x.data_ptr(), x.nbytes, to))
+        return _DONE
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        self.progress.begin("recv")
+        self._end(self._library.receive(self._context, x.data_ptr(), x.nbytes, source))
+        return x
+
+    def barrier(self) -> None:
+        self.progress.begin("barrier")
+        self._end(self._library.barrier(self._context))
+
+    def abort(self) -> None:
+        self._memory.abort()
+
+    def _type(self, x: Tensor) -> int:
+        code = self._summed.get(x.dtype)
+        if code is None:
+            raise CommError(f"rank {self.rank} of {self.size}: {x.dtype} cannot be summed over shared memory")
+        return code
+
+
+class _DoneSend:
+    """A send that has ended."""
+
+    def wait(self) -> None:
+        return
+
+
+_DONE = _DoneSend()
+
+
+def _row_bytes(x: Tensor) -> int:
+    """Return the bytes of a row of x, which may have no rows."""
+    elements = 1
+    for size in x.shape[1:]:
+        elements *= size
+    return elements * x.itemsize

@@ -1,0 +1,42 @@
+"""A rank in a process of its own, for tests of shared memory: `python shared_memory_rank.py SOURCE FD RANK SIZE WORK`.
+
+WORK: `operations`, or how it ends in the middle of an all-reduce: `killed`, `stopped` or `spinning`.
+"""
+
+import os
+import signal
+import sys
+
+sys.path.insert(0, sys.argv[1])
+
+import torch
+
+from shoal.comm.process_comm import ProcessComm
+from shoal.comm.shared_file_store import SharedFileStore
+from shoal.errors import CommError
+
+TIMEOUT_S = 3.0
+
+
+def main(fd: int, rank: int, size: int, work: str) -> None:
+    store = SharedFileStore(fd, timeout_s=60)
+    comm = ProcessComm(store, "g", rank, size, requested="shm", timeout_s=TIMEOUT_S, device=torch.device("cpu"))
+    for number in range(20):
+        total = comm.all_reduce(torch.full((1000,), float(rank + number)))
+        assert total.tolist() == [float(sum(range(size)) + number * size)] * 1000
+    print("ready", flush=True)
+    last = rank == size - 1
+    if last and work == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if last and work == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while last and work == "spinning":
+        pass
+    try:
+        comm.all_reduce(torch.ones(1))
+        print("done", flush=True)
+    except CommError as error:
+        print(error, flush=True)
+
+
+main(int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
