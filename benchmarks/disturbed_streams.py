@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,27 @@ async def longest_pause(url: str, streams: int, tokens: int, victim: Callable[[A
     came = [0]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         tasks = [asyncio.create_task(_longest_gap(session, url, number, tokens, came)) for number in range(streams)]
-        while came[0] < streams * tokens // 8:
-            await asyncio.sleep(0.01)
+        await _arrival(came, streams * tokens // 8, tasks)
         os.kill(victim(status(url)), signal.SIGKILL)
         return max(await asyncio.gather(*tasks))
 
 
+async def _arrival(came: Sequence[int], count: int, tasks: Sequence["asyncio.Task[float]"]) -> None:
+    """Wait until `count` chunks have come. Raises the error of a stream that fails before."""
+    while came[0] < count:
+        for task in tasks:
+            if task.done():
+                task.result()
+        await asyncio.sleep(0.01)
+
+
 async def _longest_gap(session: aiohttp.ClientSession, url: str, number: int, tokens: int, came: list[int]) -> float:
-    body = {"prompt": f"Count from {number} to 90:", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    # Token ids, since a model with made-up weights has no tokenizer.
+    prompt = [3 + number, *range(4, 16)]
+    body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True, "return_token_ids": True}
     longest, last = 0.0, time.perf_counter()
     async with session.post(f"{url}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
         async for line in answer.content:
             if line.startswith(b"data: {"):
                 now = time.perf_counter()
@@ -59,8 +70,7 @@ async def hang(url: str, streams: int, tokens: int, victim: Callable[[Any], int]
     came = [0]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         tasks = [asyncio.create_task(_longest_gap(session, url, number, tokens, came)) for number in range(streams)]
-        while came[0] < streams * tokens // 8:
-            await asyncio.sleep(_POLL_S)
+        await _arrival(came, streams * tokens // 8, tasks)
         os.kill(victim(status(url)), signal.SIGUSR1)
         begun = time.perf_counter()
         while await _health(session, url) == 200:
