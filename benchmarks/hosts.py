@@ -8,6 +8,7 @@
   process between engine and rank, as on any other host.
 - `links`: two stages and two tensor-parallel ranks over two hosts, with a link that is not limited and with one of
   `--mbits`.
+- `plans`: the control of a step of the bundled model with two stages, on one host and on two; both use gloo.
 - `start`: seconds from the command until the engine is ready, over two hosts.
 """
 
@@ -38,16 +39,18 @@ _LAYOUTS = {"pp 2": ["-pp", "2"], "tp 2": ["-tp", "2"]}
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--mbits", default=100, show_default=True, help="rate of the slow link in Mbit/s")
-@click.option("--part", "parts", multiple=True, type=click.Choice(["executors", "links", "start"]), help="only these")
+@click.option("--part", "parts", multiple=True, type=click.Choice(["executors", "links", "plans", "start"]), help="only these")
 def main(rounds: int, batch_size: int, mbits: int, parts: tuple[str, ...]) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         raise click.UsageError("two cores are needed")
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         hosts = stack.enter_context(two_hosts())
-        wanted = parts or ("executors", "links", "start")
+        wanted = parts or ("executors", "links", "plans", "start")
         if "links" in wanted:
             found["links"] = _links(hosts, batch_size, rounds, mbits)
+        if "plans" in wanted:
+            found["plans"] = _plans(hosts, rounds)
         if "executors" in wanted or "start" in wanted:
             cluster = stack.enter_context(ray_cluster(hosts))
             address = cluster[0].address
@@ -87,6 +90,20 @@ def _links(hosts: Sequence[Host], batch_size: int, rounds: int, mbits: int) -> d
     return found
 
 
+def _plans(hosts: Sequence[Host], rounds: int) -> dict[str, Any]:
+    one = ["-pp", "2", "--comm-backend", "gloo", "--cpu-cores", "0|1"]
+    here, there = {0: ["--cpu-cores", "0"]}, {1: ["--cpu-cores", "1"]}
+    steps: dict[str, list[float]] = {"two hosts": [], "one host": []}  # in microseconds
+    for number in range(rounds):
+        for name, count, flags, local in [("one host", 1, one, {0: []}), ("two hosts", 2, one[:2], {**here, **there})]:
+            run = _bench(hosts[:count], 1, flags, local, model="bundled", output_len=800)
+            steps[name].append(1e6 * run["time_per_output_token_s"] - run["forward_us_per_step"])
+        click.echo(f"round {number}: {steps}", err=True)
+    more = [two - one for two, one in zip(steps["two hosts"], steps["one host"], strict=True)]
+    found = {name: round(statistics.median(each)) for name, each in steps.items()}
+    return {"us_per_step_beside_the_ranks_work": found, "more_us_over_two_hosts": round(statistics.median(more))}
+
+
 def _starts(hosts: Sequence[Host], address: str, rounds: int) -> dict[str, Any]:
     by_ray = ["-tp", "2", "--placement", "tp-across", "--distributed-executor-backend", "ray", "--ray-address", address]
     seconds: dict[str, list[float]] = {"by hand": [], "ray": []}
@@ -104,14 +121,19 @@ def _start(hosts: Sequence[Host], flags: Sequence[str]) -> float:
 
 
 def _bench(
-    hosts: Sequence[Host], batch_size: int, flags: Sequence[str], local: Mapping[int, Sequence[str]]
+    hosts: Sequence[Host],
+    batch_size: int,
+    flags: Sequence[str],
+    local: Mapping[int, Sequence[str]],
+    model: str = _SHAPE,
+    output_len: int = 64,
 ) -> dict[str, Any]:
     """Run `shoal bench latency` over these hosts, and return its figures for the batch size."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
-        sizes = ["--batch-size", str(batch_size), "--input-len", "128", "--output-len", "64", "--repeat", "1"]
+        sizes = ["--batch-size", str(batch_size), "--input-len", "128", "--output-len", str(output_len), "--repeat", "1"]
         memory = ["--kv-cache-memory-bytes", "1GiB"]
-        _run(hosts, ["bench", "latency", _SHAPE, *sizes, *memory, "--output", str(output), *flags], local)
+        _run(hosts, ["bench", "latency", model, *sizes, *memory, "--output", str(output), *flags], local)
         (found,) = json.loads(output.read_text())["results"]
         return dict(found)
 
