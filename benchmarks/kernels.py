@@ -29,6 +29,7 @@ CACHE_BYTES = 256 << 20  # of all layers together; much larger than any cache
 QKV_SIZE = (HEADS.q_heads + 2 * HEADS.kv_heads) * HEADS.head_dim
 MAX_LAYERS = 28
 MIN_CALLS = 5
+PROMPTS = (128, 2048, 6144)  # tokens, computed in one step each
 
 Call = Callable[[Kernels, int], object]
 
@@ -63,6 +64,36 @@ def decodes(count: int, context: int) -> Decodes:
         for _ in range(max(2, min(MAX_LAYERS, CACHE_BYTES // size)))
     ]
     return Decodes(batch, layers, size)
+
+
+def prompt(length: int) -> tuple[PagedBatch, KVCache]:
+    """Make one sequence whose tokens are all queries. Its blocks are scattered over the cache."""
+    blocks = -(-length // BLOCK_SIZE)
+    tables = torch.randperm(blocks, dtype=torch.int32).unsqueeze(0)
+    positions = torch.arange(length)
+    batch = PagedBatch(
+        positions=positions,
+        slots=tables[0, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE,
+        query_starts=torch.tensor([0, length], dtype=torch.int32),
+        context_lens=torch.tensor([length], dtype=torch.int32),
+        block_tables=tables,
+        block_size=BLOCK_SIZE,
+        num_single=0,
+        query_lens=(length,),
+        host_context_lens=(length,),
+    )
+    shape = (blocks * BLOCK_SIZE, HEADS.kv_heads, HEADS.head_dim)
+    return batch, KVCache(torch.randn(shape, dtype=DTYPE), torch.randn(shape, dtype=DTYPE))
+
+
+def measure_prompt(length: int, kernels: dict[str, Kernels], seconds: float) -> dict[str, object]:
+    batch, cache = prompt(length)
+    q = torch.randn(length, HEADS.q_heads, HEADS.head_dim, dtype=DTYPE)
+    params = AttentionParams(HEADS.head_dim**-0.5)
+    us = medians(lambda each, _: each.attend(q, HEADS, params, batch, cache), kernels, seconds)
+    operations = 4 * HEADS.q_heads * HEADS.head_dim * length * (length + 1) / 2  # two products, of the visible keys
+    gflops = {name: round(operations / taken / 1e3, 1) for name, taken in us.items()}
+    return {"op": "attend a prompt", "tokens": length, "us": us, "GFLOP/s": gflops}
 
 
 def medians(call: Call, kernels: dict[str, Kernels], seconds: float) -> dict[str, float]:
@@ -152,6 +183,7 @@ def main() -> None:
             )
             if window is None:
                 results[-1]["GB/s"] = {name: round(case.bytes_per_layer / taken / 1e3, 1) for name, taken in us.items()}
+    results += [measure_prompt(length, kernels, options.seconds) for length in PROMPTS]
     print(json.dumps({"threads": options.threads, "native": reason, "results": results}, indent=2))
 
 

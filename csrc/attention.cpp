@@ -1,392 +1,455 @@
 // The attention of shoal.kernels.native, in the library _native: attention over the paged KV cache for sequences with
-// few queries.
+// any number of queries. The arithmetic is in attention_tiles.h; here are the order of memory accesses and the division
+// of work, which change no bit of a result.
 //
-// The visible context of a query is divided into splits at the positions that are multiples of kSplit, so the splits
-// depend only on the query's position and the window. Each split gives an unnormalized sum of values, the maximum of
-// its scores and the sum of their exponentials, and the splits of a row are merged in order (rescaling: Milakov &
-// Gimelshein, "Online normalizer calculation for softmax", 2018; parallel splits: FlashDecoding, Dao et al. 2023). A
-// split itself needs no rescaling: its scores fit into the L1 cache, so its maximum is known before the exponentials.
+// A unit of work is some queries and heads of a sequence, and all splits of their contexts, or one. Splits that are
+// computed one after the other are merged at once (rescaling: Milakov & Gimelshein, "Online normalizer calculation for
+// softmax", 2018; FlashAttention, Dao et al., 2022). With few queries the splits are divided among threads, and their
+// states are stored and merged at the end (FlashDecoding, Dao et al., 2023). A split itself needs no rescaling: the
+// scores of its rows fit into the L2 cache, so their maxima are known before the exponentials.
 
-#include "chunks.h"
+#include "attention_tiles.h"
 
 #include <memory>
 #include <new>
-#include <type_traits>
 #include <vector>
 
 namespace {
 
 enum Status : int32_t { kOk = 0, kOutOfMemory = 1, kUnsupported = 2 };
 
-constexpr int64_t kSplit = 256;
-constexpr int64_t kTile = 8;  // tokens; all heads of these are computed before those of the next tile
 constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kFewQueries = 8;  // sequences with at most these are divided by splits, others by queries
+constexpr int64_t kMaxRows = 96;    // of a unit: its scores and sums stay in the L2 cache, and each tile serves many rows
+constexpr int64_t kMinRows = 24;    // fewer would spend too much time on packing
 
-// Up to eight query heads of a KV head are computed together, with as many keys or chunks at a time as leave the sums
-// in registers.
-constexpr int keys_per_pass(int group) { return group >= 8 ? 2 : 4; }
-constexpr int chunks_per_pass(int group) { return group >= 8 ? 1 : group >= 4 ? 2 : 4; }
-
-ALWAYS_INLINE int64_t padded_dim(int64_t head_dim) { return (head_dim + kChunk - 1) / kChunk * kChunk; }
-
-// A partial result has kStatistics floats (maximum, sum), then the padded sum of values in the lane order of the type.
-constexpr int64_t kStatistics = kLanes;
-ALWAYS_INLINE int64_t partial_size(int64_t head_dim) { return kStatistics + padded_dim(head_dim); }
-
-// The scratch space of a thread: for every query head the query as float32, the sum of values, and the scores, which
-// become weights.
-ALWAYS_INLINE int64_t scratch_size(int64_t q_heads, int64_t head_dim) {
-    return q_heads * (2 * padded_dim(head_dim) + kSplit);
-}
-
-// Prefetches `count` rows of `row_bytes` bytes, at base + offsets[..], into the L2 cache.
-template <class T>
-ALWAYS_INLINE void prefetch_rows(const T* base, const int64_t* offsets, int64_t count, int64_t row_bytes) {
-    for (int64_t t = 0; t < count; ++t) {
-        const char* row = reinterpret_cast<const char*>(base + offsets[t]);
-        for (int64_t i = 0; i < row_bytes; i += kCacheLine) __builtin_prefetch(row + i, 0, 2);
-    }
-}
-
-// The keys or values of one KV head for a tile of tokens.
-template <class T>
-struct Tile {
-    const T* rows;           // the cache's keys or values, from this head on
-    const int64_t* offsets;  // [count]: the offset of each token from `rows`, in elements
-    int64_t count;
-    int64_t head_dim;
-};
-
-// scores[g, t] = query g . key t, for a count of t rounded up to whole passes. q: [Group, padded_dim]; scores: [Group,
-// kSplit].
-template <class T, int Group>
-ALWAYS_INLINE void score_tile(const Tile<T>& tile, const float* q, float* scores) {
-    constexpr int kKeys = keys_per_pass(Group);
-    const int64_t stride = padded_dim(tile.head_dim);
-    const int64_t whole = tile.head_dim / kChunk * kChunk, tail = tile.head_dim - whole;
-    for (int64_t t = 0; t < tile.count; t += kKeys) {
-        const T* keys[kKeys];
-        Floats sums[Group][kKeys] = {};
-#pragma GCC unroll 8
-        for (int k = 0; k < kKeys; ++k) keys[k] = tile.rows + tile.offsets[std::min(t + k, tile.count - 1)];
-        const auto add_chunk = [&](int64_t d, const auto& load_key) __attribute__((always_inline)) {
-            Chunk key[kKeys];
-#pragma GCC unroll 8
-            for (int k = 0; k < kKeys; ++k) key[k] = load_key(keys[k] + d);
-#pragma GCC unroll 8
-            for (int g = 0; g < Group; ++g) {
-                const Chunk query = load(q + g * stride + d);
-#pragma GCC unroll 8
-                for (int k = 0; k < kKeys; ++k) {
-                    sums[g][k] += query.first * key[k].first;
-                    sums[g][k] += query.second * key[k].second;
-                }
-            }
-        };
-        for (int64_t d = 0; d < whole; d += kChunk)
-            add_chunk(d, [](const T* p) __attribute__((always_inline)) { return load(p); });
-        if (tail) add_chunk(whole, [&](const T* p) __attribute__((always_inline)) { return load_tail(p, tail); });
-#pragma GCC unroll 8
-        for (int g = 0; g < Group; ++g)
-#pragma GCC unroll 8
-            for (int k = 0; k < kKeys; ++k) scores[g * kSplit + t + k] = sum_of(sums[g][k]);
-    }
-}
-
-ALWAYS_INLINE float max_of(Floats x) {
-    float best = x[0];
-    for (int i = 1; i < kLanes; ++i) best = std::max(best, x[i]);
-    return best;
-}
-
-// tanh(x): near zero an odd polynomial with a relative error of 3e-9, elsewhere 1 - 2 / (e^2|x| + 1).
-ALWAYS_INLINE Floats tanh_of(Floats x) {
-    const Floats size = (x < 0.0f) ? -x : x, square = x * x;
-    Floats p = splat(-0.00589515035f);
-    p = p * square + 0.0207959656f;
-    p = p * square - 0.0537838287f;
-    p = p * square + 0.133319241f;
-    p = p * square - 0.33333298f;
-    const Floats near = x + x * (square * p);
-    const Floats far = 1.0f - 2.0f / (exp_of(2.0f * size) + 1.0f);
-    return (size < 0.6f) ? near : ((x < 0.0f) ? -far : far);
-}
-
-// Replaces scores by exp(s - maximum), and by zero beyond count. s is scale * score, with the softcap if that is not 0.
-ALWAYS_INLINE void exponentiate(float* scores, int64_t count, float scale, float softcap, float* maximum, float* sum) {
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    if (softcap != 0.0f) {
-        const float inner = scale / softcap;
-        for (int64_t t = 0; t < padded; t += kLanes)
-            store_floats(scores + t, tanh_of(load_floats(scores + t) * inner));
-        scale = softcap;
-    }
-    std::fill(scores + count, scores + padded, -std::numeric_limits<float>::infinity());
-    Floats best = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t t = 0; t < padded; t += kLanes) {
-        const Floats scaled = load_floats(scores + t) * scale;
-        store_floats(scores + t, scaled);
-        best = larger(best, scaled);
-    }
-    *maximum = max_of(best);
-    Floats total = {};
-    for (int64_t t = 0; t < padded; t += kLanes) {
-        const Floats e = exp_of(load_floats(scores + t) - *maximum);
-        store_floats(scores + t, e);
-        total += e;
-    }
-    *sum = sum_of(total);
-}
-
-// sums[g, d..] += weights[g, t] * value t for all tokens of the tile, for Chunks chunks from d on.
-template <class T, int Group, int Chunks, class LoadValue>
-ALWAYS_INLINE void add_chunks(const Tile<T>& tile, const float* weights, float* sums, int64_t d,
-                              const LoadValue& load_value) {
-    const int64_t stride = padded_dim(tile.head_dim);
-    Chunk total[Group][Chunks];
-#pragma GCC unroll 8
-    for (int g = 0; g < Group; ++g)
-#pragma GCC unroll 8
-        for (int c = 0; c < Chunks; ++c) total[g][c] = load(sums + g * stride + d + c * kChunk);
-    for (int64_t t = 0; t < tile.count; ++t) {
-        const T* value = tile.rows + tile.offsets[t] + d;
-#pragma GCC unroll 8
-        for (int c = 0; c < Chunks; ++c) {
-            const Chunk v = load_value(value + c * kChunk);
-#pragma GCC unroll 8
-            for (int g = 0; g < Group; ++g) {
-                total[g][c].first += weights[g * kSplit + t] * v.first;
-                total[g][c].second += weights[g * kSplit + t] * v.second;
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < Group; ++g)
-#pragma GCC unroll 8
-        for (int c = 0; c < Chunks; ++c) store(sums + g * stride + d + c * kChunk, total[g][c]);
-}
-
-template <class T, int Group>
-ALWAYS_INLINE void add_tile(const Tile<T>& tile, const float* weights, float* sums) {
-    constexpr int kChunks = chunks_per_pass(Group);
-    const auto load_whole = [](const T* p) __attribute__((always_inline)) { return load(p); };
-    int64_t d = 0;
-    for (; d + kChunks * kChunk <= tile.head_dim; d += kChunks * kChunk)
-        add_chunks<T, Group, kChunks>(tile, weights, sums, d, load_whole);
-    for (; d + kChunk <= tile.head_dim; d += kChunk) add_chunks<T, Group, 1>(tile, weights, sums, d, load_whole);
-    if (const int64_t tail = tile.head_dim - d)
-        add_chunks<T, Group, 1>(tile, weights, sums, d,
-                                [&](const T* p) __attribute__((always_inline)) { return load_tail(p, tail); });
-}
-
-template <class T>
-struct AttendArgs {
-    const T* q;       // [n, q_heads, head_dim]
-    const T* keys;    // [num_slots, kv_heads, head_dim]
-    const T* values;  // the same
-    T* out;           // [n, q_heads, head_dim]
+struct Attention {
+    const char* q;       // [n, q_heads, head_dim]
+    const char* keys;    // [num_slots, kv_heads, head_dim]
+    const char* values;  // the same
+    char* out;           // [n, q_heads, head_dim]
+    int64_t item;        // bytes of an element
     const int32_t* query_starts;
     const int32_t* context_lens;
     const int32_t* block_tables;
-    int64_t table_stride, block_size, sequences, max_queries;
+    int64_t table_stride, block_size, sequences;
     int64_t q_heads, kv_heads, head_dim;
     const int32_t* group_starts;  // [kv_heads + 1] into q_order
     const int32_t* q_order;       // [q_heads]: query heads, ordered by KV head
     int64_t window;               // the most keys that a query attends to, its own included
-    float scale, softcap;         // softcap 0: none
+    Softmax softmax;
+    const AttentionTiles* tiles;
+
+    int64_t num_sums() const { return padded_dim(head_dim); }
+    int64_t state_size() const { return kStatistics + num_sums(); }
+    int64_t group_size(int64_t head) const { return group_starts[head + 1] - group_starts[head]; }
 };
 
-// One split of one row: `count` tokens of the context from position `start` on.
-struct Item {
-    int64_t row, sequence, start, count;
-    float* partials;  // [q_heads, partial_size], null if the row has one split
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+    bool empty() const { return begin >= end; }
 };
 
-// Calls visit(first, group) for the query heads of a KV head, divided into groups of 8, 4, 2 or 1 that begin at `first`
-// in q_order. `group` is a compile-time constant.
-template <class T, class Visit>
-ALWAYS_INLINE void for_each_group(const AttendArgs<T>& a, int64_t head, const Visit& visit) {
-    int64_t i = a.group_starts[head];
-    const int64_t end = a.group_starts[head + 1];
-    for (; i + 8 <= end; i += 8) visit(i, std::integral_constant<int, 8>());
-    for (; i + 4 <= end; i += 4) visit(i, std::integral_constant<int, 4>());
-    for (; i + 2 <= end; i += 2) visit(i, std::integral_constant<int, 2>());
-    for (; i < end; ++i) visit(i, std::integral_constant<int, 1>());
-}
+Range common(Range x, Range y) { return {std::max(x.begin, y.begin), std::min(x.end, y.end)}; }
 
-template <class T>
-ALWAYS_INLINE void attend_item(const AttendArgs<T>& a, const Item& item, int64_t first_head, int64_t end_head,
-                               float* scratch) {
-    int64_t offsets[kSplit];
-    const int32_t* table = a.block_tables + item.sequence * a.table_stride;
-    const int64_t token_size = a.kv_heads * a.head_dim;
-    int64_t block = item.start / a.block_size, within = item.start % a.block_size;
-    for (int64_t t = 0; t < item.count; ++block, within = 0)
-        for (; t < item.count && within < a.block_size; ++t, ++within)
-            offsets[t] = (table[block] * a.block_size + within) * token_size;
+// A sequence of the batch. Queries are numbered from 0 within it.
+struct Sequence {
+    int64_t first_row, queries, context;
+    const int32_t* block_table;
 
-    // Below, i counts query heads in the order of q_order.
-    const int64_t begin = a.group_starts[first_head], end = a.group_starts[end_head], stride = padded_dim(a.head_dim);
-    float* const queries = scratch - begin * stride;
-    float* const sums = queries + (end - begin) * stride;
-    float* const scores = scratch + 2 * (end - begin) * stride - begin * kSplit;
-    for (int64_t i = begin; i < end; ++i) {
-        const T* query = a.q + (item.row * a.q_heads + a.q_order[i]) * a.head_dim;
-        for (int64_t d = 0; d < a.head_dim; d += kChunk) {
-            store(queries + i * stride + d, load(query + d, a.head_dim - d));
-            store(sums + i * stride + d, Chunk{});
+    Sequence(const Attention& a, int64_t i)
+        : first_row(a.query_starts[i]),
+          queries(a.query_starts[i + 1] - a.query_starts[i]),
+          context(a.context_lens[i]),
+          block_table(a.block_tables + i * a.table_stride) {}
+
+    // The first element of a query in q and out. i counts query heads in the order of q_order.
+    int64_t element(const Attention& a, int64_t query, int64_t i) const {
+        return ((first_row + query) * a.q_heads + a.q_order[i]) * a.head_dim;
+    }
+
+    int64_t position(int64_t query) const { return context - queries + query; }
+
+    // The positions that a query attends to.
+    Range seen(int64_t query, int64_t window) const {
+        const int64_t end = position(query) + 1;
+        return {std::max<int64_t>(0, end - window), end};
+    }
+
+    // The positions that some of these queries attend to.
+    Range seen(Range some, int64_t window) const {
+        return {seen(some.begin, window).begin, seen(some.end - 1, window).end};
+    }
+
+    // Those of these queries that attend to some of these positions.
+    Range that_see(Range positions, Range some, int64_t window) const {
+        return common(some, {positions.begin - position(0), positions.end - 1 + window - position(0)});
+    }
+};
+
+struct Unit {
+    int64_t sequence;
+    Range queries, heads;  // heads: KV heads
+    Range q_heads;         // of these heads, in the order of q_order; all if there are several heads
+    Range splits;
+    int64_t states;  // where to store the states of the only split: [queries, q_heads, state_size] for all queries and
+                     // heads of the sequence. kNoStates: results are written instead
+    int64_t work;
+};
+
+constexpr int64_t kNoStates = -1;
+
+// The memory of a thread, for units of up to `rows` rows.
+struct Scratch {
+    int64_t query_stride;  // words
+    uint32_t* queries;     // [rows, query_stride]
+    float* scores;         // [rows, kScoreStride]: scores, then weights
+    float* split;          // [rows, state_size]: of the current split
+    float* total;          // [rows, state_size]: of all splits until now
+    uint32_t* tile;        // the packed keys or values of a tile
+
+    static int64_t size(const Attention& a, int64_t rows) {
+        return rows * (a.num_sums() + kScoreStride + 2 * a.state_size()) + tile_size(a);
+    }
+    static int64_t tile_size(const Attention& a) { return round_up(a.head_dim, kPanel) * kTile; }
+
+    Scratch(const Attention& a, int64_t rows, float* memory)
+        : query_stride(a.num_sums() / a.tiles->word_elements),
+          queries(reinterpret_cast<uint32_t*>(memory)),
+          scores(memory + rows * a.num_sums()),
+          split(scores + rows * kScoreStride),
+          total(split + rows * a.state_size()),
+          tile(reinterpret_cast<uint32_t*>(total + rows * a.state_size())) {}
+};
+
+// A computation of one unit.
+class UnitRun {
+   public:
+    UnitRun(const Attention& a, const Unit& u, const Scratch& scratch, float* states)
+        : a_(a),
+          u_(u),
+          s_(a, u.sequence),
+          x_(scratch),
+          states_(u.states == kNoStates ? nullptr : states + u.states),
+          words_(a.tiles->word_elements) {}
+
+    void run() {
+        pack_queries();
+        for (int64_t split = u_.splits.begin; split < u_.splits.end; ++split) {
+            begin_split(split);
+            score();
+            weigh();
+            sum_values();
+            end_split(split);
+        }
+        if (!states_) finish();
+    }
+
+   private:
+    // The rows of a head are consecutive: its first query for all query heads, then the next one.
+    int64_t row_of(int64_t head, int64_t query) const {
+        const Range group = group_of(head);
+        return (group.begin - u_.q_heads.begin) * u_.queries.size() + (query - u_.queries.begin) * group.size();
+    }
+
+    Range group_of(int64_t head) const {
+        return common({a_.group_starts[head], a_.group_starts[head + 1]}, u_.q_heads);
+    }
+
+    // Calls visit(row, query, i) for the rows of some queries. i counts query heads in the order of q_order.
+    template <class Visit>
+    void for_each_row(Range queries, const Visit& visit) const {
+        for (int64_t head = u_.heads.begin; head < u_.heads.end; ++head) {
+            const Range group = group_of(head);
+            int64_t row = row_of(head, queries.begin);
+            for (int64_t query = queries.begin; query < queries.end; ++query)
+                for (int64_t i = group.begin; i < group.end; ++i) visit(row++, query, i);
+        }
+    }
+
+    void pack_queries() {
+        for_each_row(u_.queries, [&](int64_t row, int64_t query, int64_t i) {
+            a_.tiles->pack_query(a_.q + s_.element(a_, query, i) * a_.item, a_.head_dim, x_.queries + row * x_.query_stride);
+        });
+    }
+
+    void begin_split(int64_t split) {
+        start_ = split * kSplit;
+        queries_ = s_.that_see({start_, start_ + kSplit}, u_.queries, a_.window);
+        const Range seen = common(s_.seen(queries_, a_.window), {start_, start_ + kSplit});
+        seen_ = {seen.begin - start_, seen.end - start_};
+        // Whole vectors of keys are packed: positions that no query sees are replaced by ones that some query sees.
+        const int64_t token_size = a_.kv_heads * a_.head_dim, begin = round_down(seen_.begin, kTile);
+        int64_t block = seen.begin / a_.block_size, within = seen.begin % a_.block_size;
+        for (int64_t t = seen_.begin; t < seen_.end; ++block, within = 0)
+            for (; t < seen_.end && within < a_.block_size; ++t, ++within)
+                offsets_[t] = (s_.block_table[block] * a_.block_size + within) * token_size;
+        std::fill(offsets_ + begin, offsets_ + seen_.begin, offsets_[seen_.begin]);
+        std::fill(offsets_ + seen_.end, offsets_ + round_up(seen_.end, kLanes), offsets_[seen_.end - 1]);
+    }
+
+    // Calls visit(tile, queries that see a token of it) for the tiles of the split, which are ranges of its positions.
+    template <class Visit>
+    void for_each_tile(const Visit& visit) const {
+        for (int64_t t = round_down(seen_.begin, kTile); t < seen_.end; t += kTile) {
+            const Range tile = {t, std::min(t + kTile, seen_.end)};
+            visit(tile, s_.that_see({start_ + tile.begin, start_ + tile.end}, queries_, a_.window));
         }
     }
 
     // The outer loop is over tokens, the inner one over heads: the heads of a token are neighbours in memory, and whole
-    // rows are read twice as fast as single heads. Each head prefetches its share of the next tile's rows.
-    const int64_t heads = end_head - first_head;
-    const int64_t row_bytes = heads * a.head_dim * static_cast<int64_t>(sizeof(T));
-    const auto prefetch_share = [&](const T* rows, int64_t t, int64_t head) __attribute__((always_inline)) {
-        const int64_t next = std::min(kTile, item.count - t), share = head - first_head;
-        const int64_t from = next * share / heads, to = next * (share + 1) / heads;
-        prefetch_rows(rows + first_head * a.head_dim, offsets + t + from, to - from, row_bytes);
-    };
-    for (int64_t t = 0; t < item.count; t += kTile)
-        for (int64_t head = first_head; head < end_head; ++head) {
-            if (t + kTile < item.count)
-                prefetch_share(a.keys, t + kTile, head);
+    // rows are read twice as fast as single heads. Each head prefetches its share of the next tile.
+    void score() {
+        for_each_tile([&](Range tile, Range queries) {
+            const int64_t vectors = (tile.size() + kLanes - 1) / kLanes;
+            for (int64_t head = u_.heads.begin; head < u_.heads.end; ++head) {
+                if (tile.end < seen_.end)
+                    prefetch_share(a_.keys, tile.end, head);
+                else
+                    prefetch_share(a_.values, round_down(seen_.begin, kTile), head);
+                const int64_t rows = queries.size() * group_of(head).size(), row = row_of(head, queries.begin);
+                if (rows == 0) continue;
+                a_.tiles->pack_keys(tile_of(a_.keys, head, tile), vectors, x_.tile);
+                a_.tiles->multiply({x_.queries + row * x_.query_stride, x_.query_stride, rows, x_.tile, vectors,
+                                    words(a_.head_dim), x_.scores + row * kScoreStride + tile.begin, kScoreStride,
+                                    false});
+            }
+        });
+    }
+
+    void weigh() {
+        for_each_row(queries_, [&](int64_t row, int64_t query, int64_t) {
+            const Range seen = common(s_.seen(query, a_.window), {start_, start_ + kSplit});
+            float* state = x_.split + row * a_.state_size();
+            a_.tiles->exponentiate(x_.scores + row * kScoreStride, seen.begin - start_, seen.end - start_, a_.softmax,
+                                   state);
+            std::fill(state + kStatistics, state + a_.state_size(), 0.0f);
+        });
+    }
+
+    void sum_values() {
+        const int64_t tile_words = kTile / words_;
+        for_each_tile([&](Range tile, Range queries) {
+            // Tokens of the tile that some query sees, and the words that they are in.
+            const Range tokens = {std::max(tile.begin, seen_.begin) - tile.begin, tile.end - tile.begin};
+            const Range used = {tokens.begin / words_, words(tokens.end)};
+            for (int64_t head = u_.heads.begin; head < u_.heads.end; ++head) {
+                if (tile.end < seen_.end) prefetch_share(a_.values, tile.end, head);
+                const int64_t rows = queries.size() * group_of(head).size(), row = row_of(head, queries.begin);
+                if (rows == 0) continue;
+                a_.tiles->pack_values(tile_of(a_.values, head, tile), tokens.begin, tokens.end, x_.tile);
+                const uint32_t* weights = reinterpret_cast<const uint32_t*>(x_.scores + row * kScoreStride);
+                float* sums = x_.split + row * a_.state_size() + kStatistics;
+                for (int64_t d = 0; d < a_.num_sums(); d += kPanel)
+                    a_.tiles->multiply({weights + tile.begin / words_ + used.begin, kScoreStride, rows,
+                                        x_.tile + (d / kPanel * tile_words + used.begin) * kPanel,
+                                        std::min(kPanel, a_.num_sums() - d) / kLanes, used.size(), sums + d,
+                                        a_.state_size(), true});
+            }
+        });
+    }
+
+    void end_split(int64_t split) {
+        const int64_t size = a_.state_size();
+        for_each_row(queries_, [&](int64_t row, int64_t query, int64_t i) {
+            const float* state = x_.split + row * size;
+            float* total = states_ ? states_ + (query * a_.q_heads + i) * size : x_.total + row * size;
+            if (states_ || split == first_split(query))
+                std::copy(state, state + size, total);
             else
-                prefetch_share(a.values, 0, head);
-            const Tile<T> tile = {a.keys + head * a.head_dim, offsets + t, std::min(kTile, item.count - t), a.head_dim};
-            for_each_group(a, head, [&](int64_t i, auto group) __attribute__((always_inline)) {
-                score_tile<T, group>(tile, queries + i * stride, scores + i * kSplit + t);
-            });
-        }
-    for (int64_t i = begin; i < end; ++i) {
-        // The query is not needed any more: its space is used for the two statistics.
-        float* statistics = queries + i * stride;
-        exponentiate(scores + i * kSplit, item.count, a.scale, a.softcap, &statistics[0], &statistics[1]);
+                a_.tiles->merge(state, a_.num_sums(), total);
+        });
     }
-    for (int64_t t = 0; t < item.count; t += kTile)
-        for (int64_t head = first_head; head < end_head; ++head) {
-            if (t + kTile < item.count) prefetch_share(a.values, t + kTile, head);
-            const Tile<T> tile = {a.values + head * a.head_dim, offsets + t, std::min(kTile, item.count - t),
-                                  a.head_dim};
-            for_each_group(a, head, [&](int64_t i, auto group) __attribute__((always_inline)) {
-                add_tile<T, group>(tile, scores + i * kSplit + t, sums + i * stride);
-            });
-        }
 
-    for (int64_t i = begin; i < end; ++i) {
-        const float* sum = sums + i * stride;
-        const float maximum = queries[i * stride], total = queries[i * stride + 1];
-        if (item.partials) {
-            float* partial = item.partials + a.q_order[i] * partial_size(a.head_dim);
-            partial[0] = maximum;
-            partial[1] = total;
-            std::memcpy(partial + kStatistics, sum, stride * sizeof(float));
-            continue;
-        }
-        T* out = a.out + (item.row * a.q_heads + a.q_order[i]) * a.head_dim;
-        const float inverse = 1.0f / total;
-        for (int64_t d = 0; d < a.head_dim; d += kChunk) {
-            const Chunk chunk = load(sum + d);
-            store(out + d, {chunk.first * inverse, chunk.second * inverse}, a.head_dim - d);
-        }
+    int64_t first_split(int64_t query) const { return s_.seen(query, a_.window).begin / kSplit; }
+
+    void finish() {
+        for_each_row(u_.queries, [&](int64_t row, int64_t query, int64_t i) {
+            a_.tiles->finish(x_.total + row * a_.state_size(), a_.head_dim, a_.out + s_.element(a_, query, i) * a_.item);
+        });
     }
-}
 
-// Merges the partial results of a row, [splits, q_heads, partial_size], for every head.
-template <class T>
-ALWAYS_INLINE void merge_row(const AttendArgs<T>& a, const Item& item, int64_t splits) {
-    const int64_t size = partial_size(a.head_dim), step = a.q_heads * size;
-    for (int64_t head = 0; head < a.q_heads; ++head) {
-        const float* partials = item.partials + head * size;
-        T* out = a.out + (item.row * a.q_heads + head) * a.head_dim;
-        float maximum = partials[0];
-        for (int64_t i = 1; i < splits; ++i) maximum = std::max(maximum, partials[i * step]);
-        float total = 0.0f;
-        alignas(64) float sums[kMaxHeadDim] = {};
-        for (int64_t i = 0; i < splits; ++i) {
-            const float* partial = partials + i * step;
-            const float weight = exp_of(splat(partial[0] - maximum))[0];
-            total += weight * partial[1];
-            for (int64_t d = 0; d < padded_dim(a.head_dim); d += kLanes)
-                store_floats(sums + d, load_floats(sums + d) + weight * load_floats(partial + kStatistics + d));
-        }
-        const float inverse = 1.0f / total;
-        for (int64_t d = 0; d < a.head_dim; d += kChunk) {
-            const Chunk sum = load(sums + d);
-            store(out + d, {sum.first * inverse, sum.second * inverse}, a.head_dim - d);
-        }
+    int64_t words(int64_t elements) const { return (elements + words_ - 1) / words_; }
+
+    Tile tile_of(const char* cache, int64_t head, Range tile) const {
+        return {cache + head * a_.head_dim * a_.item, offsets_ + tile.begin, a_.head_dim};
     }
-}
 
-// ---------------------------------------------------------------------------------------------------------------------
-// CLONED functions that call the loops above: one plain function for each type, since a template cannot be cloned.
+    // Prefetches a head's share of the tile that begins at `begin` into the L2 cache: some tokens, for all heads.
+    void prefetch_share(const char* cache, int64_t begin, int64_t head) const {
+        const Range tokens = common({begin, begin + kTile}, seen_);
+        const int64_t share = head - u_.heads.begin, heads = u_.heads.size();
+        const char* rows = cache + u_.heads.begin * a_.head_dim * a_.item;
+        for (int64_t t = tokens.begin + tokens.size() * share / heads;
+             t < tokens.begin + tokens.size() * (share + 1) / heads; ++t)
+            for (int64_t byte = 0; byte < heads * a_.head_dim * a_.item; byte += kCacheLine)
+                __builtin_prefetch(rows + offsets_[t] * a_.item + byte, 0, 2);
+    }
 
-#define DEFINE_LOOPS(T)                                                                                               \
-    CLONED void attend_heads(const AttendArgs<T>& a, const Item& item, int64_t first_head, int64_t end_head,          \
-                             float* scratch) {                                                                        \
-        attend_item(a, item, first_head, end_head, scratch);                                                          \
-    }                                                                                                                 \
-    CLONED void merge_splits(const AttendArgs<T>& a, const Item& item, int64_t splits) { merge_row(a, item, splits); }
+    const Attention& a_;
+    const Unit& u_;
+    const Sequence s_;
+    const Scratch& x_;
+    float* const states_;
+    const int64_t words_;  // elements in a word
 
-DEFINE_LOOPS(float)
-DEFINE_LOOPS(BFloat16)
+    // The current split: its first position, the queries that see some of it, and what they see, from its start on.
+    int64_t start_ = 0;
+    Range queries_{}, seen_{};
+    int64_t offsets_[kSplit];
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The division of work among threads.
 
-// Attention over fewer bytes of KV cache per thread than this takes longer to hand to a thread than to compute.
-constexpr int64_t kCacheBytesPerThread = 128 * 1024;
+// Less work per thread than this takes longer to hand to a thread than to compute. Work is counted in bytes of the KV
+// cache that are read; the arithmetic of a row with an element of it takes as long as reading half a byte.
+constexpr int64_t kWorkPerThread = 128 * 1024;
+constexpr int64_t kUnitsPerThread = 8;
 
-template <class T>
-void attend(const AttendArgs<T>& a, int64_t threads) {
-    struct SplitRow {
-        int64_t first_item, splits;
-    };
-    std::vector<Item> items;
-    std::vector<SplitRow> split_rows;
-    int64_t tokens = 0;
-    for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
-        const int64_t first = a.query_starts[sequence], end = a.query_starts[sequence + 1];
-        if (end - first > a.max_queries) continue;
-        for (int64_t row = first; row < end; ++row) {
-            const int64_t context = a.context_lens[sequence] - (end - 1 - row);
-            const int64_t seen = std::min(context, a.window), oldest = context - seen;
-            const int64_t splits = (context + kSplit - 1) / kSplit - oldest / kSplit;
-            if (splits > 1) split_rows.push_back({static_cast<int64_t>(items.size()), splits});
-            for (int64_t start = oldest, next; start < context; start = next) {
-                next = std::min(context, (start / kSplit + 1) * kSplit);
-                items.push_back({row, sequence, start, next - start, nullptr});
-            }
-            tokens += seen;
+// A sequence whose splits are divided among threads.
+struct DividedSequence {
+    int64_t sequence, first_split;
+    int64_t states;  // offset of [splits, queries, q_heads, state_size]
+};
+
+int64_t work_of(const Attention& a, const Sequence& s, Range queries, Range positions, int64_t heads, int64_t q_heads) {
+    int64_t seen = 0;
+    for (int64_t query = queries.begin; query < queries.end; ++query)
+        seen += common(s.seen(query, a.window), positions).size();
+    const int64_t tokens = common(s.seen(queries, a.window), positions).size();
+    return a.head_dim * (2 * a.item * tokens * heads + seen * q_heads);
+}
+
+Range splits_of(const Attention& a, const Sequence& s, Range queries) {
+    const Range seen = s.seen(queries, a.window);
+    return {seen.begin / kSplit, (seen.end + kSplit - 1) / kSplit};
+}
+
+int64_t pieces(int64_t count, int64_t largest) { return (count + largest - 1) / largest; }
+
+// Calls visit(range) for `count` pieces of a range that are as equal as possible.
+template <class Visit>
+void for_each_piece(Range range, int64_t count, const Visit& visit) {
+    for (int64_t i = 0; i < count; ++i)
+        visit(Range{range.begin + range.size() * i / count, range.begin + range.size() * (i + 1) / count});
+}
+
+// The units of a batch. They are small enough for each thread to have several.
+class Division {
+   public:
+    std::vector<Unit> units;
+    std::vector<DividedSequence> divided;
+    int64_t states_size = 0, max_rows = 0, threads = 1;
+
+    Division(const Attention& a, int64_t most_threads) : a_(a) {
+        int64_t work = 0;
+        for (int64_t head = 0; head < a.kv_heads; ++head) group_ = std::max(group_, a.group_size(head));
+        for (int64_t i = 0; i < a.sequences; ++i) {
+            const Sequence s(a, i);
+            if (s.queries > 0) work += work_of(a, s, {0, s.queries}, {0, s.context}, a.kv_heads, a.q_heads);
         }
-    }
-    std::unique_ptr<float[]> partials;
-    if (!split_rows.empty()) {
-        int64_t splits = 0;
-        for (const SplitRow& row : split_rows) splits += row.splits;
-        const int64_t step = a.q_heads * partial_size(a.head_dim);
-        partials.reset(new float[splits * step]);
-        float* next = partials.get();
-        for (const SplitRow& row : split_rows)
-            for (int64_t i = 0; i < row.splits; ++i, next += step) items[row.first_item + i].partials = next;
+        threads = std::max<int64_t>(1, std::min(most_threads, work / kWorkPerThread));
+        share_ = threads == 1 ? work : work / (threads * kUnitsPerThread);
+        for (int64_t i = 0; i < a.sequences; ++i) {
+            const Sequence s(a, i);
+            if (s.queries > kFewQueries)
+                divide_queries(i, s);
+            else if (s.queries > 0)
+                divide_splits(i, s);
+        }
+        // The largest first, so that no thread works alone for long at the end.
+        std::stable_sort(units.begin(), units.end(), [](const Unit& x, const Unit& y) { return x.work > y.work; });
     }
 
-    // A piece of work is a range of KV heads of one item. Whole items read longer stretches of the cache; ranges of
-    // fewer heads give every thread something to do. The choice does not change a result.
-    const int64_t bytes = tokens * a.kv_heads * a.head_dim * 2 * static_cast<int64_t>(sizeof(T));
-    threads = std::max<int64_t>(1, std::min(threads, bytes / kCacheBytesPerThread));
-    const int64_t count = items.size();
-    const int64_t wanted = threads == 1 ? 1 : std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, count));
-    const int64_t heads = (a.kv_heads + wanted - 1) / wanted, ranges = (a.kv_heads + heads - 1) / heads;
-    const int64_t size = scratch_size(a.q_heads, a.head_dim);
-    const std::unique_ptr<float[]> scratch(new float[threads * size]);
-    in_parallel(count * ranges, threads, [&](int64_t piece, int64_t worker) {
-        const int64_t head = piece % ranges * heads;
-        attend_heads(a, items[piece / ranges], head, std::min(head + heads, a.kv_heads), scratch.get() + worker * size);
+   private:
+    // Units of one KV head: its keys and values are packed for a block of queries.
+    void divide_queries(int64_t sequence, const Sequence& s) {
+        const int64_t rows = std::min(group_, kMaxRows);
+        int64_t queries = kMaxRows / rows;
+        while (queries / 2 * rows >= kMinRows &&
+               work_of(a_, s, {s.queries - queries, s.queries}, {0, s.context}, 1, rows) > share_)
+            queries /= 2;
+        for_each_piece({0, s.queries}, pieces(s.queries, queries), [&](Range block) {
+            for (int64_t head = 0; head < a_.kv_heads; ++head)
+                add(sequence, s, block, {head, head + 1}, splits_of(a_, s, block), kNoStates);
+        });
+    }
+
+    // Units of all queries and, if possible, all heads, whose keys and values are neighbours in memory.
+    void divide_splits(int64_t sequence, const Sequence& s) {
+        const Range queries = {0, s.queries}, splits = splits_of(a_, s, queries);
+        const bool divide =
+            splits.size() > 1 && work_of(a_, s, queries, {0, s.context}, a_.kv_heads, a_.q_heads) > share_;
+        const int64_t step = s.queries * a_.q_heads * a_.state_size();
+        if (divide) divided.push_back({sequence, splits.begin, states_size});
+        for_each_piece(splits, divide ? splits.size() : 1, [&](Range piece) {
+            const int64_t work =
+                work_of(a_, s, queries, {piece.begin * kSplit, piece.end * kSplit}, a_.kv_heads, a_.q_heads);
+            const int64_t by_rows = pieces(s.queries * a_.q_heads, kMaxRows), by_work = work / std::max<int64_t>(1, share_);
+            for_each_piece({0, a_.kv_heads}, std::min(a_.kv_heads, std::max(by_rows, by_work)), [&](Range heads) {
+                add(sequence, s, queries, heads, piece, divide ? states_size : kNoStates);
+            });
+            if (divide) states_size += step;
+        });
+    }
+
+    // A group of query heads that is too large for a unit is divided.
+    void add(int64_t sequence, const Sequence& s, Range queries, Range heads, Range splits, int64_t states) {
+        const Range q_heads = {a_.group_starts[heads.begin], a_.group_starts[heads.end]};
+        const int64_t count = heads.size() > 1 ? 1 : pieces(q_heads.size() * queries.size(), kMaxRows);
+        for_each_piece(q_heads, std::min(count, q_heads.size()), [&](Range piece) {
+            const int64_t work = work_of(a_, s, queries, {splits.begin * kSplit, splits.end * kSplit}, heads.size(), piece.size());
+            units.push_back({sequence, queries, heads, piece, splits, states, work});
+            max_rows = std::max(max_rows, queries.size() * piece.size());
+        });
+    }
+
+    const Attention& a_;
+    int64_t group_ = 1, share_ = 0;
+};
+
+// Merges the states of a query's splits, for all heads.
+void merge_splits(const Attention& a, const DividedSequence& d, int64_t query, const float* states) {
+    const Sequence s(a, d.sequence);
+    const Range splits = splits_of(a, s, {query, query + 1});
+    const int64_t size = a.state_size(), step = s.queries * a.q_heads * size;
+    alignas(64) float total[kStatistics + kMaxHeadDim];
+    for (int64_t i = 0; i < a.q_heads; ++i) {
+        const float* state = states + d.states + (splits.begin - d.first_split) * step + (query * a.q_heads + i) * size;
+        std::copy(state, state + size, total);
+        for (int64_t split = splits.begin + 1; split < splits.end; ++split)
+            a.tiles->merge(state += step, a.num_sums(), total);
+        a.tiles->finish(total, a.head_dim, a.out + s.element(a, query, i) * a.item);
+    }
+}
+
+struct AlignedDelete {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(kCacheLine)); }
+};
+typedef std::unique_ptr<float[], AlignedDelete> Memory;
+
+Memory allocate(int64_t floats) {
+    return Memory(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(kCacheLine))));
+}
+
+void attend(const Attention& a, int64_t most_threads) {
+    const Division division(a, most_threads);
+    const Memory states = allocate(division.states_size);
+    const int64_t size = Scratch::size(a, division.max_rows);
+    const Memory scratch = allocate(division.threads * size);
+    in_parallel(division.units.size(), division.threads, [&](int64_t unit, int64_t worker) {
+        const Scratch own(a, division.max_rows, scratch.get() + worker * size);
+        UnitRun(a, division.units[unit], own, states.get()).run();
     });
-    in_parallel(split_rows.size(), threads, [&](int64_t piece, int64_t) {
-        merge_splits(a, items[split_rows[piece].first_item], split_rows[piece].splits);
+    std::vector<std::pair<const DividedSequence*, int64_t>> queries;
+    for (const DividedSequence& divided : division.divided)
+        for (int64_t query = 0; query < Sequence(a, divided.sequence).queries; ++query)
+            queries.push_back({&divided, query});
+    in_parallel(queries.size(), division.threads, [&](int64_t i, int64_t) {
+        merge_splits(a, *queries[i].first, queries[i].second, states.get());
     });
 }
 
@@ -397,27 +460,20 @@ void attend(const AttendArgs<T>& a, int64_t threads) {
 
 EXPORT int32_t shoal_max_head_dim() { return kMaxHeadDim; }
 
-// Computes the rows of sequences with at most max_queries queries, and does not write the other rows of `out`. window:
-// at least 1. softcap: 0 for none.
+// window: at least 1. softcap: 0 for none. groups: group_starts, then q_order.
 EXPORT int32_t shoal_attend(int32_t type, const void* q, const void* keys, const void* values, void* out,
                             const int32_t* query_starts, const int32_t* context_lens, const int32_t* block_tables,
-                            int64_t table_stride, int64_t block_size, int64_t sequences, int64_t max_queries,
-                            int64_t q_heads, int64_t kv_heads, int64_t head_dim, const int32_t* groups, int64_t window,
-                            float scale, float softcap, int64_t threads) {
+                            int64_t table_stride, int64_t block_size, int64_t sequences, int64_t q_heads,
+                            int64_t kv_heads, int64_t head_dim, const int32_t* groups, int64_t window, float scale,
+                            float softcap, int64_t threads) {
     if (head_dim > kMaxHeadDim) return kUnsupported;
-    const auto call = [&](auto* element) {
-        using T = std::remove_pointer_t<decltype(element)>;
-        const AttendArgs<T> args = {
-            static_cast<const T*>(q), static_cast<const T*>(keys), static_cast<const T*>(values), static_cast<T*>(out),
-            query_starts, context_lens, block_tables, table_stride, block_size, sequences, max_queries,
-            q_heads, kv_heads, head_dim, groups, groups + kv_heads + 1, window, scale, softcap};
-        attend(args, threads);
-    };
+    const int64_t item = type == kFloat32 ? sizeof(float) : sizeof(BFloat16);
+    const Attention a = {static_cast<const char*>(q), static_cast<const char*>(keys), static_cast<const char*>(values),
+                         static_cast<char*>(out), item, query_starts, context_lens, block_tables, table_stride,
+                         block_size, sequences, q_heads, kv_heads, head_dim, groups, groups + kv_heads + 1, window,
+                         {scale, softcap}, &attention_tiles(type)};
     try {
-        if (type == kFloat32)
-            call(static_cast<float*>(nullptr));
-        else
-            call(static_cast<BFloat16*>(nullptr));
+        attend(a, threads);
     } catch (const std::bad_alloc&) {
         return kOutOfMemory;
     }

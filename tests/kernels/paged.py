@@ -91,6 +91,28 @@ def alone(case: Case, i: int) -> Case:
     return replace(case, q=case.q[rows], batch=single)
 
 
+def chunk(case: Case, first: int, end: int) -> Case:
+    """Return a step that computes the queries [first, end) of a case with one sequence.
+
+    The slots of later queries contain NaN.
+    """
+    batch, queries = case.batch, end - first
+    context = batch.host_context_lens[0] - (batch.query_lens[0] - end)
+    later = batch.slots[end:]
+    keys, values = case.cache.keys.index_fill(0, later, torch.nan), case.cache.values.index_fill(0, later, torch.nan)
+    step = replace(
+        batch,
+        positions=batch.positions[first:end],
+        slots=batch.slots[first:end],
+        query_starts=torch.tensor([0, queries], dtype=torch.int32),
+        context_lens=torch.tensor([context], dtype=torch.int32),
+        num_single=int(queries == 1),
+        query_lens=(queries,),
+        host_context_lens=(context,),
+    )
+    return replace(case, q=case.q[first:end], batch=step, cache=KVCache(keys, values))
+
+
 def formula(case: Case) -> tuple[Tensor, Tensor]:
     """Return softmax(s) v in float64, where s is q k^T * scale with softcap and window, and the scale of its errors.
 

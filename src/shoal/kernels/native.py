@@ -1,7 +1,6 @@
 """The kernels in C++ for the CPU (`csrc/rows.cpp`, `csrc/attention.cpp`), called through ctypes.
 
-A row's result has the same bits in any batch and with any number of threads. The exception is the attention of
-sequences with more than `MAX_SHORT_QUERIES` queries, which PyTorch computes.
+A row's result has the same bits in any batch, with any number of threads, and however a prompt is cut into chunks.
 """
 
 import ctypes
@@ -23,11 +22,10 @@ from shoal.kernels.base import (
     QKNorm,
     Rope,
 )
-from shoal.kernels.reference import ReferenceKernels, attend_multi_queries
+from shoal.kernels.reference import ReferenceKernels
 from shoal.native_library import open_library
 
-ABI_VERSION = 3
-MAX_SHORT_QUERIES = 8  # with more queries PyTorch's matrix products are faster than reading the keys for every query
+ABI_VERSION = 4
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NORM_CODES: dict[NormKind, int] = {"rms": 0, "rms_wide": 1, "layer": 2}
@@ -49,7 +47,7 @@ _SIGNATURES: dict[str, list[Any]] = {
         *[_POINTER] * 7,
         *[_LONG] * 6,
     ],
-    "shoal_attend": [_INT, *[_POINTER] * 7, *[_LONG] * 7, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
+    "shoal_attend": [_INT, *[_POINTER] * 7, *[_LONG] * 6, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
 }
 
 
@@ -198,7 +196,6 @@ class NativeKernels:
                 batch.block_tables.stride(0),
                 batch.block_size,
                 len(batch.query_lens),
-                MAX_SHORT_QUERIES,
                 heads.q_heads,
                 heads.kv_heads,
                 heads.head_dim,
@@ -209,11 +206,9 @@ class NativeKernels:
                 _threads(),
             )
             if status == _OUT_OF_MEMORY:
-                raise MemoryError("out of memory for the partial results of attention")
+                raise MemoryError("out of memory for the intermediate results of attention")
             if status != 0:
                 raise RuntimeError(f"the native attention kernel refused its arguments (status {status})")
-            if len(batch.query_lens) > batch.num_single:
-                attend_multi_queries(q, heads, params, batch, cache, out, min_queries=MAX_SHORT_QUERIES + 1)
         return out.view(out.shape[0], heads.q_heads * heads.head_dim)
 
     def _head_groups(self, heads: HeadLayout) -> "ctypes.Array[ctypes.c_int32]":

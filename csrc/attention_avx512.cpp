@@ -1,0 +1,212 @@
+// The arithmetic of attention with AVX-512: keys are transposed 16 x 16, and AVX512-BF16 multiplies bfloat16 elements
+// without widening them.
+
+#include "attention_tiles.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+
+#define AVX512 __attribute__((target("arch=x86-64-v4")))
+#define AVX512_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4")))
+#define BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#define BF16_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4,avx512bf16")))
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing.
+
+// Transposes 16 x 16 words: first within the 128-bit lanes of four rows each, then the lanes.
+AVX512_INLINE void transpose(__m512i (&rows)[16]) {
+    __m512i quads[4][4];  // quads[i][c]: columns c, c + 4, c + 8 and c + 12 of the rows 4 i to 4 i + 3
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512i low_01 = _mm512_unpacklo_epi32(rows[4 * i], rows[4 * i + 1]);
+        const __m512i high_01 = _mm512_unpackhi_epi32(rows[4 * i], rows[4 * i + 1]);
+        const __m512i low_23 = _mm512_unpacklo_epi32(rows[4 * i + 2], rows[4 * i + 3]);
+        const __m512i high_23 = _mm512_unpackhi_epi32(rows[4 * i + 2], rows[4 * i + 3]);
+        quads[i][0] = _mm512_unpacklo_epi64(low_01, low_23);
+        quads[i][1] = _mm512_unpackhi_epi64(low_01, low_23);
+        quads[i][2] = _mm512_unpacklo_epi64(high_01, high_23);
+        quads[i][3] = _mm512_unpackhi_epi64(high_01, high_23);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const __m512i low_01 = _mm512_shuffle_i32x4(quads[0][c], quads[1][c], 0x44);
+        const __m512i high_01 = _mm512_shuffle_i32x4(quads[0][c], quads[1][c], 0xee);
+        const __m512i low_23 = _mm512_shuffle_i32x4(quads[2][c], quads[3][c], 0x44);
+        const __m512i high_23 = _mm512_shuffle_i32x4(quads[2][c], quads[3][c], 0xee);
+        rows[c] = _mm512_shuffle_i32x4(low_01, low_23, 0x88);
+        rows[c + 4] = _mm512_shuffle_i32x4(low_01, low_23, 0xdd);
+        rows[c + 8] = _mm512_shuffle_i32x4(high_01, high_23, 0x88);
+        rows[c + 12] = _mm512_shuffle_i32x4(high_01, high_23, 0xdd);
+    }
+}
+
+// The bytes of 16 words, of which only the first `left` are read; the others are 0.
+AVX512_INLINE __m512i load_bytes(const char* p, int64_t left) {
+    if (left >= 64) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi8((__mmask64(1) << left) - 1, p);
+}
+
+// Keys are transposed as rows of words, whatever the words contain.
+template <class T>
+AVX512_INLINE void pack_words(const Tile& tile, int64_t vectors, uint32_t* panel) {
+    const int64_t row_bytes = tile.head_dim * static_cast<int64_t>(sizeof(T));
+    const char* head = static_cast<const char*>(tile.head);
+    for (int64_t byte = 0; byte < row_bytes; byte += 64)
+        for (int64_t vector = 0; vector < vectors; ++vector) {
+            const int64_t* offsets = tile.offsets + vector * kLanes;
+            __m512i rows[16];
+#pragma GCC unroll 16
+            for (int t = 0; t < 16; ++t)
+                rows[t] = load_bytes(head + offsets[t] * static_cast<int64_t>(sizeof(T)) + byte, row_bytes - byte);
+            transpose(rows);
+            uint32_t* to = panel + byte / 4 * kPanel + vector * kLanes;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kPanel, rows[i]);
+        }
+}
+
+AVX512 void pack_keys_float(const Tile& tile, int64_t vectors, uint32_t* panel) {
+    pack_words<float>(tile, vectors, panel);
+}
+
+AVX512 void pack_keys_bfloat16(const Tile& tile, int64_t vectors, uint32_t* panel) {
+    pack_words<BFloat16>(tile, vectors, panel);
+}
+
+AVX512 void pack_query_bfloat16(const void* query, int64_t head_dim, uint32_t* words) {
+    const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(BFloat16));
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+        _mm512_storeu_si512(words + byte / 4, load_bytes(static_cast<const char*>(query) + byte, bytes - byte));
+}
+
+// A word is two tokens. Interleaving works within 128-bit lanes: of 32 elements the first vector of a panel has those
+// with d % 8 < 4, the second one the others. `finish` puts them in order.
+AVX512 void pack_values_bfloat16(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {
+    const int64_t row_bytes = tile.head_dim * static_cast<int64_t>(sizeof(BFloat16));
+    const auto row_of = [&](int64_t t) {
+        return static_cast<const char*>(tile.head) + tile.offsets[t] * static_cast<int64_t>(sizeof(BFloat16));
+    };
+    for (int64_t pair = first / 2; 2 * pair < end; ++pair) {
+        const bool has_even = 2 * pair >= first, has_odd = 2 * pair + 1 < end;
+        const char *even = row_of(has_even ? 2 * pair : 2 * pair + 1), *odd = row_of(has_odd ? 2 * pair + 1 : 2 * pair);
+        const __mmask64 even_mask = has_even ? ~__mmask64(0) : 0, odd_mask = has_odd ? ~__mmask64(0) : 0;
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) {
+            const __m512i x = _mm512_maskz_mov_epi8(even_mask, load_bytes(even + byte, row_bytes - byte));
+            const __m512i y = _mm512_maskz_mov_epi8(odd_mask, load_bytes(odd + byte, row_bytes - byte));
+            const int64_t d = byte / 2;
+            uint32_t* to = panels + (d / kPanel * (kTile / 2) + pair) * kPanel + d % kPanel;
+            _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
+            _mm512_storeu_si512(to + kLanes, _mm512_unpackhi_epi16(x, y));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products.
+
+template <int Rows, int Vectors>
+BF16_INLINE void multiply_block(const Product& p, int64_t row, int64_t vector) {
+    const uint32_t* a = p.a + row * p.a_stride;
+    const uint32_t* b = p.b + vector * kLanes;
+    float* c = p.c + row * p.c_stride + vector * kLanes;
+    __m512 sums[Rows][Vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v)
+            sums[r][v] = p.add ? _mm512_loadu_ps(c + r * p.c_stride + v * kLanes) : _mm512_setzero_ps();
+    for (int64_t i = 0; i < p.depth; ++i) {
+        __m512i words[Vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) words[v] = _mm512_loadu_si512(b + i * kPanel + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const __m512i word = _mm512_set1_epi32(static_cast<int32_t>(a[r * p.a_stride + i]));
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v)
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)words[v], (__m512bh)word);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(c + r * p.c_stride + v * kLanes, sums[r][v]);
+}
+
+template <int Vectors>
+BF16_INLINE void multiply_vectors(const Product& p, int64_t vector) {
+    int64_t row = 0;
+    for (; row + 6 <= p.rows; row += 6) multiply_block<6, Vectors>(p, row, vector);
+    for (; row + 4 <= p.rows; row += 4) multiply_block<4, Vectors>(p, row, vector);
+    for (; row + 2 <= p.rows; row += 2) multiply_block<2, Vectors>(p, row, vector);
+    for (; row < p.rows; ++row) multiply_block<1, Vectors>(p, row, vector);
+}
+
+BF16 void multiply(const Product& product) {
+    static_assert(kVectors == 4);
+    int64_t vector = 0;
+    if (product.vectors == 4) multiply_vectors<4>(product, 0), vector = 4;
+    for (; vector + 2 <= product.vectors; vector += 2) multiply_vectors<2>(product, vector);
+    if (vector < product.vectors) multiply_vectors<1>(product, vector);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Softmax and results.
+
+// The weights are rounded to bfloat16, and their sum is of the rounded ones, so that the errors of both mostly cancel.
+BF16 void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& softmax, float* state) {
+    const float maximum = scale_scores(scores, from, to, softmax);
+    const int64_t first = round_down(from, kLanes), end = round_up(to, kLanes);
+    // Weights are half as long as scores, so they are written where scores were read before.
+    uint16_t* weights = reinterpret_cast<uint16_t*>(scores);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t t = first; t < end; t += kLanes) {
+        const Floats exponential = exp_of_negative(load_floats(scores + t) - maximum);
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)exponential);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + t), rounded);
+        total += (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+    }
+    std::fill(weights + round_down(from, kTile), weights + first, uint16_t{0});
+    std::fill(weights + end, weights + round_up(to, kTile), uint16_t{0});
+    state[0] = maximum;
+    state[1] = sum_of((Floats)total);
+}
+
+BF16 void finish(const float* state, int64_t head_dim, void* out) {
+    const __m512 inverse = _mm512_set1_ps(1.0f / state[1]);
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t d = 0; d < head_dim; d += kChunk) {
+        const float* sums = state + kStatistics + d;
+        const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(sums), inverse);
+        const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(sums + kLanes), inverse);
+        const __m512i rounded = _mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        uint16_t* to = static_cast<uint16_t*>(out) + d;
+        if (head_dim - d >= kChunk)
+            _mm512_storeu_si512(to, rounded);
+        else
+            _mm512_mask_storeu_epi16(to, (__mmask32(1) << (head_dim - d)) - 1, rounded);
+    }
+}
+
+}  // namespace
+
+void use_avx512(int32_t type, AttentionTiles* tiles) {
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return;
+    if (type == kFloat32)
+        tiles->pack_keys = pack_keys_float;
+    else if (__builtin_cpu_supports("avx512bf16"))
+        *tiles = {2,        pack_query_bfloat16, pack_keys_bfloat16, pack_values_bfloat16,
+                  multiply, exponentiate,        tiles->merge,       finish};
+}
+
+#else
+
+void use_avx512(int32_t, AttentionTiles*) {}
+
+#endif

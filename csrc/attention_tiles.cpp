@@ -1,0 +1,165 @@
+// The arithmetic of attention with GCC's vectors, for any machine. A word is a float32, and bfloat16 elements are widened
+// when they are packed; their order within a chunk is that of chunks.h.
+
+#include "attention_tiles.h"
+
+namespace {
+
+typedef float Floats4 __attribute__((vector_size(16)));
+
+template <class T>
+ALWAYS_INLINE void pack_query_of(const T* query, int64_t head_dim, float* words) {
+    for (int64_t d = 0; d < head_dim; d += kChunk) store(words + d, load(query + d, head_dim - d));
+}
+
+ALWAYS_INLINE Floats4 load_four(const float* p) {
+    Floats4 x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+// Writes 4 x 4 elements transposed. Both strides are in floats.
+ALWAYS_INLINE void transpose_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    const Floats4 a = load_four(from), b = load_four(from + from_stride), c = load_four(from + 2 * from_stride),
+                  d = load_four(from + 3 * from_stride);
+    const Floats4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Floats4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    const Floats4 columns[4] = {
+        __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+        __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &columns[i], sizeof columns[i]);
+}
+
+template <class T>
+ALWAYS_INLINE void pack_keys_of(const Tile& tile, int64_t vectors, float* panel) {
+    const T* head = static_cast<const T*>(tile.head);
+    float rows[kLanes][kChunk];
+    for (int64_t first = 0; first < vectors * kLanes; first += kLanes)
+        for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
+            for (int64_t t = 0; t < kLanes; ++t)
+                store(rows[t], load(head + tile.offsets[first + t] + d, tile.head_dim - d));
+            for (int64_t t = 0; t < kLanes; t += 4)
+                for (int64_t i = 0; i < kChunk; i += 4)
+                    transpose_four(&rows[t][i], kChunk, panel + (d + i) * kPanel + first + t, kPanel);
+        }
+}
+
+template <class T>
+ALWAYS_INLINE void pack_values_of(const Tile& tile, int64_t first, int64_t end, float* panels) {
+    const T* head = static_cast<const T*>(tile.head);
+    for (int64_t t = first; t < end; ++t)
+        for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
+            float* to = panels + (d / kPanel * kTile + t) * kPanel + d % kPanel;
+            store(to, load(head + tile.offsets[t] + d, tile.head_dim - d));
+        }
+}
+
+// As many rows and vectors at a time as AVX2 and NEON have registers for.
+template <int Rows, int Vectors>
+ALWAYS_INLINE void multiply_block(const Product& p, int64_t row, int64_t vector) {
+    const float* a = reinterpret_cast<const float*>(p.a) + row * p.a_stride;
+    const float* b = reinterpret_cast<const float*>(p.b) + vector * kLanes;
+    float* c = p.c + row * p.c_stride + vector * kLanes;
+    Floats sums[Rows][Vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v)
+            sums[r][v] = p.add ? load_floats(c + r * p.c_stride + v * kLanes) : Floats{};
+    for (int64_t i = 0; i < p.depth; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
+            const Floats words = load_floats(b + i * kPanel + v * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) sums[r][v] += a[r * p.a_stride + i] * words;
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) store_floats(c + r * p.c_stride + v * kLanes, sums[r][v]);
+}
+
+template <int Rows, int Vectors>
+ALWAYS_INLINE void multiply_rows(const Product& p, int64_t row) {
+    int64_t vector = 0;
+    for (; vector + Vectors <= p.vectors; vector += Vectors) multiply_block<Rows, Vectors>(p, row, vector);
+    for (; vector < p.vectors; ++vector) multiply_block<Rows, 1>(p, row, vector);
+}
+
+template <class T>
+ALWAYS_INLINE void finish_of(const float* state, int64_t head_dim, T* out) {
+    const float inverse = 1.0f / state[1];
+    for (int64_t d = 0; d < head_dim; d += kChunk) {
+        const Chunk sums = load(state + kStatistics + d);
+        store(out + d, {sums.first * inverse, sums.second * inverse}, head_dim - d);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CLONED functions that call the loops above: one plain function for each type, since a template cannot be cloned.
+
+CLONED void multiply(const Product& product) {
+    int64_t row = 0;
+    for (; row + 6 <= product.rows; row += 6) multiply_rows<6, 1>(product, row);
+    for (; row + 2 <= product.rows; row += 2) multiply_rows<2, 2>(product, row);
+    for (; row < product.rows; ++row) multiply_rows<1, 4>(product, row);
+}
+
+CLONED void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& softmax, float* state) {
+    const float maximum = scale_scores(scores, from, to, softmax);
+    const int64_t first = round_down(from, kLanes), end = round_up(to, kLanes);
+    Floats total = {};
+    for (int64_t t = first; t < end; t += kLanes) {
+        const Floats weights = exp_of_negative(load_floats(scores + t) - maximum);
+        store_floats(scores + t, weights);
+        total += weights;
+    }
+    std::fill(scores + round_down(from, kTile), scores + first, 0.0f);
+    std::fill(scores + end, scores + round_up(to, kTile), 0.0f);
+    state[0] = maximum;
+    state[1] = sum_of(total);
+}
+
+CLONED void merge(const float* next, int64_t size, float* state) {
+    const float maximum = std::max(state[0], next[0]);
+    const float before = exp_of_negative(splat(state[0] - maximum))[0];
+    const float now = exp_of_negative(splat(next[0] - maximum))[0];
+    state[0] = maximum;
+    state[1] = before * state[1] + now * next[1];
+    for (int64_t d = kStatistics; d < kStatistics + size; d += kLanes)
+        store_floats(state + d, before * load_floats(state + d) + now * load_floats(next + d));
+}
+
+#define DEFINE_LOOPS(T)                                                                                        \
+    CLONED void pack_query_##T(const void* query, int64_t head_dim, uint32_t* words) {                         \
+        pack_query_of(static_cast<const T*>(query), head_dim, reinterpret_cast<float*>(words));                \
+    }                                                                                                          \
+    CLONED void pack_keys_##T(const Tile& tile, int64_t vectors, uint32_t* panel) {                            \
+        pack_keys_of<T>(tile, vectors, reinterpret_cast<float*>(panel));                                       \
+    }                                                                                                          \
+    CLONED void pack_values_##T(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {              \
+        pack_values_of<T>(tile, first, end, reinterpret_cast<float*>(panels));                                 \
+    }                                                                                                          \
+    CLONED void finish_##T(const float* state, int64_t head_dim, void* out) {                                  \
+        finish_of(state, head_dim, static_cast<T*>(out));                                                      \
+    }
+
+DEFINE_LOOPS(float)
+DEFINE_LOOPS(BFloat16)
+
+#define TILES_OF(T) \
+    { 1, pack_query_##T, pack_keys_##T, pack_values_##T, multiply, exponentiate, merge, finish_##T }
+
+AttentionTiles choose(int32_t type) {
+    AttentionTiles tiles = TILES_OF(float);
+    if (type == kBFloat16) tiles = TILES_OF(BFloat16);
+    use_avx512(type, &tiles);
+    return tiles;
+}
+
+}  // namespace
+
+const AttentionTiles& attention_tiles(int32_t type) {
+    static const AttentionTiles float32 = choose(kFloat32), bfloat16 = choose(kBFloat16);
+    return type == kFloat32 ? float32 : bfloat16;
+}

@@ -1,0 +1,139 @@
+// The arithmetic of attention, for a tile of tokens and one KV head: what csrc/attention.cpp calls, and what exists once
+// per element type and instruction set.
+//
+// Every number of a row (one query head of one query) is formed by a fixed sequence of operations, in which no other row
+// takes part. So a row has the same bits however many rows are computed with it:
+//
+//  * Positions are divided into splits at the multiples of kSplit. Each split gives the maximum of the row's scores, the
+//    weights exp(score - maximum), their sum, and the sum of the values times the weights. Splits are merged in order.
+//  * The product of a query and a key is summed in the order of the head's elements, and weighted values in the order of
+//    positions, each sum in a lane of its own (`multiply`).
+//  * A weight of a token that the row does not attend to is 0. Adding it changes nothing, if its value is finite, so it
+//    does not matter which other tokens of a tile are computed.
+//
+// Elements are handled in words of 32 bits: a float32, or two bfloat16 elements that one instruction multiplies and
+// adds. Weights are in words too: two bfloat16 weights are those of the positions 2 i and 2 i + 1.
+
+#pragma once
+
+#include "chunks.h"
+
+constexpr int64_t kSplit = 256;  // positions
+constexpr int64_t kTile = 64;    // positions: the tokens that are packed at a time
+constexpr int64_t kVectors = 4;  // vectors of kLanes words in a row of a panel
+constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kStatistics = kLanes;  // floats of a state before its sums: maximum, sum of weights, unused
+constexpr int64_t kScoreStride = kSplit + kLanes;  // floats; not a power of two, so that rows are in different cache sets
+
+static_assert(kTile == kPanel, "a panel of keys has the tokens of a tile");
+
+ALWAYS_INLINE int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
+ALWAYS_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+ALWAYS_INLINE int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, kChunk); }
+
+// c[r, :] = a[r, :] b, or added to c, for rows r. A row of `a` has `depth` words; b is a panel: [depth, kPanel] words, of
+// which the first `vectors` * kLanes of each row are used. Strides are in words.
+struct Product {
+    const uint32_t* a;
+    int64_t a_stride, rows;
+    const uint32_t* b;
+    int64_t vectors, depth;
+    float* c;
+    int64_t c_stride;
+    bool add;
+};
+
+// The keys or values of one KV head for a tile of tokens. `offsets` are the distances of the tokens from `head`, the
+// head's place in the first slot of the cache, in elements.
+struct Tile {
+    const void* head;
+    const int64_t* offsets;
+    int64_t head_dim;
+};
+
+struct Softmax {
+    float scale, softcap;  // softcap 0: none
+};
+
+// A state is kStatistics + padded_dim(head_dim) floats: the maximum of scores, the sum of weights, and the sum of
+// weighted values, whose lanes are in an order of the implementation.
+struct AttentionTiles {
+    int64_t word_elements;  // elements in a word: 1 or 2
+
+    // Writes a query as padded_dim(head_dim) / word_elements words, zeros after its end.
+    void (*pack_query)(const void* query, int64_t head_dim, uint32_t* words);
+
+    // Writes the first `vectors` * kLanes tokens of a tile as a panel: row i has word i of each key.
+    void (*pack_keys)(const Tile& tile, int64_t vectors, uint32_t* panel);
+
+    // Writes tokens [first, end) of a tile as panels of kPanel elements of the head each, one after the other with room
+    // for kTile / word_elements rows: row i has the values of the tokens of word i. Tokens outside of [first, end) that
+    // share a word with one inside are not read, and written as zeros.
+    void (*pack_values)(const Tile& tile, int64_t first, int64_t end, uint32_t* panels);
+
+    void (*multiply)(const Product& product);
+
+    // Replaces the scores of a row in a split by weights, and writes the statistics of its state. The row attends to
+    // positions [from, to) of the split; the weights of others are zeros up to the ends of their tiles.
+    void (*exponentiate)(float* scores, int64_t from, int64_t to, const Softmax& softmax, float* state);
+
+    // Adds the state of the next split to the state of the splits before. Both have `size` sums.
+    void (*merge)(const float* next, int64_t size, float* state);
+
+    // Writes the result of a row: sums divided by the sum of weights.
+    void (*finish)(const float* state, int64_t head_dim, void* out);
+};
+
+// The implementation for a cache of this DataType on this machine.
+const AttentionTiles& attention_tiles(int32_t type);
+
+// Replaces functions of an implementation by faster ones if this machine has AVX-512 (csrc/attention_avx512.cpp).
+void use_avx512(int32_t type, AttentionTiles* tiles);
+
+namespace {
+
+// tanh(x): near zero an odd polynomial with a relative error of 3e-9, elsewhere 1 - 2 / (e^2|x| + 1).
+ALWAYS_INLINE Floats tanh_of(Floats x) {
+    const Floats size = (x < 0.0f) ? -x : x, square = x * x;
+    Floats p = splat(-0.00589515035f);
+    p = p * square + 0.0207959656f;
+    p = p * square - 0.0537838287f;
+    p = p * square + 0.133319241f;
+    p = p * square - 0.33333298f;
+    const Floats near = x + x * (square * p);
+    const Floats far = 1.0f - 2.0f / (exp_of(2.0f * size) + 1.0f);
+    return (size < 0.6f) ? near : ((x < 0.0f) ? -far : far);
+}
+
+ALWAYS_INLINE float max_of(Floats x) {
+    float best = x[0];
+    for (int i = 1; i < kLanes; ++i) best = std::max(best, x[i]);
+    return best;
+}
+
+// Scales the scores of positions [from, to), with the softcap, and sets the others in their vectors to -infinity.
+// Returns the maximum.
+ALWAYS_INLINE float scale_scores(float* scores, int64_t from, int64_t to, const Softmax& softmax) {
+    typedef int32_t Ints __attribute__((vector_size(64)));
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Floats lowest = splat(-std::numeric_limits<float>::infinity());
+    float scale = softmax.scale;
+    if (softmax.softcap != 0.0f) {
+        const float inner = scale / softmax.softcap;
+        for (int64_t t = round_down(from, kLanes); t < to; t += kLanes)
+            store_floats(scores + t, tanh_of(load_floats(scores + t) * inner));
+        scale = softmax.softcap;
+    }
+    Floats best = lowest;
+    for (int64_t t = round_down(from, kLanes); t < to; t += kLanes) {
+        const Ints positions = lanes + static_cast<int32_t>(t);
+        const Floats scaled = load_floats(scores + t) * scale;
+        const Floats visible =
+            ((positions >= static_cast<int32_t>(from)) & (positions < static_cast<int32_t>(to))) ? scaled : lowest;
+        store_floats(scores + t, visible);
+        best = larger(best, visible);
+    }
+    return max_of(best);
+}
+
+}  // namespace
