@@ -19,7 +19,6 @@ namespace {
 enum Status : int32_t { kOk = 0, kOutOfMemory = 1, kUnsupported = 2 };
 
 constexpr int64_t kMaxHeadDim = 576;
-constexpr int64_t kCacheLine = 64;
 constexpr int64_t kFewQueries = 8;  // sequences with at most these are divided by splits, others by queries
 constexpr int64_t kMaxRows = 96;    // of a unit: its scores and sums stay in the L2 cache, and each tile serves many rows
 constexpr int64_t kMinRows = 24;    // fewer would spend too much time on packing
@@ -133,7 +132,8 @@ class UnitRun {
           s_(a, u.sequence),
           x_(scratch),
           states_(u.states == kNoStates ? nullptr : states + u.states),
-          words_(a.tiles->word_elements) {}
+          words_(a.tiles->word_elements),
+          tile_(u.heads.size() > 1 ? kLanes : kTile) {}
 
     void run() {
         pack_queries();
@@ -181,7 +181,7 @@ class UnitRun {
         const Range seen = common(s_.seen(queries_, a_.window), {start_, start_ + kSplit});
         seen_ = {seen.begin - start_, seen.end - start_};
         // Whole vectors of keys are packed: positions that no query sees are replaced by ones that some query sees.
-        const int64_t token_size = a_.kv_heads * a_.head_dim, begin = round_down(seen_.begin, kTile);
+        const int64_t token_size = a_.kv_heads * a_.head_dim * a_.item, begin = round_down(seen_.begin, tile_);
         int64_t block = seen.begin / a_.block_size, within = seen.begin % a_.block_size;
         for (int64_t t = seen_.begin; t < seen_.end; ++block, within = 0)
             for (; t < seen_.end && within < a_.block_size; ++t, ++within)
@@ -193,8 +193,8 @@ class UnitRun {
     // Calls visit(tile, queries that see a token of it) for the tiles of the split, which are ranges of its positions.
     template <class Visit>
     void for_each_tile(const Visit& visit) const {
-        for (int64_t t = round_down(seen_.begin, kTile); t < seen_.end; t += kTile) {
-            const Range tile = {t, std::min(t + kTile, seen_.end)};
+        for (int64_t t = round_down(seen_.begin, tile_); t < seen_.end; t += tile_) {
+            const Range tile = {t, std::min(t + tile_, seen_.end)};
             visit(tile, s_.that_see({start_ + tile.begin, start_ + tile.end}, queries_, a_.window));
         }
     }
@@ -205,13 +205,11 @@ class UnitRun {
         for_each_tile([&](Range tile, Range queries) {
             const int64_t vectors = (tile.size() + kLanes - 1) / kLanes;
             for (int64_t head = u_.heads.begin; head < u_.heads.end; ++head) {
-                if (tile.end < seen_.end)
-                    prefetch_share(a_.keys, tile.end, head);
-                else
-                    prefetch_share(a_.values, round_down(seen_.begin, kTile), head);
                 const int64_t rows = queries.size() * group_of(head).size(), row = row_of(head, queries.begin);
                 if (rows == 0) continue;
-                a_.tiles->pack_keys(tile_of(a_.keys, head, tile), vectors, x_.tile);
+                Prefetch next = tile.end < seen_.end ? share_of(a_.keys, tile.end, head)
+                                                     : share_of(a_.values, round_down(seen_.begin, tile_), head);
+                a_.tiles->pack_keys(tile_of(a_.keys, head, tile, &next), vectors, x_.tile);
                 a_.tiles->multiply({x_.queries + row * x_.query_stride, x_.query_stride, rows, x_.tile, vectors,
                                     words(a_.head_dim), x_.scores + row * kScoreStride + tile.begin, kScoreStride,
                                     false});
@@ -236,10 +234,10 @@ class UnitRun {
             const Range tokens = {std::max(tile.begin, seen_.begin) - tile.begin, tile.end - tile.begin};
             const Range used = {tokens.begin / words_, words(tokens.end)};
             for (int64_t head = u_.heads.begin; head < u_.heads.end; ++head) {
-                if (tile.end < seen_.end) prefetch_share(a_.values, tile.end, head);
                 const int64_t rows = queries.size() * group_of(head).size(), row = row_of(head, queries.begin);
                 if (rows == 0) continue;
-                a_.tiles->pack_values(tile_of(a_.values, head, tile), tokens.begin, tokens.end, x_.tile);
+                Prefetch next = share_of(a_.values, tile.end, head);
+                a_.tiles->pack_values(tile_of(a_.values, head, tile, &next), tokens.begin, tokens.end, x_.tile);
                 const uint32_t* weights = reinterpret_cast<const uint32_t*>(x_.scores + row * kScoreStride);
                 float* sums = x_.split + row * a_.state_size() + kStatistics;
                 for (int64_t d = 0; d < a_.num_sums(); d += kPanel)
@@ -273,19 +271,17 @@ class UnitRun {
 
     int64_t words(int64_t elements) const { return (elements + words_ - 1) / words_; }
 
-    Tile tile_of(const char* cache, int64_t head, Range tile) const {
-        return {cache + head * a_.head_dim * a_.item, offsets_ + tile.begin, a_.head_dim};
+    Tile tile_of(const char* cache, int64_t head, Range tile, Prefetch* next) const {
+        return {cache + head * a_.head_dim * a_.item, offsets_ + tile.begin, a_.head_dim, next};
     }
 
-    // Prefetches a head's share of the tile that begins at `begin` into the L2 cache: some tokens, for all heads.
-    void prefetch_share(const char* cache, int64_t begin, int64_t head) const {
-        const Range tokens = common({begin, begin + kTile}, seen_);
+    // A head's share of the tile that begins at `begin`: some tokens, for all heads.
+    Prefetch share_of(const char* cache, int64_t begin, int64_t head) const {
+        const Range tokens = common({begin, begin + tile_}, seen_);
         const int64_t share = head - u_.heads.begin, heads = u_.heads.size();
-        const char* rows = cache + u_.heads.begin * a_.head_dim * a_.item;
-        for (int64_t t = tokens.begin + tokens.size() * share / heads;
-             t < tokens.begin + tokens.size() * (share + 1) / heads; ++t)
-            for (int64_t byte = 0; byte < heads * a_.head_dim * a_.item; byte += kCacheLine)
-                __builtin_prefetch(rows + offsets_[t] * a_.item + byte, 0, 2);
+        const int64_t from = tokens.size() * share / heads, to = tokens.size() * (share + 1) / heads;
+        return {cache + u_.heads.begin * a_.head_dim * a_.item, offsets_ + tokens.begin + from, to - from,
+                heads * a_.head_dim * a_.item};
     }
 
     const Attention& a_;
@@ -294,6 +290,9 @@ class UnitRun {
     const Scratch& x_;
     float* const states_;
     const int64_t words_;  // elements in a word
+    // Tokens in a tile. Several heads are computed if the time is that of reading the cache; then tiles are small, so
+    // that only few tokens are read before those of the next tile are prefetched.
+    const int64_t tile_;
 
     // The current split: its first position, the queries that see some of it, and what they see, from its start on.
     int64_t start_ = 0;
@@ -307,7 +306,7 @@ class UnitRun {
 // Less work per thread than this takes longer to hand to a thread than to compute. Work is counted in bytes of the KV
 // cache that are read; the arithmetic of a row with an element of it takes as long as reading half a byte.
 constexpr int64_t kWorkPerThread = 128 * 1024;
-constexpr int64_t kUnitsPerThread = 8;
+constexpr int64_t kUnitsPerThread = 4;
 
 // A sequence whose splits are divided among threads.
 struct DividedSequence {

@@ -44,29 +44,31 @@ AVX512_INLINE void transpose(__m512i (&rows)[16]) {
     }
 }
 
-// The bytes of 16 words, of which only the first `left` are read; the others are 0.
-AVX512_INLINE __m512i load_bytes(const char* p, int64_t left) {
-    if (left >= 64) return _mm512_loadu_si512(p);
-    return _mm512_maskz_loadu_epi8((__mmask64(1) << left) - 1, p);
-}
+// Loads 64 bytes, or only the first ones: the mask says which. The others are 0.
+AVX512_INLINE __m512i load_bytes(const void* p, __mmask64 mask) { return _mm512_maskz_loadu_epi8(mask, p); }
+
+AVX512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
 
 // Keys are transposed as rows of words, whatever the words contain.
 template <class T>
 AVX512_INLINE void pack_words(const Tile& tile, int64_t vectors, uint32_t* panel) {
-    const int64_t row_bytes = tile.head_dim * static_cast<int64_t>(sizeof(T));
-    const char* head = static_cast<const char*>(tile.head);
-    for (int64_t byte = 0; byte < row_bytes; byte += 64)
-        for (int64_t vector = 0; vector < vectors; ++vector) {
-            const int64_t* offsets = tile.offsets + vector * kLanes;
-            __m512i rows[16];
+    constexpr int64_t kStep = 64 / sizeof(T), kWordElements = 4 / sizeof(T);
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+        const T* keys[kLanes];
+        for (int t = 0; t < kLanes; ++t)
+            keys[t] = reinterpret_cast<const T*>(tile.head + tile.offsets[vector * kLanes + t]);
+        for (int64_t d = 0; d < tile.head_dim; d += kStep) {
+            const __mmask64 mask = first_bytes((tile.head_dim - d) * static_cast<int64_t>(sizeof(T)));
+            __m512i rows[kLanes];
 #pragma GCC unroll 16
-            for (int t = 0; t < 16; ++t)
-                rows[t] = load_bytes(head + offsets[t] * static_cast<int64_t>(sizeof(T)) + byte, row_bytes - byte);
+            for (int t = 0; t < kLanes; ++t) rows[t] = load_bytes(keys[t] + d, mask);
             transpose(rows);
-            uint32_t* to = panel + byte / 4 * kPanel + vector * kLanes;
+            uint32_t* to = panel + d / kWordElements * kPanel + vector * kLanes;
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kPanel, rows[i]);
+            for (int i = 0; i < kLanes; ++i) _mm512_storeu_si512(to + i * kPanel, rows[i]);
+            tile.next->lines(kLanes);
         }
+    }
 }
 
 AVX512 void pack_keys_float(const Tile& tile, int64_t vectors, uint32_t* panel) {
@@ -78,30 +80,29 @@ AVX512 void pack_keys_bfloat16(const Tile& tile, int64_t vectors, uint32_t* pane
 }
 
 AVX512 void pack_query_bfloat16(const void* query, int64_t head_dim, uint32_t* words) {
-    const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(BFloat16));
-    for (int64_t byte = 0; byte < bytes; byte += 64)
-        _mm512_storeu_si512(words + byte / 4, load_bytes(static_cast<const char*>(query) + byte, bytes - byte));
+    for (int64_t d = 0; d < head_dim; d += kChunk)
+        _mm512_storeu_si512(words + d / 2,
+                            load_bytes(static_cast<const BFloat16*>(query) + d, first_bytes(2 * (head_dim - d))));
 }
 
 // A word is two tokens. Interleaving works within 128-bit lanes: of 32 elements the first vector of a panel has those
 // with d % 8 < 4, the second one the others. `finish` puts them in order.
 AVX512 void pack_values_bfloat16(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {
-    const int64_t row_bytes = tile.head_dim * static_cast<int64_t>(sizeof(BFloat16));
-    const auto row_of = [&](int64_t t) {
-        return static_cast<const char*>(tile.head) + tile.offsets[t] * static_cast<int64_t>(sizeof(BFloat16));
-    };
+    const auto row_of = [&](int64_t t) { return reinterpret_cast<const BFloat16*>(tile.head + tile.offsets[t]); };
     for (int64_t pair = first / 2; 2 * pair < end; ++pair) {
-        const bool has_even = 2 * pair >= first, has_odd = 2 * pair + 1 < end;
-        const char *even = row_of(has_even ? 2 * pair : 2 * pair + 1), *odd = row_of(has_odd ? 2 * pair + 1 : 2 * pair);
-        const __mmask64 even_mask = has_even ? ~__mmask64(0) : 0, odd_mask = has_odd ? ~__mmask64(0) : 0;
-        for (int64_t byte = 0; byte < row_bytes; byte += 64) {
-            const __m512i x = _mm512_maskz_mov_epi8(even_mask, load_bytes(even + byte, row_bytes - byte));
-            const __m512i y = _mm512_maskz_mov_epi8(odd_mask, load_bytes(odd + byte, row_bytes - byte));
-            const int64_t d = byte / 2;
-            uint32_t* to = panels + (d / kPanel * (kTile / 2) + pair) * kPanel + d % kPanel;
-            _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
-            _mm512_storeu_si512(to + kLanes, _mm512_unpackhi_epi16(x, y));
-        }
+        const int64_t even = std::max(2 * pair, first), odd = std::min(2 * pair + 1, end - 1);
+        const __mmask64 has_even = even == 2 * pair ? ~__mmask64(0) : 0, has_odd = odd == 2 * pair ? 0 : ~__mmask64(0);
+        const BFloat16 *even_row = row_of(even), *odd_row = row_of(odd);
+        uint32_t* to = panels + pair * kPanel;
+        for (int64_t d = 0; d < tile.head_dim; d += kPanel, to += kTile / 2 * kPanel)
+            for (int64_t i = 0; i < kPanel && d + i < tile.head_dim; i += kChunk) {
+                const __mmask64 mask = first_bytes(2 * (tile.head_dim - d - i));
+                const __m512i x = load_bytes(even_row + d + i, has_even & mask);
+                const __m512i y = load_bytes(odd_row + d + i, has_odd & mask);
+                _mm512_storeu_si512(to + i, _mm512_unpacklo_epi16(x, y));
+                _mm512_storeu_si512(to + i + kLanes, _mm512_unpackhi_epi16(x, y));
+                tile.next->lines(2);
+            }
     }
 }
 

@@ -5,11 +5,19 @@
 
 namespace {
 
+template <class T>
+constexpr int64_t kLinesPerChunk = kChunk * sizeof(T) / kCacheLine;
+
 typedef float Floats4 __attribute__((vector_size(16)));
 
 template <class T>
 ALWAYS_INLINE void pack_query_of(const T* query, int64_t head_dim, float* words) {
     for (int64_t d = 0; d < head_dim; d += kChunk) store(words + d, load(query + d, head_dim - d));
+}
+
+template <class T>
+ALWAYS_INLINE const T* row_of(const Tile& tile, int64_t t) {
+    return reinterpret_cast<const T*>(tile.head + tile.offsets[t]);
 }
 
 ALWAYS_INLINE Floats4 load_four(const float* p) {
@@ -32,25 +40,25 @@ ALWAYS_INLINE void transpose_four(const float* from, int64_t from_stride, float*
 
 template <class T>
 ALWAYS_INLINE void pack_keys_of(const Tile& tile, int64_t vectors, float* panel) {
-    const T* head = static_cast<const T*>(tile.head);
     float rows[kLanes][kChunk];
     for (int64_t first = 0; first < vectors * kLanes; first += kLanes)
         for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
             for (int64_t t = 0; t < kLanes; ++t)
-                store(rows[t], load(head + tile.offsets[first + t] + d, tile.head_dim - d));
+                store(rows[t], load(row_of<T>(tile, first + t) + d, tile.head_dim - d));
             for (int64_t t = 0; t < kLanes; t += 4)
                 for (int64_t i = 0; i < kChunk; i += 4)
                     transpose_four(&rows[t][i], kChunk, panel + (d + i) * kPanel + first + t, kPanel);
+            tile.next->lines(kLanes * kLinesPerChunk<T>);
         }
 }
 
 template <class T>
 ALWAYS_INLINE void pack_values_of(const Tile& tile, int64_t first, int64_t end, float* panels) {
-    const T* head = static_cast<const T*>(tile.head);
     for (int64_t t = first; t < end; ++t)
         for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
             float* to = panels + (d / kPanel * kTile + t) * kPanel + d % kPanel;
-            store(to, load(head + tile.offsets[t] + d, tile.head_dim - d));
+            store(to, load(row_of<T>(tile, t) + d, tile.head_dim - d));
+            tile.next->lines(kLinesPerChunk<T>);
         }
 }
 

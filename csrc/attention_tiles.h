@@ -19,13 +19,14 @@
 #include "chunks.h"
 
 constexpr int64_t kSplit = 256;  // positions
-constexpr int64_t kTile = 64;    // positions: the tokens that are packed at a time
+constexpr int64_t kTile = 64;    // positions: the most tokens that are packed at a time
 constexpr int64_t kVectors = 4;  // vectors of kLanes words in a row of a panel
 constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kCacheLine = 64;
 constexpr int64_t kStatistics = kLanes;  // floats of a state before its sums: maximum, sum of weights, unused
 constexpr int64_t kScoreStride = kSplit + kLanes;  // floats; not a power of two, so that rows are in different cache sets
 
-static_assert(kTile == kPanel, "a panel of keys has the tokens of a tile");
+
 
 ALWAYS_INLINE int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
 ALWAYS_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -43,12 +44,36 @@ struct Product {
     bool add;
 };
 
-// The keys or values of one KV head for a tile of tokens. `offsets` are the distances of the tokens from `head`, the
-// head's place in the first slot of the cache, in elements.
+// Rows of the cache that are needed next. They are fetched into the L2 cache bit by bit, while other rows are packed: a
+// processor has only few memory accesses in flight, and more at a time would hold up the packing.
+class Prefetch {
+   public:
+    Prefetch(const char* rows, const int64_t* offsets, int64_t count, int64_t row_bytes)
+        : rows_(rows), offsets_(offsets), end_(offsets + count), row_bytes_(row_bytes) {}
+
+    void lines(int64_t count) {
+        for (; count > 0 && offsets_ < end_; --count) {
+            __builtin_prefetch(rows_ + *offsets_ + byte_, 0, 2);
+            byte_ += kCacheLine;
+            if (byte_ >= row_bytes_) {
+                byte_ = 0;
+                ++offsets_;
+            }
+        }
+    }
+
+   private:
+    const char* rows_;
+    const int64_t *offsets_, *end_;
+    int64_t row_bytes_, byte_ = 0;
+};
+
+// The keys or values of one KV head for a tile of tokens.
 struct Tile {
-    const void* head;
-    const int64_t* offsets;
+    const char* head;        // in the first slot of the cache
+    const int64_t* offsets;  // of the tokens from `head`, in bytes
     int64_t head_dim;
+    Prefetch* next;          // as many lines are fetched as are packed
 };
 
 struct Softmax {
@@ -114,8 +139,7 @@ ALWAYS_INLINE float max_of(Floats x) {
 // Scales the scores of positions [from, to), with the softcap, and sets the others in their vectors to -infinity.
 // Returns the maximum.
 ALWAYS_INLINE float scale_scores(float* scores, int64_t from, int64_t to, const Softmax& softmax) {
-    typedef int32_t Ints __attribute__((vector_size(64)));
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Floats lowest = splat(-std::numeric_limits<float>::infinity());
     float scale = softmax.scale;
     if (softmax.softcap != 0.0f) {
@@ -126,10 +150,9 @@ ALWAYS_INLINE float scale_scores(float* scores, int64_t from, int64_t to, const 
     }
     Floats best = lowest;
     for (int64_t t = round_down(from, kLanes); t < to; t += kLanes) {
-        const Ints positions = lanes + static_cast<int32_t>(t);
+        const Words distances = lanes + static_cast<uint32_t>(t - from);  // wraps around before `from`
         const Floats scaled = load_floats(scores + t) * scale;
-        const Floats visible =
-            ((positions >= static_cast<int32_t>(from)) & (positions < static_cast<int32_t>(to))) ? scaled : lowest;
+        const Floats visible = (distances < static_cast<uint32_t>(to - from)) ? scaled : lowest;
         store_floats(scores + t, visible);
         best = larger(best, visible);
     }
