@@ -130,8 +130,8 @@ CLONED void exponentiate(float* scores, int64_t from, int64_t to, const Softmax&
 
 CLONED void merge(const float* next, int64_t size, float* state) {
     const float maximum = std::max(state[0], next[0]);
-    const float before = exp_of_negative(splat(state[0] - maximum))[0];
-    const float now = exp_of_negative(splat(next[0] - maximum))[0];
+    const float factor = exp_of_negative(splat(std::min(state[0], next[0]) - maximum))[0];
+    const float before = state[0] < maximum ? factor : 1.0f, now = next[0] < maximum ? factor : 1.0f;
     state[0] = maximum;
     state[1] = before * state[1] + now * next[1];
     for (int64_t d = kStatistics; d < kStatistics + size; d += kLanes)

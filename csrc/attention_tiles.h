@@ -131,9 +131,11 @@ ALWAYS_INLINE Floats tanh_of(Floats x) {
 }
 
 ALWAYS_INLINE float max_of(Floats x) {
-    float best = x[0];
-    for (int i = 1; i < kLanes; ++i) best = std::max(best, x[i]);
-    return best;
+    const Floats8 eight = larger(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+    const Floats4 four =
+        larger(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+    return std::max(std::max(four[0], four[2]), std::max(four[1], four[3]));
 }
 
 // Scales the scores of positions [from, to), with the softcap, and sets the others in their vectors to -infinity.
