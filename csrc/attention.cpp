@@ -20,7 +20,7 @@ enum Status : int32_t { kOk = 0, kOutOfMemory = 1, kUnsupported = 2 };
 
 constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kFewQueries = 8;  // sequences with at most these are divided by splits, others by queries
-constexpr int64_t kMaxRows = 96;    // of a unit: its scores and sums stay in the L2 cache, and each tile serves many rows
+constexpr int64_t kMaxRows = 144;   // of a unit: its scores and sums stay in the L2 cache, and each tile serves many rows
 constexpr int64_t kMinRows = 24;    // fewer would spend too much time on packing
 
 struct Attention {

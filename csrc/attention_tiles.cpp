@@ -8,8 +8,6 @@ namespace {
 template <class T>
 constexpr int64_t kLinesPerChunk = kChunk * sizeof(T) / kCacheLine;
 
-typedef float Floats4 __attribute__((vector_size(16)));
-
 template <class T>
 ALWAYS_INLINE void pack_query_of(const T* query, int64_t head_dim, float* words) {
     for (int64_t d = 0; d < head_dim; d += kChunk) store(words + d, load(query + d, head_dim - d));
@@ -62,36 +60,52 @@ ALWAYS_INLINE void pack_values_of(const Tile& tile, int64_t first, int64_t end, 
         }
 }
 
-// As many rows and vectors at a time as AVX2 and NEON have registers for.
-template <int Rows, int Vectors>
-ALWAYS_INLINE void multiply_block(const Product& p, int64_t row, int64_t vector) {
+// The product with vectors of type V: GCC keeps a vector in registers only if the machine has registers of this size.
+template <class V, int Rows, int Vectors>
+ALWAYS_INLINE void multiply_block(const Product& p, int64_t row, int64_t column) {
+    constexpr int64_t kWidth = sizeof(V) / sizeof(float);
     const float* a = reinterpret_cast<const float*>(p.a) + row * p.a_stride;
-    const float* b = reinterpret_cast<const float*>(p.b) + vector * kLanes;
-    float* c = p.c + row * p.c_stride + vector * kLanes;
-    Floats sums[Rows][Vectors];
+    const float* b = reinterpret_cast<const float*>(p.b) + column;
+    float* c = p.c + row * p.c_stride + column;
+    V sums[Rows][Vectors] = {};
+    if (p.add)
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
+        for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v)
-            sums[r][v] = p.add ? load_floats(c + r * p.c_stride + v * kLanes) : Floats{};
-    for (int64_t i = 0; i < p.depth; ++i)
+            for (int v = 0; v < Vectors; ++v) std::memcpy(&sums[r][v], c + r * p.c_stride + v * kWidth, sizeof(V));
+    for (int64_t i = 0; i < p.depth; ++i) {
+        V words[Vectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v) {
-            const Floats words = load_floats(b + i * kPanel + v * kLanes);
+        for (int v = 0; v < Vectors; ++v) std::memcpy(&words[v], b + i * kPanel + v * kWidth, sizeof(V));
 #pragma GCC unroll 8
-            for (int r = 0; r < Rows; ++r) sums[r][v] += a[r * p.a_stride + i] * words;
+        for (int r = 0; r < Rows; ++r) {
+            const float word = a[r * p.a_stride + i];
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v) sums[r][v] += word * words[v];
         }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v) store_floats(c + r * p.c_stride + v * kLanes, sums[r][v]);
+        for (int v = 0; v < Vectors; ++v) std::memcpy(c + r * p.c_stride + v * kWidth, &sums[r][v], sizeof(V));
 }
 
-template <int Rows, int Vectors>
-ALWAYS_INLINE void multiply_rows(const Product& p, int64_t row) {
-    int64_t vector = 0;
-    for (; vector + Vectors <= p.vectors; vector += Vectors) multiply_block<Rows, Vectors>(p, row, vector);
-    for (; vector < p.vectors; ++vector) multiply_block<Rows, 1>(p, row, vector);
+template <class V, int Vectors>
+ALWAYS_INLINE void multiply_columns(const Product& p, int64_t column) {
+    int64_t row = 0;
+    for (; row + 6 <= p.rows; row += 6) multiply_block<V, 6, Vectors>(p, row, column);
+    for (; row + 2 <= p.rows; row += 2) multiply_block<V, 2, Vectors>(p, row, column);
+    for (; row < p.rows; ++row) multiply_block<V, 1, Vectors>(p, row, column);
+}
+
+// Vectors: as many as there are registers for, with six rows.
+template <class V, int Vectors>
+ALWAYS_INLINE void multiply_with(const Product& p) {
+    constexpr int64_t kWidth = sizeof(V) / sizeof(float);
+    int64_t column = 0;
+    for (; column + Vectors * kWidth <= p.vectors * kLanes; column += Vectors * kWidth)
+        multiply_columns<V, Vectors>(p, column);
+    for (; column < p.vectors * kLanes; column += kWidth) multiply_columns<V, 1>(p, column);
 }
 
 template <class T>
@@ -103,15 +117,31 @@ ALWAYS_INLINE void finish_of(const float* state, int64_t head_dim, T* out) {
     }
 }
 
+#if defined(__x86_64__) && defined(__GNUC__)
+
+__attribute__((target("arch=x86-64-v4"))) void multiply_v4(const Product& product) {
+    multiply_with<Floats, 4>(product);
+}
+__attribute__((target("arch=x86-64-v3"))) void multiply_v3(const Product& product) {
+    multiply_with<Floats8, 2>(product);
+}
+void multiply_v1(const Product& product) { multiply_with<Floats4, 2>(product); }
+
+void (*multiply())(const Product&) {
+    if (__builtin_cpu_supports("avx512f")) return multiply_v4;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? multiply_v3 : multiply_v1;
+}
+
+#else
+
+void multiply_plain(const Product& product) { multiply_with<Floats4, 4>(product); }
+
+void (*multiply())(const Product&) { return multiply_plain; }
+
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // CLONED functions that call the loops above: one plain function for each type, since a template cannot be cloned.
-
-CLONED void multiply(const Product& product) {
-    int64_t row = 0;
-    for (; row + 6 <= product.rows; row += 6) multiply_rows<6, 1>(product, row);
-    for (; row + 2 <= product.rows; row += 2) multiply_rows<2, 2>(product, row);
-    for (; row < product.rows; ++row) multiply_rows<1, 4>(product, row);
-}
 
 CLONED void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& softmax, float* state) {
     const float maximum = scale_scores(scores, from, to, softmax);
@@ -156,7 +186,7 @@ DEFINE_LOOPS(float)
 DEFINE_LOOPS(BFloat16)
 
 #define TILES_OF(T) \
-    { 1, pack_query_##T, pack_keys_##T, pack_values_##T, multiply, exponentiate, merge, finish_##T }
+    { 1, pack_query_##T, pack_keys_##T, pack_values_##T, multiply(), exponentiate, merge, finish_##T }
 
 AttentionTiles choose(int32_t type) {
     AttentionTiles tiles = TILES_OF(float);
