@@ -211,7 +211,7 @@ class UnitRun {
                                                      : share_of(a_.values, round_down(seen_.begin, tile_), head);
                 a_.tiles->pack_keys(tile_of(a_.keys, head, tile, &next), vectors, x_.tile);
                 a_.tiles->multiply({x_.queries + row * x_.query_stride, x_.query_stride, rows, x_.tile, vectors,
-                                    words(a_.head_dim), x_.scores + row * kScoreStride + tile.begin, kScoreStride,
+                                    x_.query_stride, x_.scores + row * kScoreStride + tile.begin, kScoreStride,
                                     false});
             }
         });

@@ -47,7 +47,9 @@ AVX512_INLINE void transpose(__m512i (&rows)[16]) {
 // Loads 64 bytes, or only the first ones: the mask says which. The others are 0.
 AVX512_INLINE __m512i load_bytes(const void* p, __mmask64 mask) { return _mm512_maskz_loadu_epi8(mask, p); }
 
-AVX512_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
+AVX512_INLINE __mmask64 first_bytes(int64_t count) {
+    return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << std::max<int64_t>(0, count)) - 1;
+}
 
 // Keys are transposed as rows of words, whatever the words contain.
 template <class T>
@@ -57,7 +59,7 @@ AVX512_INLINE void pack_words(const Tile& tile, int64_t vectors, uint32_t* panel
         const T* keys[kLanes];
         for (int t = 0; t < kLanes; ++t)
             keys[t] = reinterpret_cast<const T*>(tile.head + tile.offsets[vector * kLanes + t]);
-        for (int64_t d = 0; d < tile.head_dim; d += kStep) {
+        for (int64_t d = 0; d < padded_dim(tile.head_dim); d += kStep) {
             const __mmask64 mask = first_bytes((tile.head_dim - d) * static_cast<int64_t>(sizeof(T)));
             __m512i rows[kLanes];
 #pragma GCC unroll 16

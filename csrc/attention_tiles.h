@@ -88,7 +88,8 @@ struct AttentionTiles {
     // Writes a query as padded_dim(head_dim) / word_elements words, zeros after its end.
     void (*pack_query)(const void* query, int64_t head_dim, uint32_t* words);
 
-    // Writes the first `vectors` * kLanes tokens of a tile as a panel: row i has word i of each key.
+    // Writes the first `vectors` * kLanes tokens of a tile as a panel: row i has word i of each key. Keys are padded as
+    // queries are.
     void (*pack_keys)(const Tile& tile, int64_t vectors, uint32_t* panel);
 
     // Writes tokens [first, end) of a tile as panels of kPanel elements of the head each, one after the other with room
