@@ -30,8 +30,8 @@ class _Library:
 _LIBRARIES = [
     _Library(
         "kernels._native",
-        ["csrc/rows.cpp", "csrc/attention.cpp"],
-        ["csrc/common.h", "csrc/chunks.h"],
+        ["csrc/rows.cpp", "csrc/attention.cpp", "csrc/attention_tiles.cpp", "csrc/attention_avx512.cpp"],
+        ["csrc/common.h", "csrc/chunks.h", "csrc/attention_tiles.h"],
         ["-fno-signed-zeros"],
     ),
     _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h"], []),

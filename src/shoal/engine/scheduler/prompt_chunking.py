@@ -12,8 +12,8 @@ them take longer than one chunk of twice the size.
 
 - `_STEP_TOKENS` is a / b, the number of tokens whose arithmetic takes as long as reading the weights: about ten on a
   core, some hundred on a GPU. Because of the square root an error matters little: a value that is four times too large
-  makes chunks twice as long, which makes the waiting a quarter longer. The value is not measured, since the cut of a
-  prompt may change the last bits of a sum, and these must not depend on a clock.
+  makes chunks twice as long, which makes the waiting a quarter longer. The value is not measured, since with
+  PyTorch's attention the cut of a prompt may change the last bits of a sum, and these must not depend on a clock.
 - Chunks keep their size while a backlog shrinks. The rest at its end is spread evenly over the steps in flight.
 - Next tokens of running requests share a step with a chunk, so that the weights are read once for both. All steps have
   about the same number of such tokens, so they make no step longer than the next.
