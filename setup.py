@@ -31,7 +31,7 @@ _LIBRARIES = [
     _Library(
         "kernels._native",
         ["csrc/rows.cpp", "csrc/attention.cpp", "csrc/attention_tiles.cpp", "csrc/attention_avx512.cpp"],
-        ["csrc/common.h", "csrc/chunks.h", "csrc/attention_tiles.h"],
+        ["csrc/common.h", "csrc/chunks.h", "csrc/attention_tiles.h", "csrc/attention_unit.h"],
         ["-fno-signed-zeros"],
     ),
     _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h"], []),

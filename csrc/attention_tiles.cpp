@@ -1,5 +1,5 @@
-// The arithmetic of attention with GCC's vectors, for any machine. A word is a float32, and bfloat16 elements are widened
-// when they are packed; their order within a chunk is that of chunks.h.
+// The arithmetic of attention with GCC's vectors, for any machine. A word is a float32, and bfloat16 elements are
+// widened when they are packed; their order within a chunk is that of chunks.h.
 
 #include "attention_tiles.h"
 
@@ -28,8 +28,10 @@ ALWAYS_INLINE Floats4 load_four(const float* p) {
 ALWAYS_INLINE void transpose_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     const Floats4 a = load_four(from), b = load_four(from + from_stride), c = load_four(from + 2 * from_stride),
                   d = load_four(from + 3 * from_stride);
-    const Floats4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Floats4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    const Floats4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    const Floats4 ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Floats4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Floats4 cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
     const Floats4 columns[4] = {
         __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
         __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};

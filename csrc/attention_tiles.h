@@ -1,15 +1,16 @@
-// The arithmetic of attention, for a tile of tokens and one KV head: what csrc/attention.cpp calls, and what exists once
+// The arithmetic of attention, for a tile of tokens and one KV head: what attention_unit.h calls, and what exists once
 // per element type and instruction set.
 //
-// Every number of a row (one query head of one query) is formed by a fixed sequence of operations, in which no other row
-// takes part. So a row has the same bits however many rows are computed with it:
+// Every number of a row (one query head of one query) is formed by a fixed sequence of operations, in which no other
+// row takes part. So a row has the same bits however many rows are computed with it:
 //
-//  * Positions are divided into splits at the multiples of kSplit. Each split gives the maximum of the row's scores, the
-//    weights exp(score - maximum), their sum, and the sum of the values times the weights. Splits are merged in order.
-//  * The product of a query and a key is summed in the order of the head's elements, and weighted values in the order of
-//    positions, each sum in a lane of its own (`multiply`).
-//  * A weight of a token that the row does not attend to is 0. Adding it changes nothing, if its value is finite, so it
-//    does not matter which other tokens of a tile are computed.
+//  * Positions are divided into splits at the multiples of kSplit. Each split gives the maximum of the row's scores,
+//    the weights exp(score - maximum), their sum, and the sum of the values times the weights. Splits are merged in
+//    order.
+//  * The product of a query and a key is summed in the order of the head's elements, and weighted values in the order
+//    of positions, each sum in a lane of its own (`multiply`).
+//  * A weight of a token that the row does not attend to is 0. Adding it changes nothing, if its value is finite, so
+//    it does not matter which other tokens of a tile are computed.
 //
 // Elements are handled in words of 32 bits: a float32, or two bfloat16 elements that one instruction multiplies and
 // adds. Weights are in words too: two bfloat16 weights are those of the positions 2 i and 2 i + 1.
@@ -24,7 +25,7 @@ constexpr int64_t kVectors = 4;  // vectors of kLanes words in a row of a panel
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kStatistics = kLanes;  // floats of a state before its sums: maximum, sum of weights, unused
-constexpr int64_t kScoreStride = kSplit + kLanes;  // floats; not a power of two, so that rows are in different cache sets
+constexpr int64_t kScoreStride = kSplit + kLanes;  // floats; no power of two, which would put rows in few cache sets
 
 
 
@@ -32,8 +33,8 @@ ALWAYS_INLINE int64_t round_down(int64_t x, int64_t step) { return x / step * st
 ALWAYS_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 ALWAYS_INLINE int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, kChunk); }
 
-// c[r, :] = a[r, :] b, or added to c, for rows r. A row of `a` has `depth` words; b is a panel: [depth, kPanel] words, of
-// which the first `vectors` * kLanes of each row are used. Strides are in words.
+// c[r, :] = a[r, :] b, or added to c, for rows r. A row of `a` has `depth` words; b is a panel: [depth, kPanel] words,
+// of which the first `vectors` * kLanes of each row are used. Strides are in words.
 struct Product {
     const uint32_t* a;
     int64_t a_stride, rows;
@@ -45,7 +46,8 @@ struct Product {
 };
 
 // Rows of the cache that are needed next. They are fetched into the L2 cache bit by bit, while other rows are packed: a
-// processor has only few memory accesses in flight, and more at a time would hold up the packing.
+// processor has only few memory accesses in flight, and more at a time would hold up the packing. It has no effect on
+// results.
 class Prefetch {
    public:
     Prefetch(const char* rows, const int64_t* offsets, int64_t count, int64_t row_bytes)
