@@ -7,6 +7,10 @@
 
 #include <immintrin.h>
 
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms in GCC 12's immintrin.h
+#endif
+
 #define AVX512 __attribute__((target("arch=x86-64-v4")))
 #define AVX512_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4")))
 #define BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from conformance.test_greedy_tokens import make_prompts
+from conformance.test_parameters import run
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.outputs import Logprob
 
@@ -41,7 +42,6 @@ def test_chunks_and_prefix_hits_change_no_bit(
     """gemma2 has windows and a softcap, deepseek_v3 latent attention and experts. budgets: of tokens, for a step."""
     whole = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=0)
     again = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     expected: tuple[list[Numbers], list[Numbers]] | None = None
     for budget in budgets:
         with LLM(
@@ -52,8 +52,8 @@ def test_chunks_and_prefix_hits_change_no_bit(
             max_num_seqs=8,
             kv_cache_memory_bytes=2**22,
         ) as llm:
-            first = llm.generate(prompts, whole, use_tqdm=False)
-            second = llm.generate(prompts, again, use_tqdm=False)
+            first = run(llm, PROMPTS, whole)
+            second = run(llm, PROMPTS, again)
             hits = llm.stats().prefix_hits
         outputs = [numbers_of_output(output) for output in first]
         found = [numbers_of_prompt(output) for output in first], outputs
