@@ -76,7 +76,7 @@ class ProcessComm:
         """
         self._group = None  # closes the connections of the former group
         self._aborted = threading.Event() if aborted is None else aborted
-        with self.progress.finishing("connect", self.progress.count + 1):  # gloo counts this operation itself
+        with self.progress.connecting(counted=False):  # gloo counts it itself
             members = self._introduce(store, prefix)
             self._backend, self._reason = choose_backend(self._requested, self._device.type, members)
             if self._backend == "shm":
