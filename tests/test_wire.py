@@ -101,7 +101,6 @@ from shoal.wire.ranks import (
     StepTimes,
     TokenLogprobs,
     ToRankProcess,
-    Traffic,
     Work,
     decode_capacity,
     decode_load_info,
@@ -112,6 +111,7 @@ from shoal.wire.ranks import (
 from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
 from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
+from shoal.wire.traffic import Traffic
 from shoal.wire.topology import HostPair, PairAddress
 from support.fakes import steady
 

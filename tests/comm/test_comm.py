@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.comm.base import Communicator
+from shoal.comm.base import Communicator, OperationTotal
 from shoal.comm.local import LocalComm
 from shoal.comm.process_comm import ProcessComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
@@ -217,6 +217,75 @@ def test_traffic_counts_the_bytes_sent_to_other_ranks(comms: list[Communicator])
         "broadcast": 5 * others * row,
     }
     assert {name: sent[name] for name in expected if name in sent} == (expected if size > 1 else {})
+
+
+def test_the_time_of_operations_is_measured(comms: list[Communicator]) -> None:
+    """Rank 1 is late each time, so that the others wait for it, and it waits much less for them."""
+    if len(comms) == 1:
+        assert comms[0].progress.read_totals() == {}
+        return
+    before = [comm.progress.read_totals().get("all_gather", OperationTotal()) for comm in comms]
+
+    def run(comm: Communicator) -> None:
+        x = torch.ones(1)
+        for _ in range(20):
+            if comm.rank == 1:
+                torch.randn(400, 400).inverse()
+            comm.all_gather(x, [1] * comm.size)
+
+    each(comms, run)
+    after = [comm.progress.read_totals()["all_gather"] for comm in comms]
+    assert [now.count - then.count for then, now in zip(before, after, strict=True)] == [20] * len(comms)
+    assert all((now.ns or 0) > (then.ns or 0) for then, now in zip(before, after, strict=True))
+    waits = [
+        {rank: waited - then.waited_for.get(rank, 0) for rank, waited in now.waited_for.items()}
+        for then, now in zip(before, after, strict=True)
+    ]
+    if "gloo" in comms[0].backend:
+        assert [total.waited_ns for total in after] == [None] * len(comms)
+        assert waits == [{}] * len(comms)
+        return
+    assert all(0 <= (total.waited_ns or 0) <= (total.ns or 0) for total in after)
+    assert all(sum(total.waited_for.values()) == total.waited_ns for total in after)
+    assert waits[0][1] > 10 * sum(waits[1].values())
+    assert all(rank not in of_rank for rank, of_rank in enumerate(waits))
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_totals_go_on_when_a_group_is_formed_anew(kind: Any) -> None:
+    store, device = c10d.HashStore(), torch.device("cpu")
+
+    def run(rank: int) -> list[dict[str, OperationTotal]]:
+        comm, found = None, []
+        for prefix in "abc":
+            if comm is None:
+                comm = ProcessComm(store, prefix, rank, 2, requested=kind, timeout_s=60, device=device)
+            else:
+                comm.connect(store, prefix)
+            comm.all_reduce(torch.ones(5000))
+            found.append(comm.progress.read_totals())
+        return found
+
+    for totals in on_threads(2, run):
+        assert [list(total) for total in totals] == [["all_reduce"]] * 3  # forming a group moves no tensors
+        counts = [total["all_reduce"].count for total in totals]
+        times = [total["all_reduce"].ns or 0 for total in totals]
+        assert counts == [1, 2, 3]
+        assert 0 < times[0] < times[1] < times[2]
+
+
+def test_the_wait_for_a_send_between_threads_counts() -> None:
+    sender, receiver = connect("threads", 2, timeout_s=60)
+    pending = sender.send(torch.ones(3), 1)
+    waiter = threading.Thread(target=pending.wait, daemon=True)
+    waiter.start()
+    while not sender.progress.operation:
+        pass
+    receiver.recv(torch.empty(3), 0)
+    waiter.join(60)
+    total = sender.progress.read_totals()["send"]
+    assert total.waited_for == {1: total.waited_ns}
+    assert 0 < (total.waited_ns or 0) <= (total.ns or 0)
 
 
 def test_progress_names_the_last_operation(comms: list[Communicator]) -> None:

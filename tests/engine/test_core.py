@@ -232,6 +232,7 @@ def test_work_of_ranks_that_were_replaced_still_counts() -> None:
     after = engine.core.stats()
     assert [rank.busy_us for rank in after.ranks] == [rank.busy_us for rank in before.ranks]
     assert after.busy_before == tuple(rank.busy_us for rank in before.ranks)
+    assert after.traffic_before == before.ranks[0].traffic != ()
 
 
 def test_an_unexpected_error_fails_the_engine() -> None:

@@ -28,7 +28,7 @@ class OperationTotal:
             self.ns = (self.ns or 0) + ns
         if waited_ns is not None:
             self.waited_ns = (self.waited_ns or 0) + waited_ns
-            if last is not None:
+            if last is not None and waited_ns:
                 self.waited_for[last] = self.waited_for.get(last, 0) + waited_ns
 
     def add_times_of(self, other: "OperationTotal") -> None:

@@ -166,7 +166,7 @@ class SharedMemory:
 
 
 class _Attachment:
-    """What the library keeps for one rank of a group. It outlives the group while its times are still read."""
+    """What the library keeps for one rank of a group. It outlives the communicator while its times are still read."""
 
     def __init__(self, library: _Library, context: int, ranks: int) -> None:
         self.context = context
@@ -240,7 +240,8 @@ class SharedMemoryComm:
         )
         if not self._context:
             raise CommError("the shared memory is that of another group")
-        self.progress.take_times(_Attachment(library, self._context, self.size).times)
+        self._attachment = _Attachment(library, self._context, self.size)
+        self.progress.take_times(self._attachment.times)
 
     def _watch(self, process: int) -> int:
         """Return a descriptor that tells of the end of a process, or -1."""
