@@ -39,7 +39,9 @@ _LAYOUTS = {"pp 2": ["-pp", "2"], "tp 2": ["-tp", "2"]}
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--mbits", default=100, show_default=True, help="rate of the slow link in Mbit/s")
-@click.option("--part", "parts", multiple=True, type=click.Choice(["executors", "links", "plans", "start"]), help="only these")
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice(["executors", "links", "plans", "start"]), help="only these"
+)
 def main(rounds: int, batch_size: int, mbits: int, parts: tuple[str, ...]) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         raise click.UsageError("two cores are needed")
@@ -131,7 +133,16 @@ def _bench(
     """Run `shoal bench latency` over these hosts, and return its figures for the batch size."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
-        sizes = ["--batch-size", str(batch_size), "--input-len", "128", "--output-len", str(output_len), "--repeat", "1"]
+        sizes = [
+            "--batch-size",
+            str(batch_size),
+            "--input-len",
+            "128",
+            "--output-len",
+            str(output_len),
+            "--repeat",
+            "1",
+        ]
         memory = ["--kv-cache-memory-bytes", "1GiB"]
         _run(hosts, ["bench", "latency", model, *sizes, *memory, "--output", str(output), *flags], local)
         (found,) = json.loads(output.read_text())["results"]
