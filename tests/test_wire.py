@@ -111,8 +111,8 @@ from shoal.wire.ranks import (
 from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
 from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
-from shoal.wire.traffic import Traffic
 from shoal.wire.topology import HostPair, PairAddress
+from shoal.wire.traffic import Traffic
 from support.fakes import steady
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)

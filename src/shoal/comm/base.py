@@ -92,14 +92,9 @@ class Progress:
         self.end()
 
     @contextmanager
-    def connecting(self, *, counted: bool) -> Iterator[None]:
-        """Show that the group is being formed until the block ends. It has a number, but no total: it moves no tensor.
-
-        Args:
-            counted: False if another part of the same connect counts it.
-        """
+    def connecting(self) -> Iterator[None]:
+        """Show that the group is being formed until the block ends. It does not count, since it moves no tensors."""
         self.operation, self.number = "connect", self.count + 1
-        self.count += counted
         yield
         self.end()
 

@@ -73,7 +73,7 @@ class TorchComm:
         gloo = c10d.ProcessGroupGloo._Options()
         gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=self._interface_address)]
         gloo._timeout = timeout
-        with self.translated_errors("connect"), self.progress.connecting(counted=True):
+        with self.translated_errors("connect"), self.progress.connecting():
             self._group = self._connect_gloo(gloo)
 
     def _connect_gloo(self, options: Any) -> Any:
