@@ -431,7 +431,8 @@ def test_the_names_that_vllm_dashboards_read_are_present() -> None:
 
 
 def test_the_page_has_exactly_the_described_metrics() -> None:
-    stats = replace_fields(engine(of_ranks=ranks()), accepted_by_position=(2, 1))
+    traffic = (Traffic("tp", "all_reduce", 1, 8, 20, 10, ((1, 10),)),)
+    stats = replace_fields(engine(of_ranks=ranks()), accepted_by_position=(2, 1), traffic_before=traffic)
     status = fleet(replica(0, stats=stats))
     metrics = RequestMetrics(LENGTH)
     metrics.verbs["http"](json.dumps([["/x", "GET", "2xx", [1, *[0] * 21], 0.001]]).encode())
