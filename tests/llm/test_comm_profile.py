@@ -60,7 +60,7 @@ def test_a_profile_divides_the_time_of_steps() -> None:
     ]
     lines = profile.table().splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == ["axis", "pp", "tp", "ep"]
-    assert "rank 1 of replica 1 (0.400 s)" in lines[2]  # rank 3 of all
+    assert "rank 1 of replica 1 (400.0 ms)" in lines[2]  # rank 3 of all
     assert lines[2].endswith("10.0 %")
     assert lines[4] == "in all 25.0 % of the 6.00 s that the ranks spent on steps, added up"
     shown = profile.as_json()["operations"][1]

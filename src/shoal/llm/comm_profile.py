@@ -40,7 +40,7 @@ class CommCost:
         """The part of the time in which tensors were moved and added; None: the backend cannot tell."""
         if self.seconds is None or self.waiting_s is None:
             return None
-        return max(self.seconds - self.waiting_s, 0.0)
+        return max(round(self.seconds - self.waiting_s, 6), 0.0)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -160,7 +160,9 @@ def _longest(waits: Sequence[RankWait], several: bool) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    return _UNKNOWN if seconds is None else f"{seconds:.3f} s"
+    if seconds is None:
+        return _UNKNOWN
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def _percent(share: float) -> str:
