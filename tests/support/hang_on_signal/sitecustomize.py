@@ -12,9 +12,10 @@ _AGAIN_S = 0.0001
 def _hang(number: int, frame: FrameType | None) -> None:
     files = set()
     while frame is not None:
-        files.add(tuple(frame.f_code.co_filename.split("/")[-2:]))
+        files.add(frame.f_code.co_filename)
         frame = frame.f_back
-    while ("worker", "runner.py") in files and not any(folder == "comm" for folder, _ in files):
+    in_step = any(file.endswith("/worker/runner.py") for file in files)
+    while in_step and not any("/shoal/comm/" in file for file in files):
         pass
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
 
