@@ -1,13 +1,14 @@
 """What communication has cost, from made-up stats and from real ranks."""
 
-import logging
+import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal import LLM, SamplingParams
+from shoal import LLM, AsyncLLM, SamplingParams
 from shoal.cluster.stats import merge_stats
 from shoal.llm.comm_profile import profile_replicas, replicas_of
 from shoal.wire.base import replace_fields
@@ -16,6 +17,7 @@ from shoal.wire.traffic import Traffic, sum_traffic, traffic_since
 from support.fakes import steady
 from support.fleet_status import engine, ranks
 
+WAIT_S = 60.0
 KEYS = st.sampled_from([("tp", "all_reduce"), ("tp", "all_gather"), ("pp", "send")])
 
 
@@ -81,11 +83,23 @@ def test_ranks_that_are_alone_have_no_table() -> None:
     assert profile_replicas([]).table() == "ranks have exchanged no tensors: each is alone in its replica"
 
 
-def test_the_log_has_the_table_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="shoal"):
-        with LLM(tensor_parallel_size=2, distributed_executor_backend="threads", profile_comm=True) as llm:
-            llm.generate("1 + 1 =", SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
-        (table,) = [record.getMessage() for record in caplog.records if "share of steps" in record.getMessage()]
-    row = next(line for line in table.splitlines() if "all_reduce" in line).split()
+def test_an_llm_prints_the_table_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with LLM(tensor_parallel_size=2, distributed_executor_backend="threads", profile_comm=True) as llm:
+        llm.generate("1 + 1 =", SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
+        assert "share of steps" not in capsys.readouterr().err
+    row = next(line for line in capsys.readouterr().err.splitlines() if "all_reduce" in line).split()
     assert row[:2] == ["tp", "all_reduce"]
     assert int(row[2]) % (2 * 4) == 0  # both ranks, in each step
+
+
+def test_an_async_llm_prints_the_table_when_it_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    async def scenario() -> None:
+        options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "threads"}
+        async with AsyncLLM(profile_comm=True, **options) as llm:
+            await llm.ready(WAIT_S)  # the ranks have warmed up
+        llm.close()
+
+    asyncio.run(scenario())
+    shown = capsys.readouterr().err
+    assert shown.count("share of steps") == 1
+    assert "all_reduce" in shown

@@ -19,7 +19,7 @@ from shoal.errors import ClosedError, EngineError, RequestError, ShoalError
 from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.start_fleet import start_fleet
-from shoal.llm.comm_profile import profile_replicas
+from shoal.llm.comm_profile import print_profile
 from shoal.llm.outputs import PromptOutputs
 from shoal.llm.pause_and_sleep import PauseAndSleep
 from shoal.llm.request_builder import RequestBuilder
@@ -408,7 +408,7 @@ class AsyncLLM(PauseAndSleep):
         if not self._owner.is_here:
             return
         if self.options.parallel.profile_comm and self._fleet_server is not None and not self._closed:
-            self._log_comm_profile()
+            self._print_comm_profile()
         self._closed = True
         self._grammars.close()
         if self._fleet_server is not None:
@@ -419,8 +419,8 @@ class AsyncLLM(PauseAndSleep):
             with suppress(RuntimeError):  # the loop was closed, so no task waits any more
                 self._loop.call_soon_threadsafe(self._end_all)
 
-    def _log_comm_profile(self) -> None:
-        """Log what communication between the ranks has cost. Counts are from their start, their warm-up included."""
+    def _print_comm_profile(self) -> None:
+        """Print what communication between the ranks has cost. Counts are from their start, their warm-up included."""
         try:
             status = fleet_status_decoder.decode(self._connection.ask("status").result(_PROFILE_S))
         except (ShoalError, TimeoutError) as error:
@@ -428,8 +428,7 @@ class AsyncLLM(PauseAndSleep):
                 "--profile-comm has no figures, since the fleet does not answer: %s", error or type(error).__name__
             )
             return
-        found = [replica.stats for replica in status.replicas if replica.stats is not None]
-        log.info("communication between ranks:\n%s", profile_replicas(found).table())
+        print_profile([replica.stats for replica in status.replicas if replica.stats is not None])
 
     def _end_all(self) -> None:
         while self._arrived:  # the fleet's updates first, because they say more

@@ -1,5 +1,6 @@
 """What communication between ranks has cost: a table by axis of the mesh and operation, and the same as JSON."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,11 @@ def profile_replicas(replicas: Sequence[EngineStats], since: Sequence[EngineStat
     return CommProfile.of(
         traffic_since(earlier, now), step_us, max((len(stats.ranks) for stats in replicas), default=1)
     )
+
+
+def print_profile(replicas: Sequence[EngineStats], since: Sequence[EngineStats] = ()) -> None:
+    """Print the table of `profile_replicas` to stderr, for a user who has asked for it and may see no log."""
+    print(f"communication between ranks:\n{profile_replicas(replicas, since).table()}", file=sys.stderr)
 
 
 def replicas_of(stats: EngineStats) -> Sequence[EngineStats]:

@@ -16,7 +16,7 @@ from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.programs import start_program
 from shoal.launch.shared_calls import Call
 from shoal.llm.beam_search import beam_search
-from shoal.llm.comm_profile import profile_replicas, replicas_of
+from shoal.llm.comm_profile import print_profile, replicas_of
 from shoal.llm.offline import OfflineRunner
 from shoal.llm.shared_engine import SharedEngine
 from shoal.log import get_logger
@@ -350,15 +350,15 @@ class LLM:
     def close(self) -> None:
         """End the engine and its ranks. Calls of other threads end with a ClosedError. Idempotent.
 
-        With `profile_comm` the log first gets a table of what communication between the ranks has cost.
+        With `profile_comm` a table of what communication between the ranks has cost is printed to stderr before.
         """
         if self.options.parallel.profile_comm and self._finalizer.alive:
-            self._log_comm_profile()
+            self._print_comm_profile()
         self._finalizer()
         self._calls_finalizer()
         self._grammars_finalizer()
 
-    def _log_comm_profile(self) -> None:
+    def _print_comm_profile(self) -> None:
         try:
             stats = self.stats()
         except ClosedError:  # a forked child, or another thread has closed it
@@ -367,8 +367,7 @@ class LLM:
             log.warning("--profile-comm has no figures, since the engine has failed: %s", error)
             return
         if stats.steps > self._first_stats.steps:  # a follower has no figures of its own
-            profile = profile_replicas(replicas_of(stats), replicas_of(self._first_stats))
-            log.info("communication between ranks:\n%s", profile.table())
+            print_profile(replicas_of(stats), replicas_of(self._first_stats))
 
     def __enter__(self) -> "LLM":
         return self
