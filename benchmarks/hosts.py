@@ -97,8 +97,11 @@ def _plans(hosts: Sequence[Host], rounds: int) -> dict[str, Any]:
     here, there = {0: ["--cpu-cores", "0"]}, {1: ["--cpu-cores", "1"]}
     steps: dict[str, list[float]] = {"two hosts": [], "one host": []}  # in microseconds
     for number in range(rounds):
-        for name, count, flags, local in [("one host", 1, one, {0: []}), ("two hosts", 2, one[:2], {**here, **there})]:
-            run = _bench(hosts[:count], 1, flags, local, model="bundled", output_len=800)
+        runs = {
+            "one host": _bench(hosts[:1], 1, one, {0: []}, "bundled", 800),
+            "two hosts": _bench(hosts, 1, one[:2], {**here, **there}, "bundled", 800),
+        }
+        for name, run in runs.items():
             steps[name].append(1e6 * run["time_per_output_token_s"] - run["forward_us_per_step"])
         click.echo(f"round {number}: {steps}", err=True)
     more = [two - one for two, one in zip(steps["two hosts"], steps["one host"], strict=True)]
