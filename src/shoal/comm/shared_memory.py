@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.base import PendingSend, Progress, bytes_to_others, reduced_bytes
+from shoal.comm.base import OperationTotal, PendingSend, Progress, bytes_to_others, reduced_bytes
 from shoal.errors import CommAborted, CommError, CommTimeout
 from shoal.native_library import open_library
 
@@ -165,8 +165,32 @@ class SharedMemory:
         library.abort(self.address, self.ranks)
 
 
+class _Attachment:
+    """What the library keeps for one rank of a group. It outlives the communicator while its times are still read."""
+
+    def __init__(self, library: _Library, context: int, ranks: int) -> None:
+        self.context = context
+        self._library = library
+        self._ranks = ranks
+
+    def __del__(self) -> None:
+        self._library.detach(self.context)
+
+    def times(self) -> dict[str, OperationTotal]:
+        """Return the times of each operation that was called."""
+        found = {}
+        numbers = (_LONG * (4 + self._ranks))()
+        for code, operation in enumerate(_OPERATIONS):
+            self._library.totals(self.context, code, numbers)
+            count, _, ns, waited_ns, *waited_for = numbers
+            if count:
+                waits = {rank: waited for rank, waited in enumerate(waited_for) if waited}
+                found[operation] = OperationTotal(ns=ns, waited_ns=waited_ns, waited_for=waits)
+        return found
+
+
 class SharedMemoryComm:
-    """One rank's communicator on shared memory.
+    """One rank's communicator on shared memory. The library measures the times of its operations.
 
     Sends copy their tensor and do not wait, unless a quarter of a gigabyte is on its way to one rank.
     """
@@ -177,6 +201,7 @@ class SharedMemoryComm:
         rank: int,
         processes: Sequence[int],
         *,
+        numbers: Sequence[int] | None = None,
         timeout_s: float,
         spin: bool = False,
         progress: Progress | None = None,
@@ -185,6 +210,7 @@ class SharedMemoryComm:
 
         Args:
             processes: the process of each rank, so that an operation can tell when one of them has ended.
+            numbers: of the ranks, for errors; by default 0, 1 and so on.
             spin: let a wait keep its core for a while: there is a core for each rank.
             progress: counts the operations; by default one of its own.
 
@@ -197,6 +223,7 @@ class SharedMemoryComm:
         self.backend = "shm"
         self._memory = memory
         self._processes = tuple(processes)
+        self._numbers = tuple(range(self.size) if numbers is None else numbers)
         self._timeout_s = timeout_s
         library, reason = load_library()
         if library is None:
@@ -216,6 +243,8 @@ class SharedMemoryComm:
         )
         if not self._context:
             raise CommError("the shared memory is that of another group")
+        self._attachment = _Attachment(library, self._context, self.size)
+        self.progress.take_times(self._attachment.times)
 
     def _watch(self, process: int) -> int:
         """Return a descriptor that tells of the end of a process, or -1."""
@@ -230,8 +259,6 @@ class SharedMemoryComm:
         for descriptor in getattr(self, "_watched", ()):
             if descriptor >= 0:
                 os.close(descriptor)
-        if getattr(self, "_context", None):
-            self._library.detach(self._context)
 
     def _end(self, status: int) -> None:
         """End an operation, or raise the error that its status means."""
@@ -240,15 +267,17 @@ class SharedMemoryComm:
         self.progress.end()
 
     def _error(self, kind: int, whom: int) -> CommError:
-        where = f"rank {self.rank} of {self.size}: {self.progress}"
+        where = f"rank {self._numbers[self.rank]}: {self.progress}"
         if kind == _ABORTED:
             return CommAborted(f"{where} was aborted")
         if kind == _TIMEOUT:
             return CommTimeout(f"{where} waited {self._timeout_s:g} s for {self._describe(whom)}")
         if kind == _DIED:
-            return CommError(f"{where}: rank {whom} (process {self._processes[whom]}) has ended")
+            return CommError(f"{where}: rank {self._numbers[whom]} (process {self._processes[whom]}) has ended")
         if kind == _MISMATCH:
-            return CommError(f"{where}: rank {whom} called another operation, or the same with another size")
+            return CommError(
+                f"{where}: rank {self._numbers[whom]} called another operation, or the same with another size"
+            )
         return CommError(f"{where} cannot begin: an earlier operation has failed")
 
     def _describe(self, rank: int) -> str:
@@ -260,7 +289,7 @@ class SharedMemoryComm:
         with contextlib.suppress(OSError, IndexError):
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
             doing += {"T": ", stopped", "t": ", stopped by a debugger", "Z": ", ended"}.get(state, "")
-        return f"rank {rank} (process {process}, {doing})"
+        return f"rank {self._numbers[rank]} (process {process}, {doing})"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -326,7 +355,7 @@ class SharedMemoryComm:
     def _type(self, x: Tensor) -> int:
         code = self._summed.get(x.dtype)
         if code is None:
-            raise CommError(f"rank {self.rank} of {self.size}: {x.dtype} cannot be summed over shared memory")
+            raise CommError(f"rank {self._numbers[self.rank]}: {x.dtype} cannot be summed over shared memory")
         return code
 
 
