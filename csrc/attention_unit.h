@@ -36,7 +36,6 @@ struct Attention {
 struct Range {
     int64_t begin, end;
     int64_t size() const { return end - begin; }
-    bool empty() const { return begin >= end; }
 };
 
 Range common(Range x, Range y) { return {std::max(x.begin, y.begin), std::min(x.end, y.end)}; }
@@ -111,7 +110,7 @@ struct Scratch {
           tile(reinterpret_cast<uint32_t*>(total + rows * a.state_size())) {}
 };
 
-// A computation of one unit.
+// Computes one unit.
 class UnitRun {
    public:
     UnitRun(const Attention& a, const Unit& u, const Scratch& scratch, float* states)
