@@ -99,8 +99,6 @@ TABLE: tuple[Accepted, ...] = (
     Accepted("kv_cache_dtype", ("auto",), "keys and values have the type of the activations",
         "choose the type of weights, activations and KV cache with --dtype"),
     Accepted("calculate_kv_scales", OFF, "keys and values are not scaled", "leave it out"),
-    Accepted("quantization", (), "FP8 weights are read as config.json says",
-        "leave it out: how weights are stored is read from config.json"),
     Accepted("tokenizer_mode", ("auto", "hf"), "the fast tokenizer is used where there is one", "leave it out"),
     Accepted("skip_tokenizer_init", OFF, "the tokenizer is read where there is one",
         "leave it out: requests may have prompt_token_ids, and `detokenize` false, in any case"),
@@ -345,7 +343,7 @@ LACKING: Mapping[str, str] = {
 
 # Flags of `shoal serve` that vLLM takes for offline runs too.
 _SERVER_FLAGS = ("max_logprobs", "served_model_name", "shutdown_timeout")
-_SHORT = {"-q": "quantization", "-O": "optimization_level", "-ac": "attention_config", "-cc": "compilation_config",
+_SHORT = {"-O": "optimization_level", "-ac": "attention_config", "-cc": "compilation_config",
           "-dcp": "decode_context_parallel_size",
           "-pcp": "prefill_context_parallel_size", "-dpe": "data_parallel_external_lb",
           "-dpm": "data_parallel_multi_port_external_lb",
