@@ -17,8 +17,8 @@ from typing import Any
 from shoal import LLM, SamplingParams
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
-from demo_text import END, TextMaker  # noqa: E402  (it is not in a package)
-from train_demo import held_out_questions  # noqa: E402
+from demo_text import END, TextMaker
+from train_demo import held_out_questions
 
 Questions = dict[str, list[tuple[str, str]]]  # kind -> prompts with their answers
 
@@ -44,9 +44,7 @@ def answer(model: str | None, questions: Questions, quantization: str | None) ->
         for kind, asked in questions.items():
             outputs = llm.generate([prompt for prompt, _ in asked], greedy, use_tqdm=False)
             texts = [output.outputs[0].text for output in outputs]
-            shares[kind] = 100 * statistics.mean(
-                text == wanted for text, (_, wanted) in zip(texts, asked, strict=True)
-            )
+            shares[kind] = 100 * statistics.mean(text == wanted for text, (_, wanted) in zip(texts, asked, strict=True))
             given: Any = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
             for output in llm.generate([prompt + wanted for prompt, wanted in asked[:50]], given, use_tqdm=False):
                 rows = [row for row in output.prompt_logprobs or () if row is not None]

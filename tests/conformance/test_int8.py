@@ -17,7 +17,7 @@ from shoal.models.registry import read_spec
 from support.int8_reference import Int8Reference
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-import demo_text  # noqa: E402  (it is not in a package)
+import demo_text
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ ANY_NUMBER = ("a number",)
 class Accepted:
     """An option of vLLM's that is accepted although it changes nothing.
 
-    `values` are those that are accepted, as texts; without any the option is always refused.
+    `values` are those that are accepted, as texts.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Accepted:
 
     @property
     def is_switch(self) -> bool:
-        return bool(self.values) and set(self.values) <= set(EITHER)
+        return set(self.values) <= set(EITHER)
 
     @property
     def metavar(self) -> str:
-        return "NUMBER" if self.values == ANY_NUMBER else "|".join(self.values) or "VALUE"
+        return "NUMBER" if self.values == ANY_NUMBER else "|".join(self.values)
 
     def check(self, value: Any, name: str = "") -> None:
         """Accept a value that changes nothing; the error calls the option `name`, or by its flag.
@@ -55,7 +55,7 @@ class Accepted:
         name = name or self.flag
         if self.is_switch and _text(value) not in EITHER:
             raise ConfigError(f"{name} takes true or false, got {shown(value)}")
-        taken = f" takes {' or '.join(self.values)} here" if self.values and not self.is_switch else " can't be obeyed"
+        taken = f" takes {' or '.join(self.values)} here" if not self.is_switch else " can't be obeyed"
         what = f"{name}{taken}, got {shown(value)}" if not self.is_switch else f"{self._negated}{taken}"
         raise ConfigError(f"{what}: {self.instead}")
 
@@ -391,6 +391,4 @@ def explain(name: str) -> str | None:
         return None
     if found.server:
         return f"vLLM's {found.flag} is for `shoal serve` and AsyncLLM: leave it out here"
-    if not found.values:
-        return f"Shoal does not have vLLM's {found.flag}: {found.instead}"
     return f"vLLM's {found.flag} changes nothing here: {found.note}"
