@@ -39,7 +39,9 @@ _LAYOUTS = {"pp 2": ["-pp", "2"], "tp 2": ["-tp", "2"]}
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--mbits", default=100, show_default=True, help="rate of the slow link in Mbit/s")
-@click.option("--part", "parts", multiple=True, type=click.Choice(["executors", "links", "plans", "start"]), help="only these")
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice(["executors", "links", "plans", "start"]), help="only these"
+)
 def main(rounds: int, batch_size: int, mbits: int, parts: tuple[str, ...]) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         raise click.UsageError("two cores are needed")
@@ -95,8 +97,11 @@ def _plans(hosts: Sequence[Host], rounds: int) -> dict[str, Any]:
     here, there = {0: ["--cpu-cores", "0"]}, {1: ["--cpu-cores", "1"]}
     steps: dict[str, list[float]] = {"two hosts": [], "one host": []}  # in microseconds
     for number in range(rounds):
-        for name, count, flags, local in [("one host", 1, one, {0: []}), ("two hosts", 2, one[:2], {**here, **there})]:
-            run = _bench(hosts[:count], 1, flags, local, model="bundled", output_len=800)
+        runs = {
+            "one host": _bench(hosts[:1], 1, one, {0: []}, "bundled", 800),
+            "two hosts": _bench(hosts, 1, one[:2], {**here, **there}, "bundled", 800),
+        }
+        for name, run in runs.items():
             steps[name].append(1e6 * run["time_per_output_token_s"] - run["forward_us_per_step"])
         click.echo(f"round {number}: {steps}", err=True)
     more = [two - one for two, one in zip(steps["two hosts"], steps["one host"], strict=True)]
@@ -131,7 +136,16 @@ def _bench(
     """Run `shoal bench latency` over these hosts, and return its figures for the batch size."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
-        sizes = ["--batch-size", str(batch_size), "--input-len", "128", "--output-len", str(output_len), "--repeat", "1"]
+        sizes = [
+            "--batch-size",
+            str(batch_size),
+            "--input-len",
+            "128",
+            "--output-len",
+            str(output_len),
+            "--repeat",
+            "1",
+        ]
         memory = ["--kv-cache-memory-bytes", "1GiB"]
         _run(hosts, ["bench", "latency", model, *sizes, *memory, "--output", str(output), *flags], local)
         (found,) = json.loads(output.read_text())["results"]

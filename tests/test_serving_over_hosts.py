@@ -193,7 +193,7 @@ def test_a_headless_host_may_start_first_and_its_replica_may_be_killed() -> None
         check_disturbed_streams(head, url, lambda: os.kill(first, signal.SIGKILL))
         ready_url(head, replicas=2)
         assert states(head, url)[1]["pid"] != first
-        assert "it is started again immediately" in headless.text
+        assert "was killed by SIGKILL; it is started again" in headless.text
         for program in (headless, head):
             program.process.send_signal(signal.SIGTERM)
             assert program.await_end() == 0, program.text

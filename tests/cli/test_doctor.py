@@ -42,7 +42,7 @@ def test_a_healthy_host(shoal: Shoal, capsys: Captured, tmp_path: Path) -> None:
         assert found[kind]["level"] == "ok", kind
     assert "check-failed" not in found
     (host,) = read_topology(file.read_bytes()).hosts
-    assert {each.backend: each.ranks for each in host.all_reduce} == {"gloo": 2, "threads": 2}
+    assert {each.backend: each.ranks for each in host.all_reduce} == {"shm": 2, "gloo": 2, "threads": 2}
     assert all(each.latency_us > 0 and each.bandwidth > 0 for each in host.all_reduce)
     assert json.loads(out)["topology"]["hosts"][0]["name"] == host.name == socket.gethostname()
 

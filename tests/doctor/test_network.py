@@ -99,6 +99,22 @@ def test_the_variable_of_gloo(value: str, level: str) -> None:
     assert check(LO, SLOW, GLOO_SOCKET_IFNAME=value)["interface-variables"].level == level
 
 
+@pytest.mark.parametrize("name", ["SHOAL_HOST_IP", "VLLM_HOST_IP"])
+def test_the_address_that_a_variable_names(name: str) -> None:
+    down = Interface(name="eth2", addresses=("10.0.0.7",), up=False)
+
+    def found_for(address: str, *interfaces: Interface) -> Finding:
+        return by_kind(network.check(NetworkFacts(interfaces), {name: address}, several_hosts=True))["host-address"]
+
+    assert found_for("10.0.0.1", LO, SLOW).level == "ok"
+    found = found_for("10.77.0.9", LO, SLOW)
+    assert found.level == "failure"
+    assert found.text == f"{name}=10.77.0.9 is none of the addresses of this host: 10.0.0.1"
+    found = found_for("10.0.0.7", LO, SLOW, down)
+    assert (found.level, found.text) == ("failure", f"{name}=10.0.0.7: eth2 is down")
+    assert "host-address" not in check(LO, SLOW)
+
+
 @pytest.mark.parametrize(
     ("active", "level"), [((True, True), "ok"), ((True, False), "warning"), ((False, False), "warning")]
 )

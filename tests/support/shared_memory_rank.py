@@ -15,11 +15,13 @@ from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
 from shoal.errors import CommError
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 2.0
 
 
 def main(fd: int, rank: int, size: int, work: str) -> None:
     store = SharedFileStore(fd, timeout_s=60)
+    store.set(f"imported {rank}", "")
+    store.wait([f"imported {each}" for each in range(size)])  # so that no rank waits in an operation for an import
     comm = ProcessComm(store, "g", rank, size, requested="shm", timeout_s=TIMEOUT_S, device=torch.device("cpu"))
     for number in range(20):
         total = comm.all_reduce(torch.full((1000,), float(rank + number)))

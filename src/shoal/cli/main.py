@@ -16,6 +16,7 @@ def main() -> None:
         import_path.remove_implicit_folders()
         _open_standard_streams()
         garbage_collector.collect_rarely()
+        garbage_collector.end_without_collections()
         stand_apart()
         signal.signal(
             signal.SIGCHLD, signal.SIG_DFL
@@ -28,7 +29,6 @@ def main() -> None:
     if code == 130:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    garbage_collector.skip_last_collections()
     sys.exit(code)
 
 

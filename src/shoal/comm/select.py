@@ -7,7 +7,7 @@ from typing import Literal
 from shoal.errors import CommError
 
 Requested = Literal["auto", "shm", "gloo", "nccl"]
-Backend = Literal["shm", "gloo", "nccl"]
+Backend = Literal["shm", "gloo", "nccl", "tree"]  # tree: `HostTreeComm`
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,9 @@ def choose_backend(requested: Requested, device: str, members: Sequence[Member])
         return "nccl", "the tensors are on GPUs"
     if requested == "gloo":
         return "gloo", "it was asked for"
+    hosts = len({member.host for member in members})
+    if 1 < hosts < len(members):
+        return "tree", f"{len(members)} ranks on {hosts} hosts: sums are formed on each host first"
     if obstacle:
         return "gloo", obstacle
     return "shm", f"{len(members)} ranks on one host"

@@ -177,6 +177,7 @@ class SharedMemoryComm:
         rank: int,
         processes: Sequence[int],
         *,
+        numbers: Sequence[int] | None = None,
         timeout_s: float,
         spin: bool = False,
         progress: Progress | None = None,
@@ -185,6 +186,7 @@ class SharedMemoryComm:
 
         Args:
             processes: the process of each rank, so that an operation can tell when one of them has ended.
+            numbers: of the ranks, for errors; by default 0, 1 and so on.
             spin: let a wait keep its core for a while: there is a core for each rank.
             progress: counts the operations; by default one of its own.
 
@@ -197,6 +199,7 @@ class SharedMemoryComm:
         self.backend = "shm"
         self._memory = memory
         self._processes = tuple(processes)
+        self._numbers = tuple(range(self.size) if numbers is None else numbers)
         self._timeout_s = timeout_s
         library, reason = load_library()
         if library is None:
@@ -240,15 +243,17 @@ class SharedMemoryComm:
         self.progress.end()
 
     def _error(self, kind: int, whom: int) -> CommError:
-        where = f"rank {self.rank} of {self.size}: {self.progress}"
+        where = f"rank {self._numbers[self.rank]}: {self.progress}"
         if kind == _ABORTED:
             return CommAborted(f"{where} was aborted")
         if kind == _TIMEOUT:
             return CommTimeout(f"{where} waited {self._timeout_s:g} s for {self._describe(whom)}")
         if kind == _DIED:
-            return CommError(f"{where}: rank {whom} (process {self._processes[whom]}) has ended")
+            return CommError(f"{where}: rank {self._numbers[whom]} (process {self._processes[whom]}) has ended")
         if kind == _MISMATCH:
-            return CommError(f"{where}: rank {whom} called another operation, or the same with another size")
+            return CommError(
+                f"{where}: rank {self._numbers[whom]} called another operation, or the same with another size"
+            )
         return CommError(f"{where} cannot begin: an earlier operation has failed")
 
     def _describe(self, rank: int) -> str:
@@ -260,7 +265,7 @@ class SharedMemoryComm:
         with contextlib.suppress(OSError, IndexError):
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
             doing += {"T": ", stopped", "t": ", stopped by a debugger", "Z": ", ended"}.get(state, "")
-        return f"rank {rank} (process {process}, {doing})"
+        return f"rank {self._numbers[rank]} (process {process}, {doing})"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -326,7 +331,7 @@ class SharedMemoryComm:
     def _type(self, x: Tensor) -> int:
         code = self._summed.get(x.dtype)
         if code is None:
-            raise CommError(f"rank {self.rank} of {self.size}: {x.dtype} cannot be summed over shared memory")
+            raise CommError(f"rank {self._numbers[self.rank]}: {x.dtype} cannot be summed over shared memory")
         return code
 
 

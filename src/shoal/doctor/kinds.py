@@ -179,6 +179,12 @@ _ROWS: tuple[Kind, ...] = (
         "give the address of the fast interface as --master-addr, and set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME",
     ),
     Kind(
+        "host-address",
+        "Address of this host",
+        "SHOAL_HOST_IP or VLLM_HOST_IP is an address that this host does not have, or of an interface that is down",
+        "unset it, or give one of the addresses that `ip address` shows",
+    ),
+    Kind(
         "interface-variables",
         "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME",
         "the variable names an interface that this host does not have or that is down",

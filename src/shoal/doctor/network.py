@@ -14,6 +14,7 @@ from shoal.wire.topology import Interface, RdmaPort
 NET, RDMA = Path("sys/class/net"), Path("sys/class/infiniband")
 _ANYWHERE = "192.0.2.1"  # of a documentation network (RFC 5737): nothing is sent to it, only the route is asked for
 _SLOW = 1e9 / 8  # an interface of at most 1 Gbit/s
+_HOST_ADDRESS = ("SHOAL_HOST_IP", "VLLM_HOST_IP")
 _VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
@@ -109,7 +110,7 @@ def check(facts: NetworkFacts, variables: Mapping[str, str], *, several_hosts: b
     """Check the interfaces. `several_hosts`: this host must reach others, so that it needs one."""
     others = [each for each in facts.interfaces if each.name != "lo"]
     usable = [each for each in others if each.up and each.addresses]
-    found = check_variables(facts, variables)
+    found = [*check_host_address(facts, variables), *check_variables(facts, variables)]
     if not usable:
         text = f"no interface but lo is up and has an address ({', '.join(each.name for each in others) or 'none'})"
         return [(failure if several_hosts else warning)("interfaces", text), *found]
@@ -131,6 +132,21 @@ def check_chosen(facts: NetworkFacts, *, several_hosts: bool) -> list[Finding]:
     if several_hosts and chosen.speed is not None and chosen.speed <= _SLOW:
         return [warning("chosen-interface", f"{text}: too slow for tensor parallelism over hosts")]
     return [ok("chosen-interface", text)]
+
+
+def check_host_address(facts: NetworkFacts, variables: Mapping[str, str]) -> list[Finding]:
+    """Check that the address that a variable names for this host is one of its addresses."""
+    name = next((each for each in _HOST_ADDRESS if variables.get(each)), "")
+    if not name:
+        return []
+    address = variables[name]
+    of = next((each for each in facts.interfaces if address in each.addresses), None)
+    if of is None:
+        known = ", ".join(text for each in facts.interfaces if each.name != "lo" for text in each.addresses)
+        return [failure("host-address", f"{name}={address} is none of the addresses of this host: {known or 'none'}")]
+    if not of.up:
+        return [failure("host-address", f"{name}={address}: {of.name} is down")]
+    return [ok("host-address", f"{name}={address} is the address of {of.name}")]
 
 
 def check_variables(facts: NetworkFacts, variables: Mapping[str, str]) -> list[Finding]:

@@ -4,6 +4,7 @@ The objects that a process has after its start, several hundred thousand with Py
 its end. A full collection examines all of them, which stops every thread for 50 to 200 ms.
 """
 
+import atexit
 import gc
 
 _AT_START = 50_000  # new objects until the next collection while a program starts; Python's own count is 700
@@ -36,9 +37,9 @@ def freeze_imports() -> None:
     gc.set_threshold(*_RUNNING)
 
 
-def skip_last_collections() -> None:
+def end_without_collections() -> None:
     """Let the interpreter end without a search for garbage, which takes 0.4 s in a process that has loaded PyTorch."""
-    gc.freeze()
+    atexit.register(gc.freeze)
 
 
 def collect() -> None:

@@ -3,6 +3,7 @@
 The ranks of a group find each other through a store of keys and values that all of them can reach.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from shoal.comm.base import Communicator
 from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
 from shoal.errors import CommAborted
+from shoal.wire.base import Ids
 from shoal.wire.credentials import NO_CREDENTIALS
 from shoal.wire.ranks import RankSetup
 from shoal.worker.rendezvous_store import RendezvousStore
@@ -65,7 +67,7 @@ class ProcessGroups:
             timeout_s=setup.plan.timeouts.comm_s,
             device=torch.device("cuda", setup.rank_plan.device_index) if cuda else torch.device("cpu"),
             interface_address=setup.address,
-            cores=setup.rank_plan.cores if setup.plan.bind_cores else (),
+            cores=_own_cores(setup),
             aborted=aborted,
         )
         with self._lock:
@@ -116,3 +118,12 @@ class ProcessGroups:
             else:
                 self._own = SharedFileStore(self._own_store, timeout_s=timeout)
         return self._own
+
+
+def _own_cores(setup: RankSetup) -> Ids:
+    """Return the cores that are bound to this rank alone; (): it shares its core with other ranks of this host."""
+    plan, mine = setup.plan, setup.rank_plan
+    here = [rank for rank in plan.ranks if rank.node == mine.node]
+    used = [core for rank in here for core in rank.cores]
+    crowded = len(set(used)) < len(used) or len(here) * plan.place.local_size > (os.cpu_count() or 1)
+    return mine.cores if plan.bind_cores and not crowded else ()
