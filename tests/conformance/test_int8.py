@@ -97,7 +97,11 @@ def test_int8_changes_numbers(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
 def test_whole_experts_on_ranks(checkpoint: Checkpoint, name: str, placement: str) -> None:
     """The sums over ranks have another order, with the consequences that are described above."""
-    layout = {"data_parallel_size": 2, "enable_expert_parallel": True, "expert_placement_strategy": placement}
+    layout: dict[str, Any] = {
+        "data_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "expert_placement_strategy": placement,
+    }
     options: dict[str, Any] = {"steps": 1, "quantization": "int8"}
     alone = logprobs_of(generate(checkpoint(name), PROMPTS, **options))
     found = logprobs_of(generate(checkpoint(name), PROMPTS, **options, **layout))

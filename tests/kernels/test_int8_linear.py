@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoal.kernels import int8_linear as module
 from shoal.kernels.int8_linear import NativeInt8Linear, TorchInt8Linear, load_int8, make_int8_linear
-from shoal.kernels.linear import make_linear
+from shoal.kernels.linear import Linear, make_linear
 from shoal.kernels.linear_weights import LinearWeights, quantize_rows, quantize_weight
 from shoal.kernels.weight_format import INT8, WeightFormat, packed_size, padded_outputs
 from support.example_counts import examples
@@ -78,7 +78,8 @@ def test_implementations_give_the_same_bits(
 def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, inputs: int, outputs: int) -> None:
     weight, bias = random_layer(outputs, inputs, dtype, bias=True)
     x = torch.randn(300, inputs).to(dtype)
-    for linear in (*natives(weight, bias), TorchInt8Linear(weight, bias)):
+    linears: list[Linear] = [*natives(weight, bias), TorchInt8Linear(weight, bias)]
+    for linear in linears:
         together = linear(x)
         counts = (1, 2, 5, 6, 7, 12, 13, 32, 33, 95, 96, 97, 193)
         assert [rows for rows in counts if not torch.equal(linear(x[:rows]), together[:rows])] == []
@@ -105,7 +106,8 @@ def test_numbers_that_are_not_finite_spoil_their_row_only(dtype: torch.dtype) ->
     x = torch.randn(5, 70).to(dtype)
     before = make_int8_linear(weight, bias)(x)
     x[1, 3], x[3, 69] = torch.nan, -torch.inf
-    for linear in (*(natives(weight, bias) if LIBRARY else ()), TorchInt8Linear(weight, bias)):
+    linears: list[Linear] = [*(natives(weight, bias) if LIBRARY else ()), TorchInt8Linear(weight, bias)]
+    for linear in linears:
         out = linear(x)
         assert out[[1, 3]].isnan().all()
         assert torch.equal(out[[0, 2, 4]], before[[0, 2, 4]])

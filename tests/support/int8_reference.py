@@ -37,7 +37,8 @@ class Int8Module(nn.Module):
             codes, scales = quantize_rows(rows[:, span])
             out = out + F.linear(rows[:, span].double() if small else codes.double() * scales, weight)
         out = out.float() if self.bias is None else out.float() + self.bias
-        return out.unflatten(0, x.shape[:-1])
+        shaped: Tensor = out.unflatten(0, x.shape[:-1])
+        return shaped
 
 
 class Int8Reference(Reference):
