@@ -101,7 +101,6 @@ from shoal.wire.ranks import (
     StepTimes,
     TokenLogprobs,
     ToRankProcess,
-    Traffic,
     Work,
     decode_capacity,
     decode_load_info,
@@ -113,6 +112,7 @@ from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rend
 from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
 from shoal.wire.topology import HostPair, PairAddress
+from shoal.wire.traffic import Traffic
 from support.fakes import steady
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoal.bench import expert_exchange
+from shoal.bench import rank_processes
 from shoal.bench.expert_exchange import ExpertTraffic, measure_experts
 from shoal.errors import RankFailed
 from shoal.transport.process import ChildProcess
@@ -25,7 +25,7 @@ def test_a_rank_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(children[0].pid, signal.SIGKILL)
         return children[-1]
 
-    monkeypatch.setattr(expert_exchange, "ChildProcess", start)
+    monkeypatch.setattr(rank_processes, "ChildProcess", start)
     traffic = ExpertTraffic(2, experts=4, top_k=1, hidden_size=8, dtype="float32", tokens=(1,), repeat=1)
     with pytest.raises(RankFailed, match=r"rank 0 \(process \d+\) was killed by SIGKILL"):
         measure_experts(traffic)

@@ -31,6 +31,7 @@ def test_latency() -> None:
         assert 0 < result["schedule_us_per_step"] < result["control_us_per_step"]
         assert result["output_tokens_per_s"] > 0
     assert report["options"]["max_model_len"] == 26
+    assert "communication" not in report["results"][0]
     assert {"launch", "connect", "load", "profile", "allocate", "warm_up"} == set(report["start_s"])
     assert report["ranks"][0]["weight_bytes"] > 2**20
 
@@ -38,11 +39,16 @@ def test_latency() -> None:
 def test_throughput_into_a_file(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     command = ["throughput", *SMALL, "--input-len", "8", "--output-len", "3", "--num-prompts", "5"]
+    command += ["-tp", "2", "--distributed-executor-backend", "threads", "--profile-comm"]
     done = subprocess.run(
         [sys.executable, "-m", "shoal", "bench", *command, "--output", str(file)], timeout=100, check=True
     )
     assert done.returncode == 0
-    assert json.loads(file.read_text())["results"][0]["batch_size"] == 5
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["batch_size"] == 5
+    reduces = next(each for each in result["communication"]["operations"] if each["operation"] == "all_reduce")
+    assert reduces["calls"] % result["steps"] == 0  # the same in each step of the one run
+    assert 0 < reduces["share"] < 1
 
 
 def test_latency_with_replicas() -> None:
@@ -61,7 +67,25 @@ def test_startup() -> None:
     assert phases["ready"] > sum(seconds for name, seconds in phases.items() if name != "ready") > 0
 
 
-def test_comm(tmp_path: Path) -> None:
+def test_comm() -> None:
+    sizes = ["--size", "2KiB", "--size", "300KiB", "--operation", "all_reduce", "--operation", "barrier"]
+    report = bench("comm", "--json", "--ranks", "2", "--repeat", "3", *sizes)
+    assert (report["pattern"], report["sizes"], report["dtype"]) == ("operations", [2048, 307200], "bfloat16")
+    cells = [("all_reduce", 2048), ("all_reduce", 307200), ("barrier", 0)]
+    found = {(result["operation"], result["bytes"], result["backend"]): result for result in report["results"]}
+    assert set(found) == {(*cell, backend) for cell in cells for backend in ("shm", "gloo")}
+    assert all(result["us"] > 0 for result in found.values())
+    assert found["all_reduce", 2048, "shm"]["bus_bytes_per_s"] > 0
+
+
+def test_flags_of_another_pattern_are_refused(shoal: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert shoal("bench", "comm", "--tokens", 4) == 2
+    assert capsys.readouterr().err == "error: --tokens is for --pattern moe, and the pattern is operations\n"
+    assert shoal("bench", "comm", "--pattern", "moe", "--size", "1KiB") == 2
+    assert capsys.readouterr().err == "error: --size is for --pattern operations, and the pattern is moe\n"
+
+
+def test_comm_with_experts(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     sizes = ["--ranks", "2", "--experts", "4", "--top-k", "1", "--hidden-size", "16", "--dtype", "float32"]
     command = ["comm", "--pattern", "moe", *sizes, "--tokens", "0", "--tokens", "300", "--repeat", "3"]
@@ -86,5 +110,5 @@ def test_comm(tmp_path: Path) -> None:
 
 
 def test_comm_counts_experts(shoal: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert shoal("bench", "comm", "--experts", 4, "--top-k", 8) == 2
+    assert shoal("bench", "comm", "--pattern", "moe", "--experts", 4, "--top-k", 8) == 2
     assert capsys.readouterr().err == "error: --top-k 8 is more than --experts 4: lower --top-k or raise --experts\n"

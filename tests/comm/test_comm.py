@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.comm.base import Communicator
+from shoal.comm.base import Communicator, OperationTotal
 from shoal.comm.local import LocalComm
 from shoal.comm.process_comm import ProcessComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
@@ -219,6 +219,79 @@ def test_traffic_counts_the_bytes_sent_to_other_ranks(comms: list[Communicator])
     assert {name: sent[name] for name in expected if name in sent} == (expected if size > 1 else {})
 
 
+def test_the_time_of_operations_is_measured(comms: list[Communicator]) -> None:
+    """Rank 1 is late each time: it waits until the others have begun, and computes something first."""
+    if len(comms) == 1:
+        assert comms[0].progress.read_totals() == {}
+        return
+    before = [comm.progress.read_totals().get("all_gather", OperationTotal()) for comm in comms]
+
+    others = [(comm.progress, comm.progress.count) for comm in comms if comm.rank != 1]
+
+    def run(comm: Communicator) -> None:
+        x = torch.ones(1)
+        for done in range(20):
+            if comm.rank == 1:
+                while any(other.count <= first + done for other, first in others):
+                    pass
+                torch.randn(200, 200).inverse()
+            comm.all_gather(x, [1] * comm.size)
+
+    each(comms, run)
+    after = [comm.progress.read_totals()["all_gather"] for comm in comms]
+    assert [now.count - then.count for then, now in zip(before, after, strict=True)] == [20] * len(comms)
+    assert all((now.ns or 0) > (then.ns or 0) for then, now in zip(before, after, strict=True))
+    waits = [
+        {rank: waited - then.waited_for.get(rank, 0) for rank, waited in now.waited_for.items()}
+        for then, now in zip(before, after, strict=True)
+    ]
+    if "gloo" in comms[0].backend:
+        assert [total.waited_ns for total in after] == [None] * len(comms)
+        assert waits == [{}] * len(comms)
+        return
+    assert all(0 <= (total.waited_ns or 0) <= (total.ns or 0) for total in after)
+    assert all(sum(total.waited_for.values()) == total.waited_ns for total in after)
+    assert waits[0][1] > sum(waits[1].values())
+    assert all(rank not in of_rank for rank, of_rank in enumerate(waits))
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_totals_go_on_when_a_group_is_formed_anew(kind: Any) -> None:
+    store, device = c10d.HashStore(), torch.device("cpu")
+
+    def run(rank: int) -> list[dict[str, OperationTotal]]:
+        comm, found = None, []
+        for prefix in "abc":
+            if comm is None:
+                comm = ProcessComm(store, prefix, rank, 2, requested=kind, timeout_s=60, device=device)
+            else:
+                comm.connect(store, prefix)
+            comm.all_reduce(torch.ones(5000))
+            found.append(comm.progress.read_totals())
+        return found
+
+    for totals in on_threads(2, run):
+        assert [list(total) for total in totals] == [["all_reduce"]] * 3  # forming a group moves no tensors
+        counts = [total["all_reduce"].count for total in totals]
+        times = [total["all_reduce"].ns or 0 for total in totals]
+        assert counts == [1, 2, 3]
+        assert 0 < times[0] < times[1] < times[2]
+
+
+def test_the_wait_for_a_send_between_threads_counts() -> None:
+    sender, receiver = connect("threads", 2, timeout_s=60)
+    pending = sender.send(torch.ones(3), 1)
+    waiter = threading.Thread(target=pending.wait, daemon=True)
+    waiter.start()
+    while not sender.progress.operation:
+        pass
+    receiver.recv(torch.empty(3), 0)
+    waiter.join(60)
+    total = sender.progress.read_totals()["send"]
+    assert total.waited_for == {1: total.waited_ns}
+    assert 0 < (total.waited_ns or 0) <= (total.ns or 0)
+
+
 def test_progress_names_the_last_operation(comms: list[Communicator]) -> None:
     before = comms[0].progress.count
     each(comms, lambda comm: comm.all_reduce(torch.ones(1)))
@@ -311,7 +384,7 @@ def check_abort(comms: Sequence[Communicator], operation: str, caller: int) -> N
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
 def test_the_wait_for_a_send_names_its_number(kind: str) -> None:
     sender, _receiver = connect(kind, 2, timeout_s=0.2)
-    number = sender.progress.count + 1  # gloo has counted its connect operation already
+    number = sender.progress.count + 1
     first, _second = sender.send(torch.ones(3), 1), sender.send(torch.ones(3), 1)
     assert str(sender.progress) == f"after operation #{number + 1}"
     with pytest.raises(CommTimeout, match=rf"rank 0\b.*send #{number} waited 0.2 s"):
@@ -405,7 +478,7 @@ def over_failing_store(timeout_s: float) -> tuple[FailingStore, list[Communicato
 
 def test_a_dead_store_does_not_hide_the_error_of_an_operation() -> None:
     _store, comms = over_failing_store(0.2)
-    with pytest.raises(CommTimeout, match=r"rank 0 of 2: all_reduce #2 waited 0.2 s"):
+    with pytest.raises(CommTimeout, match=r"rank 0 of 2: all_reduce #1 waited 0.2 s"):
         comms[0].all_reduce(torch.ones(1))
     for comm in comms:
         comm.abort()

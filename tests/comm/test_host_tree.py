@@ -115,3 +115,13 @@ def test_an_abort_ends_operations_on_all_hosts(connect: Connect) -> None:
             comms[rank].all_reduce(torch.ones(1))
 
     on_threads(4, run)
+
+
+def test_operations_of_the_whole_group_are_counted_and_timed(connect: Connect) -> None:
+    comms = connect("aab")
+    on_threads(3, lambda rank: comms[rank].all_reduce(torch.ones(3)))
+    on_threads(3, lambda rank: comms[rank].broadcast(torch.ones(3), 0))
+    for comm in comms:
+        totals = comm.progress.read_totals()
+        assert {name: total.count for name, total in totals.items()} == {"all_reduce": 1, "broadcast": 1}
+        assert all((total.ns or 0) > 0 and total.waited_ns is None for total in totals.values())

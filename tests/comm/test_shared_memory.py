@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from shoal.comm import formation
 from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_memory import SharedMemory, SharedMemoryComm, load_library
 from shoal.comm.torch_distributed import c10d
-from shoal.errors import CommError
+from shoal.errors import CommAborted, CommError
 from support.example_counts import examples
 from support.fakes import on_threads
 
@@ -235,3 +236,22 @@ def test_the_others_name_the_rank_that_does_not_arrive(work: str, cause: str) ->
             rank.wait()
             assert rank.stdout is not None
             rank.stdout.close()
+
+
+def test_an_abort_while_a_group_forms_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The abort comes when all have mapped the memory, and before the group is known."""
+    aborted = threading.Event()
+    close_file = SharedMemory.close_file
+
+    def abort(memory: SharedMemory) -> None:
+        aborted.set()
+        close_file(memory)
+
+    monkeypatch.setattr(SharedMemory, "close_file", abort)
+    store = c10d.HashStore()
+
+    def run(rank: int) -> None:
+        with pytest.raises(CommAborted):
+            ProcessComm(store, "g", rank, 2, timeout_s=60, device=torch.device("cpu"), aborted=aborted)
+
+    on_threads(2, run)

@@ -20,7 +20,9 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from shoal.client.http import ServerClient
 from shoal.client.scale import scale_server
+from shoal.wire.base import replace_fields
 from shoal.wire.fleet import FleetStatus
+from shoal.wire.traffic import Traffic
 from support.fleet_status import engine, fleet, ranks, replica
 from support.servers import ShoalServer
 from support.status_server import StatusServer
@@ -120,6 +122,10 @@ class Clock:
     def __call__(self) -> FleetStatus:
         up = time.monotonic() - self.begun
         state, cause, restarts = self.second
+        computing, receiving = ranks(1, 2, busy_us=int(0.75e6 * up))
+        traffic = Traffic(
+            "pp", "recv", 9, 0, int(0.5e6 * up), int(0.4e6 * up), ((0, int(0.3e6 * up)), (3, int(0.1e6 * up)))
+        )
         first = engine(
             running=6,
             waiting=2,
@@ -128,7 +134,7 @@ class Clock:
             generated=int(200 * up),
             queries=int(400 * up),
             hits=int(100 * up),
-            of_ranks=ranks(1, 2, busy_us=int(0.75e6 * up)),
+            of_ranks=[computing, replace_fields(receiving, traffic=(traffic,))],
         )
         second = engine(running=1, free=90, of_ranks=ranks(1, 2, first_pid=100 + 100 * restarts))
         replicas = [replica(0, host="alpha", since=up, stats=first)]
@@ -218,6 +224,10 @@ def check_bars_and_totals(browser: Browser) -> None:
     browser.until(lambda: browser.text("#total-prefix") == "25 %")
     busy = browser.one("[data-replica='0'] [data-rank='0'] [aria-label='share of time computing']")
     browser.until(lambda: abs(int(busy.get_attribute("aria-valuenow") or 0) - 75) <= 3)
+    meter = "[data-replica='0'] [data-rank='{}'] [aria-label='share of time communicating']"
+    browser.until(lambda: abs(int(browser.one(meter.format(1)).get_attribute("aria-valuenow") or 0) - 50) <= 3)
+    assert not browser.one(meter.format(0)).is_displayed(), "it has exchanged nothing"
+    assert "75 % of waits for rank 0" in browser.text("[data-replica='0']")
 
 
 def check_plots(browser: Browser) -> None:

@@ -39,6 +39,7 @@ from shoal.wire.engine import ControlCall, ControlReply, EngineRequest, Finish, 
 from shoal.wire.fleet import ContextLength, FleetStatus, to_api
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import encode_tokens
+from shoal.wire.traffic import Traffic
 from support.asgi import get
 from support.fake_backend import FakeBackend
 from support.fakes import FakeClock, request, steady
@@ -430,7 +431,8 @@ def test_the_names_that_vllm_dashboards_read_are_present() -> None:
 
 
 def test_the_page_has_exactly_the_described_metrics() -> None:
-    stats = replace_fields(engine(of_ranks=ranks()), accepted_by_position=(2, 1))
+    traffic = (Traffic("tp", "all_reduce", 1, 8, 20, 10, ((1, 10),)),)
+    stats = replace_fields(engine(of_ranks=ranks()), accepted_by_position=(2, 1), traffic_before=traffic)
     status = fleet(replica(0, stats=stats))
     metrics = RequestMetrics(LENGTH)
     metrics.verbs["http"](json.dumps([["/x", "GET", "2xx", [1, *[0] * 21], 0.001]]).encode())
@@ -618,9 +620,33 @@ def test_the_status_of_the_fleet_becomes_metrics() -> None:
     assert found("shoal:rank_busy_seconds_total", engine=0, rank=1) == 1.5
 
 
+def test_communication_becomes_metrics() -> None:
+    """The sums over ranks, and over processes that they had before."""
+    timed = Traffic("tp", "all_reduce", 3, 4096, 2_000_000, 1_500_000, ((1, 1_500_000),))
+    of_ranks = [replace_fields(rank, traffic=(timed, Traffic("pp", "send", 1, 10, 500_000))) for rank in ranks()]
+    stats = replace_fields(engine(of_ranks=of_ranks), traffic_before=(replace_fields(timed, count=1),))
+    untimed = engine(of_ranks=[replace_fields(ranks()[0], traffic=(Traffic("tp", "all_reduce", 5, 7),))])
+    found = page(RequestMetrics(LENGTH), fleet(replica(0, stats=stats), replica(1, stats=untimed), replica(2)))
+    reduce = {"axis": "tp", "operation": "all_reduce"}
+    assert found("shoal:comm_operations_total", engine=0, **reduce) == 7
+    assert found("shoal:comm_bytes_total", engine=0, **reduce) == 3 * 4096
+    assert found("shoal:comm_seconds_total", engine=0, kind="waiting", **reduce) == 4.5
+    assert found("shoal:comm_seconds_total", engine=0, kind="moving", **reduce) == 1.5
+    assert found("shoal:comm_seconds_total", engine=0, kind="moving", axis="pp", operation="send") == 1.0
+    assert found("shoal:comm_operations_total", engine=1, **reduce) == 5
+    assert found.total("shoal:comm_operations_total") == 7 + 2 + 5
+    assert found.total("shoal:comm_seconds_total") == 3 * 2.0 + 2 * 0.5
+
+
 def test_counters_never_fall_when_a_replica_restarts() -> None:
+    traffic = (Traffic("tp", "all_reduce", 3, 4096, 2_000_000, 1_500_000, ((1, 1_500_000),)),)
     one_life = replace_fields(
-        engine(queries=40, hits=30, prompt=9, of_ranks=ranks(busy_us=2_000_000)),
+        engine(
+            queries=40,
+            hits=30,
+            prompt=9,
+            of_ranks=[replace_fields(rank, traffic=traffic) for rank in ranks(busy_us=2_000_000)],
+        ),
         iteration_tokens=(1, 2),
         step_tokens=9,
         steps=3,
@@ -636,6 +662,7 @@ def test_counters_never_fall_when_a_replica_restarts() -> None:
         before = now
     found = page(RequestMetrics(LENGTH), fleet(replica(0, stats=at_last)))
     assert found("shoal:rank_busy_seconds_total", engine=0, rank=1) == 6.0
+    assert found("shoal:comm_seconds_total", engine=0, axis="tp", operation="all_reduce", kind="moving") == 3.0
     assert found("vllm:prefix_cache_hits_total", engine=0) == 90
     assert found("vllm:iteration_tokens_total_sum", engine=0) == 27
 

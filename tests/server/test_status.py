@@ -6,13 +6,13 @@ from urllib.request import urlopen
 from shoal import __version__
 from shoal.server.operations.status import status_json
 from shoal.wire.base import replace_fields
-from shoal.wire.ranks import Traffic
+from shoal.wire.traffic import Traffic
 from support.fleet_status import engine, fleet, ranks, replica
 from support.status_server import StatusServer
 
 
 def test_every_field_has_its_name() -> None:
-    traffic = (Traffic("tp", "all_reduce", 3, 4096),)
+    traffic = (Traffic("tp", "all_reduce", 3, 4096, 70, 50, ((1, 50),)),)
     rank = replace_fields(ranks()[0], traffic=traffic)
     stats = replace_fields(
         engine(running=3, free=40, of_ranks=[rank]), start_s=(("load", 0.5),), iteration_tokens=(1, 2)
@@ -29,7 +29,8 @@ def test_every_field_has_its_name() -> None:
     shown_rank = shown["replicas"][0]["stats"]["ranks"][0]
     assert set(shown_rank) == {*rank.__struct_fields__, "host"}
     assert (shown_rank["host"], shown_rank["pid"]) == ("alpha", 100)
-    assert shown_rank["traffic"] == [{"axis": "tp", "operation": "all_reduce", "count": 3, "sent_bytes": 4096}]
+    times = {"us": 70, "waited_us": 50, "waited_for": [[1, 50]]}
+    assert shown_rank["traffic"] == [{"axis": "tp", "operation": "all_reduce", "count": 3, "sent_bytes": 4096, **times}]
     assert shown["replicas"][1]["stats"] is None
     assert shown["replicas"][1]["cause"] == "rank 1 died"
 

@@ -19,6 +19,7 @@ from shoal.wire.engine import EngineRequest, Finish, SeqUpdate
 from shoal.wire.lockstep import LockstepState
 from shoal.wire.ranks import NewSeq, RankStats, Sampling, SeqOut, StepMask, StepPlan, StepResult, StepTimes, Work
 from shoal.wire.tokens import decode_tokens, encode_tokens, token_set
+from shoal.wire.traffic import Traffic
 
 T = TypeVar("T")
 VOCABULARY = 7
@@ -213,7 +214,9 @@ class FakeExecutor:
         parts = set(payload.decode().split(","))
         match verb:
             case "stats":
-                return [encode(RankStats(0, 1, 2, 3, 4, 5, busy_us=7))]
+                return [
+                    encode(RankStats(0, 1, 2, 3, 4, 5, busy_us=7, traffic=(Traffic("tp", "all_reduce", 2, 80, 9),)))
+                ]
             case "sleep":
                 assert not self._results, "steps are in flight"
                 self.missing |= parts

@@ -13,15 +13,18 @@ import click
 
 from shoal import env
 from shoal.bench.engine_speed import BatchShape, SpeedMeter, medians
-from shoal.bench.expert_exchange import ExpertTraffic, measure_experts
+from shoal.cli.bench_comm import comm
 from shoal.cli.bench_serve import serve
+from shoal.cli.json_report import write_report
 from shoal.cli.numbers import DecimalFloat, IntRange
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
-from shoal.errors import EngineError, UserError
+from shoal.errors import EngineError
 from shoal.launch import hub, node
 from shoal.launch.open_model import open_model
+from shoal.llm.comm_profile import profile_replicas, replicas_of
 from shoal.llm.llm import LLM
 from shoal.process import import_path
+from shoal.wire.engine import EngineStats
 
 _READY = "ready: "
 
@@ -36,6 +39,7 @@ def bench() -> None:
 
 
 bench.add_command(serve)
+bench.add_command(comm)
 
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,8 +114,9 @@ def _batches(
         for batch_size in batch_sizes:
             shape = BatchShape(batch_size, input_len, output_len)
             meter.run(BatchShape(batch_size, input_len, 2))  # the first run of a size takes longer
+            before = llm.stats()
             runs = [meter.run(shape) for _ in range(repeat)]
-            results.append({"batch_size": batch_size, **medians(runs)})
+            results.append({"batch_size": batch_size, **medians(runs), **_communication(llm, before)})
         stats = llm.stats()
     report = {
         "benchmark": name,
@@ -132,7 +137,14 @@ def _batches(
             for rank in stats.ranks
         ],
     }
-    _write(report, output)
+    write_report(report, output)
+
+
+def _communication(llm: LLM, before: EngineStats) -> dict[str, Any]:
+    """Return what communication has cost since earlier stats, if the user wants to know."""
+    if not llm.options.parallel.profile_comm:
+        return {}
+    return {"communication": profile_replicas(replicas_of(llm.stats()), replicas_of(before)).as_json()}
 
 
 @bench.command(cls=GroupedCommand)
@@ -146,7 +158,9 @@ def startup(model: str | None, repeat: int, output: Path | None, probe: bool, **
         return
     runs = [_start_once() for _ in range(repeat)]
     phases = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    _write({"benchmark": "startup", "model": model or hub.BUNDLED_NAME, "repeat": repeat, "seconds": phases}, output)
+    write_report(
+        {"benchmark": "startup", "model": model or hub.BUNDLED_NAME, "repeat": repeat, "seconds": phases}, output
+    )
 
 
 def _start_once() -> dict[str, float]:
@@ -162,70 +176,3 @@ def _start_once() -> dict[str, float]:
                 return {"ready": ready, **json.loads(line.removeprefix(_READY))}
     command_line = " ".join(["shoal", *sys.argv[1:], "--probe"])
     raise EngineError(f"{command_line} ended with code {process.returncode} before it was ready")
-
-
-@bench.command()
-@click.option(
-    "--pattern", type=click.Choice(["moe"]), default="moe", show_default=True, help="the pattern of communication"
-)
-@click.option("--ranks", type=IntRange(2), default=2, show_default=True, help="processes, each with one replica")
-@click.option("--experts", type=IntRange(1), default=64, show_default=True, help="experts of a layer, over all ranks")
-@click.option("--top-k", type=IntRange(1), default=8, show_default=True, help="experts that each token uses")
-@click.option("--hidden-size", type=IntRange(1), default=2048, show_default=True, help="numbers per token")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="bfloat16",
-    show_default=True,
-    help="type of these numbers",
-)
-@click.option(
-    "--tokens",
-    type=IntRange(0),
-    multiple=True,
-    default=(1, 4, 16, 64, 256, 1024, 4096),
-    show_default=True,
-    help="tokens on each rank; may be given several times",
-)
-@click.option("--repeat", type=IntRange(1), default=9, show_default=True, help="measured exchanges of each size")
-@click.option("--json", "as_json", is_flag=True, help="print JSON instead of a table")
-@click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to this file")
-def comm(pattern: str, as_json: bool, output: Path | None, **sizes: Any) -> None:
-    """Measure how tokens are sent to experts on other ranks and back: time and bytes of each all2all backend."""
-    traffic = ExpertTraffic(**sizes)
-    chosen, why = traffic.choose()
-    results = measure_experts(traffic)
-    report = {
-        "benchmark": "comm",
-        "pattern": pattern,
-        **{name: getattr(traffic, name) for name in ExpertTraffic.__slots__},
-        "auto": chosen,
-        "why": why,
-        "results": results,
-    }
-    if not as_json:
-        _print_table(results)
-        print(f"\nauto chooses {chosen}: {why}")
-    if as_json or output is not None:
-        _write(report, output)
-
-
-def _print_table(results: list[dict[str, Any]]) -> None:
-    """Print a line for each number of tokens, with the backends side by side."""
-    backends = list(dict.fromkeys(result["backend"] for result in results))
-    print(" " * 8 + "".join(f"{backend:>34}" for backend in backends))
-    print(f"{'tokens':>8}" + f"{'us':>14}{'bytes per rank':>20}" * len(backends))
-    for tokens in dict.fromkeys(result["tokens"] for result in results):
-        row = [result for result in results if result["tokens"] == tokens]
-        print(f"{tokens:>8}" + "".join(f"{each['us']:>14.0f}{each['sent_bytes']:>20.0f}" for each in row))
-
-
-def _write(report: dict[str, Any], output: Path | None) -> None:
-    text = json.dumps(report, indent=2)
-    if output is None:
-        print(text)
-        return
-    try:
-        output.write_text(text + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"--output {output} can't be written: {error.strerror}") from None

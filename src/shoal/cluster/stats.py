@@ -5,6 +5,7 @@ from itertools import zip_longest
 
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.engine import EngineStats
+from shoal.wire.traffic import Traffic, sum_traffic
 
 _EQUAL = {"block_size"}  # fields that are the same for all replicas
 _SMALLEST = {"max_model_len"}  # fields of which the set has the minimum: a request must fit into every replica
@@ -53,6 +54,7 @@ def add_past_counters(past: EngineStats, now: EngineStats) -> EngineStats:
         iteration_tokens=_sum_elements([past.iteration_tokens, now.iteration_tokens]),
         accepted_by_position=_sum_elements([past.accepted_by_position, now.accepted_by_position]),
         busy_before=_sum_elements([past.busy_before, now.busy_before]),
+        traffic_before=sum_traffic([*past.traffic_before, *now.traffic_before]),
     )
 
 
@@ -60,8 +62,21 @@ def keep_counters(stats: EngineStats) -> EngineStats:
     """Return the stats of a replica that has ended: its counters, without requests, blocks and ranks."""
     busy = _sum_elements([stats.busy_before, tuple(rank.busy_us for rank in stats.ranks)])
     return replace_fields(
-        stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy, trouble=""
+        stats,
+        waiting=0,
+        running=0,
+        num_blocks=0,
+        free_blocks=0,
+        ranks=(),
+        busy_before=busy,
+        traffic_before=total_traffic(stats),
+        trouble="",
     )
+
+
+def total_traffic(stats: EngineStats) -> tuple[Traffic, ...]:
+    """Return what all ranks of a replica have exchanged, in all its runs, by axis and operation."""
+    return sum_traffic([*stats.traffic_before, *(part for rank in stats.ranks for part in rank.traffic)])
 
 
 def _sum_elements(counts: Sequence[Ids]) -> Ids:

@@ -1,7 +1,9 @@
 """The interface through which ranks exchange tensors, and the helpers that its implementations share."""
 
+import copy
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,23 +14,49 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class OperationTotal:
-    """The number of calls of one operation by a rank, and of the bytes that the rank sent in them."""
+    """What a rank has done in all calls of one operation."""
 
     count: int = 0
     sent_bytes: int = 0  # to other ranks: the least that the operation needs; a backend may send more
+    ns: int | None = None  # nanoseconds in the operation; None: the backend cannot measure them
+    waited_ns: int | None = None  # the part of them in which it waited for others; None: the backend cannot tell
+    waited_for: dict[int, int] = field(default_factory=dict)  # the same, by the rank of the group that came last
+
+    def add_time(self, ns: int | None = None, waited_ns: int | None = None, last: int | None = None) -> None:
+        """Add nanoseconds of the operation, and of waiting for the rank that came last; None: nothing is known."""
+        if ns is not None:
+            self.ns = (self.ns or 0) + ns
+        if waited_ns is not None:
+            self.waited_ns = (self.waited_ns or 0) + waited_ns
+            if last is not None and waited_ns:
+                self.waited_for[last] = self.waited_for.get(last, 0) + waited_ns
+
+    def add_times_of(self, other: "OperationTotal") -> None:
+        """Add the times of another total."""
+        self.add_time(other.ns, other.waited_ns)
+        for rank, waited_ns in other.waited_for.items():
+            self.waited_for[rank] = self.waited_for.get(rank, 0) + waited_ns
+
+
+# The times that a library has measured itself, by operation. Counts and bytes in them are not read.
+Times = Callable[[], Mapping[str, OperationTotal]]
 
 
 @dataclass(slots=True)
 class Progress:
-    """The operation that a communicator is executing. The rank's own thread writes it; other threads may read it."""
+    """The operation that a communicator is executing, and the totals of all operations so far.
+
+    The rank's own thread writes it; other threads may read the current operation.
+    """
 
     operation: str = ""  # "" between operations
     number: int = 0  # of the current operation, or of the last one
     count: int = 0  # operations begun so far
     totals: dict[str, OperationTotal] = field(default_factory=lambda: defaultdict(OperationTotal))  # by operation
+    _times: Times = dict  # of the library that measures the operations, if one does
 
     def begin(self, operation: str, sent_bytes: int = 0) -> None:
-        """Count a new operation and show it as the current one. Does what `during` does, but takes less time."""
+        """Count a new operation and show it as the current one. Does what `during` does, but measures no time."""
         self.count += 1
         total = self.totals[operation]
         total.count += 1
@@ -40,18 +68,48 @@ class Progress:
         self.operation = ""
 
     @contextmanager
-    def during(self, operation: str, sent_bytes: int = 0) -> Iterator[None]:
-        """Count a new operation and show it as the current one until the block ends."""
+    def during(self, operation: str, sent_bytes: int = 0, *, timed: bool = True) -> Iterator[None]:
+        """Count a new operation, show it as the current one until the block ends, and measure the time of the block.
+
+        Args:
+            timed: False if the time says nothing, because the operation goes on after the block.
+        """
+        begun = time.perf_counter_ns()
         self.begin(operation, sent_bytes)
         yield
+        if timed:
+            self.totals[operation].add_time(time.perf_counter_ns() - begun)
         self.end()
 
     @contextmanager
-    def finishing(self, operation: str, number: int) -> Iterator[None]:
-        """Show an operation that was begun earlier as the current one until the block ends."""
+    def finishing(self, operation: str, number: int, *, timed: bool = True) -> Iterator[None]:
+        """Show an operation that was begun earlier as the current one until the block ends, and add this time to it."""
+        begun = time.perf_counter_ns()
         self.operation, self.number = operation, number
         yield
+        if timed:
+            self.totals[operation].add_time(time.perf_counter_ns() - begun)
         self.end()
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Show that the group is being formed until the block ends. It does not count, since it moves no tensors."""
+        self.operation, self.number = "connect", self.count + 1
+        yield
+        self.end()
+
+    def take_times(self, times: Times) -> None:
+        """Take the times of operations from a library from now on. Those of an earlier one stay in the totals."""
+        for operation, total in self._times().items():
+            self.totals[operation].add_times_of(total)
+        self._times = times
+
+    def read_totals(self) -> dict[str, OperationTotal]:
+        """Return a copy of the totals, with the times that a library has measured."""
+        found = copy.deepcopy(dict(self.totals))
+        for operation, total in self._times().items():
+            found.setdefault(operation, OperationTotal()).add_times_of(total)
+        return found
 
     def __str__(self) -> str:
         return f"{self.operation} #{self.number}" if self.operation else f"after operation #{self.count}"

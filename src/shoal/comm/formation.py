@@ -45,7 +45,7 @@ class Formation:
             CommTimeout: a rank did not come in time.
             CommError: the requested backend cannot be used.
         """
-        with self.progress.finishing("connect", self.progress.count + 1):  # gloo counts this operation itself
+        with self.progress.connecting():
             members = self._introduce()
             backend, reason = choose_backend(self.requested, self.device.type, members)
             if backend == "tree":
@@ -77,14 +77,14 @@ class Formation:
         names = list(dict.fromkeys(member.host for member in members))
         hosts = [[rank for rank, member in enumerate(members) if member.host == name] for name in names]
         number = next(number for number, ranks in enumerate(hosts) if self.rank in ranks)
-        flat = self._connect("gloo", range(self.size), "", Progress())
         local: Communicator = LocalComm()
         if len(hosts[number]) > 1:
             shared, _ = self._share_memory(hosts[number], members, Progress(), f"host {number}/")
             local = shared or self._connect("gloo", hosts[number], f"host {number}/", Progress())
         leaders = [ranks[0] for ranks in hosts]
         between = self._connect("gloo", leaders, "leaders/", Progress()) if self.rank in leaders else None
-        return HostTreeComm(flat, local, between, self.progress)
+        flat = self._connect("gloo", range(self.size), "", self.progress)
+        return HostTreeComm(flat, local, between)
 
     def _connect(self, backend: str, ranks: Sequence[int], group: str, progress: Progress) -> Communicator:
         """Return a communicator of some ranks on a backend of torch.distributed. `group`: the beginning of its keys."""

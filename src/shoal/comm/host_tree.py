@@ -9,27 +9,24 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from shoal.comm.base import Communicator, PendingSend, Progress, reduced_bytes
+from shoal.comm.base import Communicator, PendingSend, reduced_bytes
 from shoal.errors import CommAborted, CommError
 
 
 class HostTreeComm:
     """One rank's communicator in a group that spans hosts. All ranks get the same bits of a sum."""
 
-    def __init__(
-        self, flat: Communicator, local: Communicator, leaders: Communicator | None, progress: Progress
-    ) -> None:
+    def __init__(self, flat: Communicator, local: Communicator, leaders: Communicator | None) -> None:
         """Combine three communicators of this rank.
 
         Args:
-            flat: of the whole group.
+            flat: of the whole group. Its progress also counts the sums.
             local: of the ranks of this host. Its rank 0 is the host's leader.
             leaders: of the leaders of all hosts, in the order of the hosts; None if this rank is no leader.
-            progress: counts the operations of the whole group.
         """
         self.rank = flat.rank
         self.size = flat.size
-        self.progress = progress
+        self.progress = flat.progress
         self.backend = f"{local.backend} and {flat.backend}"
         self._flat = flat
         self._local = local

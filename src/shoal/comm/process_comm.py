@@ -72,6 +72,9 @@ class ProcessComm:
             *(store, prefix, self.rank, self.size, self._requested, self._timeout_s, self._device),
             *(self._interface_address, self._cores, self._aborted, self.progress),
         ).form()
+        if self._aborted.is_set():  # by a thread that may not have seen the new group
+            self._group.abort()
+            raise CommAborted(f"rank {self.rank} of {self.size}: aborted while it connected")
 
     @property
     def backend(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.base import PendingSend, Progress, bytes_to_others, reduced_bytes
+from shoal.comm.base import OperationTotal, PendingSend, Progress, bytes_to_others, reduced_bytes
 from shoal.errors import CommAborted, CommError, CommTimeout
 from shoal.native_library import open_library
 
@@ -165,8 +165,32 @@ class SharedMemory:
         library.abort(self.address, self.ranks)
 
 
+class _Attachment:
+    """What the library keeps for one rank of a group. It outlives the communicator while its times are still read."""
+
+    def __init__(self, library: _Library, context: int, ranks: int) -> None:
+        self.context = context
+        self._library = library
+        self._ranks = ranks
+
+    def __del__(self) -> None:
+        self._library.detach(self.context)
+
+    def times(self) -> dict[str, OperationTotal]:
+        """Return the times of each operation that was called."""
+        found = {}
+        numbers = (_LONG * (4 + self._ranks))()
+        for code, operation in enumerate(_OPERATIONS):
+            self._library.totals(self.context, code, numbers)
+            count, _, ns, waited_ns, *waited_for = numbers
+            if count:
+                waits = {rank: waited for rank, waited in enumerate(waited_for) if waited}
+                found[operation] = OperationTotal(ns=ns, waited_ns=waited_ns, waited_for=waits)
+        return found
+
+
 class SharedMemoryComm:
-    """One rank's communicator on shared memory.
+    """One rank's communicator on shared memory. The library measures the times of its operations.
 
     Sends copy their tensor and do not wait, unless a quarter of a gigabyte is on its way to one rank.
     """
@@ -219,6 +243,8 @@ class SharedMemoryComm:
         )
         if not self._context:
             raise CommError("the shared memory is that of another group")
+        self._attachment = _Attachment(library, self._context, self.size)
+        self.progress.take_times(self._attachment.times)
 
     def _watch(self, process: int) -> int:
         """Return a descriptor that tells of the end of a process, or -1."""
@@ -233,8 +259,6 @@ class SharedMemoryComm:
         for descriptor in getattr(self, "_watched", ()):
             if descriptor >= 0:
                 os.close(descriptor)
-        if getattr(self, "_context", None):
-            self._library.detach(self._context)
 
     def _end(self, status: int) -> None:
         """End an operation, or raise the error that its status means."""

@@ -1,6 +1,7 @@
 """Communicators for ranks that are threads of one process: to run any layout on a laptop, and for tests."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,9 @@ class ThreadGroup:
         self.size = size
         self.timeout_s = timeout_s
         self._changed = threading.Condition() if condition is None else condition
+        self.progress = [Progress() for _ in range(size)]  # of each rank
         self._arrived = [0] * size  # exchanges that each rank has entered
+        self._last = [0, 0]  # the rank that entered an exchange last, in turn like `_values`
         # Two lists in turn: a rank can be one exchange ahead of a slower rank that still reads, but never two.
         self._values: list[list[Any]] = [[None] * size, [None] * size]
         self._sent: dict[tuple[int, int], deque[Tensor]] = {(a, b): deque() for a in range(size) for b in range(size)}
@@ -34,6 +37,8 @@ class ThreadGroup:
             values = self._values[turn % 2]
             values[rank] = value
             self._arrived[rank] += 1
+            self._last[turn % 2] = rank
+            begun = time.perf_counter_ns()
             if min(self._arrived) > turn:
                 self._changed.notify_all()
             if not self._changed.wait_for(lambda: min(self._arrived) > turn or self._aborted, self.timeout_s):
@@ -43,7 +48,13 @@ class ThreadGroup:
                 )
             if self._aborted:
                 raise CommAborted(f"rank {rank}: {operation} #{turn + 1} was aborted")
+            self._note_wait(rank, operation, begun, self._last[turn % 2])
             return list(values)
+
+    def _note_wait(self, rank: int, operation: str, begun: int, last: int) -> None:
+        """Note that a rank has waited since `begun`, unless it came last itself."""
+        waited = 0 if last == rank else time.perf_counter_ns() - begun
+        self.progress[rank].totals[operation].add_time(waited_ns=waited, last=last)
 
     def send(self, source: int, to: int, x: Tensor) -> int:
         """Offer x to the receiver, which copies it. Returns the number of this send, for `wait_until_received`."""
@@ -58,12 +69,16 @@ class ThreadGroup:
     def wait_until_received(self, source: int, to: int, number: int, operation: str) -> None:
         """Wait until the receiver has copied the tensor of the send with this number."""
         with self._changed:
+            begun = time.perf_counter_ns()
             self._wait_until(lambda: self._num_received[source, to] >= number, f"rank {source}: {operation}", to)
+            self._note_wait(source, "send", begun, to)
 
     def receive(self, source: int, to: int, x: Tensor) -> None:
         queue = self._sent[source, to]
         with self._changed:
+            begun = time.perf_counter_ns()
             self._wait_until(lambda: len(queue) > 0, f"rank {to}: recv", source)
+            self._note_wait(to, "recv", begun, source)
         found = queue[0]
         if (found.shape, found.dtype) != (x.shape, x.dtype):
             wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (x, found))
@@ -108,36 +123,39 @@ class ThreadComm:
     def __init__(self, group: ThreadGroup, rank: int) -> None:
         self.rank = rank
         self.size = group.size
-        self.progress = Progress()
+        self.progress = group.progress[rank]
         self.backend = "threads"
         self._group = group
 
-    def _exchange(self, value: Any, operation: str, sent_bytes: int = 0) -> list[Any]:
-        with self.progress.during(operation, sent_bytes):
-            return self._group.exchange(self.rank, value, operation)
-
     def all_reduce(self, x: Tensor) -> Tensor:
-        parts = self._exchange(x, "all_reduce", reduced_bytes(x, self.size))
-        total: Tensor = parts[0] + parts[1]  # every rank sums in rank order: the same bits on each
-        for part in parts[2:]:
-            total += part
+        with self.progress.during("all_reduce", reduced_bytes(x, self.size)):
+            parts = self._exchange(x, "all_reduce")
+            total: Tensor = parts[0] + parts[1]  # every rank sums in rank order: the same bits on each
+            for part in parts[2:]:
+                total += part
         return total
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
-        return torch.cat(self._exchange(x, "all_gather", x.nbytes * (self.size - 1)), dim)
+        with self.progress.during("all_gather", x.nbytes * (self.size - 1)):
+            return torch.cat(self._exchange(x, "all_gather"), dim)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        parts = self._exchange(x.split(list(sizes)), "reduce_scatter", bytes_to_others(x, sizes, self.rank))
-        return sum_in_order([part[self.rank] for part in parts])
+        with self.progress.during("reduce_scatter", bytes_to_others(x, sizes, self.rank)):
+            parts = self._exchange(x.split(list(sizes)), "reduce_scatter")
+            return sum_in_order([part[self.rank] for part in parts])
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        shares = self._exchange(x.split(list(send)), "all_to_all", bytes_to_others(x, send, self.rank))
-        return torch.cat([share[self.rank] for share in shares])
+        with self.progress.during("all_to_all", bytes_to_others(x, send, self.rank)):
+            shares = self._exchange(x.split(list(send)), "all_to_all")
+            return torch.cat([share[self.rank] for share in shares])
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        sent_bytes = x.nbytes * (self.size - 1) if self.rank == root else 0
-        found: Tensor = self._exchange(x, "broadcast", sent_bytes)[root].clone()
+        with self.progress.during("broadcast", x.nbytes * (self.size - 1) if self.rank == root else 0):
+            found: Tensor = self._exchange(x, "broadcast")[root].clone()
         return found
+
+    def _exchange(self, value: Any, operation: str) -> list[Any]:
+        return self._group.exchange(self.rank, value, operation)
 
     def send(self, x: Tensor, to: int) -> PendingSend:
         with self.progress.during("send", x.nbytes):
@@ -150,7 +168,8 @@ class ThreadComm:
         return x
 
     def barrier(self) -> None:
-        self._exchange(None, "barrier")
+        with self.progress.during("barrier"):
+            self._exchange(None, "barrier")
 
     def abort(self) -> None:
         self._group.abort()

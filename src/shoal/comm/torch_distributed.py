@@ -61,6 +61,7 @@ class TorchComm:
         self._interface_address = interface_address
         self._store_query = threading.Thread()
         self._group: Any = None
+        self.timed = backend != "nccl"  # operations on a GPU are only launched, and go on when a call returns
         self._aborted = threading.Event() if aborted is None else aborted
         self._store = c10d.PrefixStore(prefix, store)
         timeout = datetime.timedelta(seconds=self._timeout_s)
@@ -72,7 +73,7 @@ class TorchComm:
         gloo = c10d.ProcessGroupGloo._Options()
         gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=self._interface_address)]
         gloo._timeout = timeout
-        with self._operation("connect"):
+        with self.translated_errors("connect"), self.progress.connecting():
             self._group = self._connect_gloo(gloo)
 
     def _connect_gloo(self, options: Any) -> Any:
@@ -80,6 +81,8 @@ class TorchComm:
 
         Nothing ends gloo's wait for a rank that does not come. So a thread waits, and is left alone after an abort.
         """
+        if self._aborted.is_set():
+            raise RuntimeError("aborted before it began")
         groups: list[Any] = []
         errors: list[Exception] = []
         ended = threading.Event()
@@ -102,7 +105,7 @@ class TorchComm:
 
     @contextmanager
     def _operation(self, name: str, sent_bytes: int = 0) -> Iterator[None]:
-        with self.translated_errors(name), self.progress.during(name, sent_bytes):
+        with self.translated_errors(name), self.progress.during(name, sent_bytes, timed=self.timed):
             if self._aborted.is_set():
                 raise RuntimeError("aborted before it began")
             yield
@@ -242,5 +245,6 @@ class _PendingTorchSend:
         self._number = comm.progress.number
 
     def wait(self) -> None:
-        with self._comm.translated_errors("send"), self._comm.progress.finishing("send", self._number):
+        comm = self._comm
+        with comm.translated_errors("send"), comm.progress.finishing("send", self._number, timed=comm.timed):
             self._work.wait()

@@ -127,6 +127,9 @@ class ParallelOptions:
         "auto",
         "how ranks exchange tensors; shm: shared memory of one host; auto: nccl between GPUs, shm on one host, or gloo",
     )
+    profile_comm: bool = option(
+        False, "at the end, show how long ranks exchanged tensors and waited for each other", local=True
+    )
     distributed_executor_backend: Backend = option(
         "auto",
         "uni: one rank in this process; threads: a thread for each rank; mp: a process for each rank; ray: processes "

@@ -7,6 +7,7 @@ from shoal.engine.scheduler.scheduler import Scheduler
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.engine import EngineStats
 from shoal.wire.ranks import RankStats, StepPlan, StepResult
+from shoal.wire.traffic import Traffic, sum_traffic
 
 _NUM_TOKEN_BUCKETS = 24  # buckets of the histogram of tokens per step; the upper bounds are 1, 2, 4, ...
 
@@ -39,6 +40,7 @@ class RankCounts:
     def __init__(self) -> None:
         self.latest: tuple[RankStats, ...] = ()
         self.replacements = 0
+        self.traffic_before: tuple[Traffic, ...] = ()  # of processes that ranks had before the present ones
         self._busy_before: dict[int, int] = {}
 
     def note(self, latest: Sequence[RankStats]) -> None:
@@ -50,7 +52,11 @@ class RankCounts:
         for rank in self.latest:
             if rank.rank in ranks:
                 self._busy_before[rank.rank] = self._busy_before.get(rank.rank, 0) + rank.busy_us
-        self.latest = tuple(replace_fields(rank, busy_us=0) if rank.rank in ranks else rank for rank in self.latest)
+                self.traffic_before = sum_traffic([*self.traffic_before, *rank.traffic])
+        self.latest = tuple(
+            replace_fields(rank, busy_us=0, stage_wait_us=0, traffic=()) if rank.rank in ranks else rank
+            for rank in self.latest
+        )
 
     @property
     def busy_before(self) -> Ids:
@@ -86,4 +92,5 @@ def describe_engine(scheduler: Scheduler, pool: BlockPool, steps: StepCounts, ra
         drafts=counters.drafts,
         accepted_by_position=tuple(counters.accepted_by_position),
         rank_replacements=ranks.replacements,
+        traffic_before=ranks.traffic_before,
     )

@@ -15,10 +15,11 @@ from typing import Any
 from shoal.cluster.fleet_connections import FleetConnection, FleetMessage
 from shoal.cluster.fleet_server import FleetServer
 from shoal.config.engine_options import EngineOptions, from_environment
-from shoal.errors import ClosedError, EngineError, RequestError
+from shoal.errors import ClosedError, EngineError, RequestError, ShoalError
 from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.start_fleet import start_fleet
+from shoal.llm.comm_profile import print_profile
 from shoal.llm.outputs import PromptOutputs
 from shoal.llm.pause_and_sleep import PauseAndSleep
 from shoal.llm.request_builder import RequestBuilder
@@ -41,6 +42,7 @@ log = get_logger("requests")
 _POLL_S = 0.05
 _MAX_UPDATES_PER_TURN = 512  # how many updates are handed out before other tasks of the event loop may run
 ANSWER_S = 30.0  # how long the fleet may take to answer a question
+_PROFILE_S = 5.0  # how long it may take before the fleet is closed
 _CLOSED = "the engine was closed"
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # the integers that a message can hold
 _MAX_REPLICAS = 1 << 31
@@ -405,6 +407,8 @@ class AsyncLLM(PauseAndSleep):
         """End all requests, and the replicas that were started here. Idempotent; in a forked child it does nothing."""
         if not self._owner.is_here:
             return
+        if self.options.parallel.profile_comm and self._fleet_server is not None and not self._closed:
+            self._print_comm_profile()
         self._closed = True
         self._grammars.close()
         if self._fleet_server is not None:
@@ -414,6 +418,17 @@ class AsyncLLM(PauseAndSleep):
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop was closed, so no task waits any more
                 self._loop.call_soon_threadsafe(self._end_all)
+
+    def _print_comm_profile(self) -> None:
+        """Print what communication between the ranks has cost. Counts are from their start, their warm-up included."""
+        try:
+            status = fleet_status_decoder.decode(self._connection.ask("status").result(_PROFILE_S))
+        except (ShoalError, TimeoutError) as error:
+            log.warning(
+                "--profile-comm has no figures, since the fleet does not answer: %s", error or type(error).__name__
+            )
+            return
+        print_profile([replica.stats for replica in status.replicas if replica.stats is not None])
 
     def _end_all(self) -> None:
         while self._arrived:  # the fleet's updates first, because they say more

@@ -10,14 +10,16 @@ from tqdm import tqdm
 
 from shoal.activity import AWAKE, Activity
 from shoal.config.engine_options import EngineOptions, from_environment
-from shoal.errors import ConfigError, ReplicasFailed, RequestError
+from shoal.errors import ClosedError, ConfigError, EngineError, ReplicasFailed, RequestError
 from shoal.launch.early_failure import told_to_other_hosts
 from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.programs import start_program
 from shoal.launch.shared_calls import Call
 from shoal.llm.beam_search import beam_search
+from shoal.llm.comm_profile import print_profile, replicas_of
 from shoal.llm.offline import OfflineRunner
 from shoal.llm.shared_engine import SharedEngine
+from shoal.log import get_logger
 from shoal.outputs import BeamSearchOutput, RequestOutput
 from shoal.params import BeamSearchParams, Message, Prompt, SamplingParams
 from shoal.process.interrupts import interrupts
@@ -25,6 +27,8 @@ from shoal.protocols import EngineClient
 from shoal.text.prompts import Job, RefusedPrompt
 from shoal.values import shown
 from shoal.wire.engine import EngineStats
+
+log = get_logger("llm")
 
 
 class LLM:
@@ -62,7 +66,8 @@ class LLM:
         self._shared = SharedEngine(self._client)
         self._finalizer = weakref.finalize(self, self._shared.close)
         self._calls_finalizer = weakref.finalize(self, self._calls.close)
-        self._max_model_len = self._client.stats().max_model_len
+        self._first_stats = self._client.stats()
+        self._max_model_len = self._first_stats.max_model_len
         self._reader = self._model.reader(self._max_model_len)
         self._grammars = self._model.grammar_checker()
         self._grammars_finalizer = weakref.finalize(self, self._grammars.close)
@@ -343,10 +348,26 @@ class LLM:
         return self._shared.stats()
 
     def close(self) -> None:
-        """End the engine and its ranks. Calls of other threads end with a ClosedError. Idempotent."""
+        """End the engine and its ranks. Calls of other threads end with a ClosedError. Idempotent.
+
+        With `profile_comm` a table of what communication between the ranks has cost is printed to stderr before.
+        """
+        if self.options.parallel.profile_comm and self._finalizer.alive:
+            self._print_comm_profile()
         self._finalizer()
         self._calls_finalizer()
         self._grammars_finalizer()
+
+    def _print_comm_profile(self) -> None:
+        try:
+            stats = self.stats()
+        except ClosedError:  # a forked child, or another thread has closed it
+            return
+        except EngineError as error:
+            log.warning("--profile-comm has no figures, since the engine has failed: %s", error)
+            return
+        if stats.steps > self._first_stats.steps:  # a follower has no figures of its own
+            print_profile(replicas_of(stats), replicas_of(self._first_stats))
 
     def __enter__(self) -> "LLM":
         return self

@@ -16,6 +16,7 @@ class Axis:
     rank: int
     size: int
     comm: Communicator
+    ranks: tuple[int, ...] = ()  # the members, by their numbers among the ranks of all replicas; (): nobody asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def make_mesh(
 
     def axis(name: str, group: Sequence[int]) -> Axis:
         comm = connect(name, group) if len(group) > 1 else LocalComm()
-        return Axis(name, group.index(rank), len(group), comm)
+        return Axis(name, group.index(rank), len(group), comm, tuple(group))
 
     tp, stages = axis("tp", topology.group("tp", rank)), topology.group("pp", rank)
     ends = (stages[0], stages[-1]) if len(stages) > 1 and rank in (stages[0], stages[-1]) else (rank,)

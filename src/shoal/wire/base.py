@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 13
+WIRE_VERSION = 14
 
 Ids = tuple[int, ...]
 

@@ -11,6 +11,7 @@ from shoal.wire.base import Ids, Stop, Wire, replace_fields
 from shoal.wire.plan import EnginePlan
 from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
 from shoal.wire.tokens import num_tokens
+from shoal.wire.traffic import Traffic
 
 
 class Finish(IntEnum):
@@ -177,6 +178,7 @@ class EngineStats(Wire, frozen=True):
     accepted_by_position: Ids = ()  # element i: how many drafts in position i of their sequence's drafts were accepted
     activity: Activity = Activity()
     rank_replacements: int = 0  # ranks that were replaced alone, after their processes had died or hung
+    traffic_before: tuple[Traffic, ...] = ()  # what ranks exchanged before the last restart, or before one was replaced
     trouble: str = ""  # why the engine computes nothing at present, although it has not failed: ranks are replaced
 
 

@@ -9,6 +9,7 @@ import msgspec
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.credentials import Credentials
 from shoal.wire.plan import EnginePlan, ModelPlan, RankPlan
+from shoal.wire.traffic import Traffic
 
 
 class SamplingPenalties(Wire, frozen=True):
@@ -275,15 +276,6 @@ class Capacity(Wire, frozen=True):
     block_bytes: int
 
 
-class Traffic(Wire, frozen=True):
-    """The data that a rank has sent to others by one kind of operation since its start."""
-
-    axis: str  # the axis of the mesh whose ranks take part
-    operation: str
-    count: int  # how many operations
-    sent_bytes: int  # payload for other ranks; the backend may send more
-
-
 class RankStats(Wire, frozen=True):
     """The memory of a rank in bytes, and the work that it has done since its start."""
 
@@ -297,6 +289,7 @@ class RankStats(Wire, frozen=True):
     busy_us: int = 0  # microseconds in steps, including waits for ranks of the same stage in any replica
     traffic: tuple[Traffic, ...] = ()
     loads: int = 0  # how many times the rank has read its weights
+    stage_wait_us: int = 0  # microseconds in steps in which it waited for other stages; `busy_us` has none of them
 
 
 to_rank: msgspec.msgpack.Decoder[ToRankProcess] = msgspec.msgpack.Decoder(ToRankProcess)

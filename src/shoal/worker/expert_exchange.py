@@ -1,69 +1,32 @@
-"""A measurement of the exchange of tokens with experts on other ranks, for `shoal bench`.
+"""The measurement of the exchange of tokens with experts on other ranks, for `shoal bench comm --pattern moe`."""
 
-There is a process for each rank, and each rank is a replica of its own:
-`python -m shoal.worker.expert_exchange --fd N --parent PID ...`. It answers with frames of JSON: one for each backend
-and number of tokens, and a last one.
-"""
-
-import json
-import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import click
 import torch
 
 from shoal.comm.base import Communicator
-from shoal.comm.process_comm import ProcessComm
-from shoal.comm.shared_file_store import SharedFileStore
-from shoal.errors import ShoalError
+from shoal.comm.select import Requested
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
 from shoal.parallel.dispatch import Dispatch
 from shoal.parallel.expert_placement import place_experts
 from shoal.parallel.mesh import Mesh, make_mesh
 from shoal.parallel.topology import Topology
-from shoal.transport.channel import Channel
-from shoal.transport.process import die_with_parent
-
-_COMM_TIMEOUT_S = 60.0
-_FLUSH_S = 10.0
-
-
-@click.command()
-@click.option("--fd", type=int, required=True)
-@click.option("--parent", type=int, required=True)
-@click.option("--rank", type=int, required=True)
-@click.option("--store", type=int, required=True)
-@click.option("--question", "text", required=True, help="what to measure, as JSON")
-def main(fd: int, parent: int, rank: int, store: int, text: str) -> None:
-    die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its children
-    channel, question = Channel.from_fd(fd), json.loads(text)
-    size = question["ranks"]
-
-    def connect(axis: str, ranks: Sequence[int]) -> Communicator:
-        file, cpu = SharedFileStore(store, timeout_s=_COMM_TIMEOUT_S), torch.device("cpu")
-        return ProcessComm(file, axis, rank, size, timeout_s=_COMM_TIMEOUT_S, device=cpu)
-
-    try:
-        for answer in measure(make_mesh(Topology.of(dp=size), rank, connect, expert_parallel=True), question):
-            channel.send(json.dumps(answer).encode())
-        channel.send(json.dumps({"done": True}).encode())
-    except ShoalError as error:
-        channel.send(json.dumps({"error": str(error)}).encode())
-    channel.flush(_FLUSH_S)
 
 
 @torch.inference_mode()
-def measure(mesh: Mesh, question: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure every backend with every number of tokens.
+def measure(
+    connect: Callable[[str, Requested], Communicator], rank: int, question: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Measure every way to experts with every number of tokens. Each rank is a replica of its own.
 
     Each result has the number of tokens, the backend, the median time of a layer's dispatch and combine in
     microseconds, and the bytes that this rank has sent in one exchange.
     """
-    torch.set_num_threads(1)
+    topology = Topology.of(dp=question["ranks"])
+    mesh = make_mesh(topology, rank, lambda axis, _: connect(axis, "auto"), expert_parallel=True)
     placement = place_experts(question["experts"], mesh.ep.size, "linear")
     for tokens in question["tokens"]:
         for backend in BACKENDS:
@@ -91,7 +54,3 @@ def _exchange(mesh: Mesh, dispatch: Dispatch, tokens: int, question: dict[str, A
 
 def _sent_bytes(mesh: Mesh) -> int:
     return sum(total.sent_bytes for total in mesh.ep.comm.progress.totals.values())
-
-
-if __name__ == "__main__":
-    main()

@@ -25,13 +25,13 @@ from shoal.wire.ranks import (
     StepMask,
     StepPlan,
     StepResult,
-    Traffic,
 )
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.free_memory import release_memory, trim_heap
 from shoal.worker.kv_cache import KVMemory
 from shoal.worker.made_up_steps import made_up_steps
+from shoal.worker.measured_traffic import measured_traffic
 from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.rank_model import RankModel
 from shoal.worker.runner import Runner
@@ -347,11 +347,8 @@ class Worker:
             weight_bytes=self._weight_bytes,
             stage=self.mesh.pp.rank,
             busy_us=(self._busy_ns + (self._runner.busy_ns if self._runner is not None else 0)) // 1000,
-            traffic=tuple(
-                Traffic(axis.name, operation, total.count, total.sent_bytes)
-                for axis in self.mesh.axes
-                for operation, total in axis.comm.progress.totals.items()
-            ),
+            traffic=measured_traffic(self.mesh),
             loads=self._loads,
+            stage_wait_us=self._pipeline.waited_ns // 1000,
         )
         return encode(stats)

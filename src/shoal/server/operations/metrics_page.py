@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Metri
 from prometheus_client.registry import Collector
 
 from shoal.activity import ActivityState
+from shoal.cluster.stats import total_traffic
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
 from shoal.server.backend import Backend
@@ -126,6 +127,24 @@ MEMORY = MetricFamily(
     (*LABELS, "rank", "kind"),
 )
 BUSY = MetricFamily("shoal:rank_busy_seconds_total", "counter", "Seconds that a rank has computed.", (*LABELS, "rank"))
+COMM_OPERATIONS = MetricFamily(
+    "shoal:comm_operations_total",
+    "counter",
+    "Operations that exchange tensors between ranks, added up over ranks.",
+    (*LABELS, "axis", "operation"),
+)
+COMM_BYTES = MetricFamily(
+    "shoal:comm_bytes_total",
+    "counter",
+    "Bytes that ranks sent to each other in these operations.",
+    (*LABELS, "axis", "operation"),
+)
+COMM_SECONDS = MetricFamily(
+    "shoal:comm_seconds_total",
+    "counter",
+    "Seconds of ranks in these operations: moving tensors, or waiting for other ranks; gloo's are all moving.",
+    (*LABELS, "axis", "operation", "kind"),
+)
 QUEUED = MetricFamily(
     "shoal:requests_queued", "gauge", "Requests that wait at the router, given to no replica yet.", ("model_name",)
 )
@@ -156,7 +175,19 @@ def families(max_model_len: int) -> list[MetricFamily]:
         *(family for family, _ in _ENGINE_COUNTERS),
         ACCEPTED_BY_POSITION,
         ITERATION_TOKENS,
-        *(STATE, RESTARTS, MEMORY, BUSY, QUEUED, REPLAYS, API_RESTARTS, ACCEPTING),
+        *(
+            STATE,
+            RESTARTS,
+            MEMORY,
+            BUSY,
+            COMM_OPERATIONS,
+            COMM_BYTES,
+            COMM_SECONDS,
+            QUEUED,
+            REPLAYS,
+            API_RESTARTS,
+            ACCEPTING,
+        ),
         *COUNTERS.values(),
         *(SUCCESS, REFUSED),
         *histogram_families(max_model_len).values(),
@@ -192,6 +223,7 @@ class FleetCollector(Collector):
         yield from _status_metrics(self._status, self._model_name)
         yield from _settings_metrics(self._status, self._model_name, self._options)
         yield from _rank_metrics(self._status, self._model_name)
+        yield from _comm_metrics(self._status, self._model_name)
         yield from _request_metrics(self._numbers, self._status, self._model_name)
         yield from _http_metrics(self._numbers["http"])
 
@@ -325,6 +357,26 @@ def _busy(stats: EngineStats) -> Iterator[tuple[int, int]]:
     for rank in stats.ranks:
         found[rank.rank] = found.get(rank.rank, 0) + rank.busy_us
     yield from sorted(found.items())
+
+
+def _comm_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
+    found = [
+        ((model_name, str(replica.number), part.axis, part.operation), part)
+        for replica in status.replicas
+        if replica.stats is not None
+        for part in total_traffic(replica.stats)
+    ]
+    yield as_metric(COMM_OPERATIONS, ((labels, part.count) for labels, part in found))
+    yield as_metric(COMM_BYTES, ((labels, part.sent_bytes) for labels, part in found))
+    yield as_metric(
+        COMM_SECONDS,
+        (
+            ((*labels, kind), us / 1e6)
+            for labels, part in found
+            if part.us is not None
+            for kind, us in (("moving", part.us - (part.waited_us or 0)), ("waiting", part.waited_us or 0))
+        ),
+    )
 
 
 # --- metrics from the counts of requests -----------------------------------------------------------------------------
