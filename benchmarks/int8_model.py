@@ -23,7 +23,9 @@ BATCHES = (1, 8, 32)
 
 
 def processor_seconds(llm: LLM, batch: int, tokens: int, rng: random.Random) -> float:
-    prompts = [{"prompt_token_ids": [rng.randrange(1000, 100000) for _ in range(PROMPT)]} for _ in range(batch)]
+    prompts: list[Any] = [
+        {"prompt_token_ids": [rng.randrange(1000, 100000) for _ in range(PROMPT)]} for _ in range(batch)
+    ]
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     start = time.process_time()
     llm.generate(prompts, params, use_tqdm=False)

@@ -146,3 +146,14 @@ def test_over_processes(checkpoint: Checkpoint) -> None:
     alone = generate(checkpoint("llama3"), PROMPTS, steps=6, quantization="int8")
     found = generate(checkpoint("llama3"), PROMPTS, distributed_executor_backend="mp", **options)
     assert [output.outputs[0].token_ids for output in found] == [output.outputs[0].token_ids for output in alone]
+
+
+def test_drafts_and_other_requests_change_no_bit(checkpoint: Checkpoint) -> None:
+    """Rows have the same bits with other rows beside them. All prompts fit into one step, so none is cut in two."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    prompts = [[5, 6, 7, 8] * 4, *PROMPTS[:3]]
+    options: dict[str, Any] = {"steps": 8, "quantization": "int8"}
+    alone = [generate(checkpoint("llama3"), [prompt], **options)[0] for prompt in prompts]
+    together = generate(checkpoint("llama3"), prompts, speculative_config=ngram, **options)
+    assert [each.outputs[0].token_ids for each in together] == [each.outputs[0].token_ids for each in alone]
+    assert logprobs_of(together) == logprobs_of(alone)

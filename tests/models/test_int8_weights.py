@@ -15,6 +15,7 @@ from shoal.models.implementation import params_of, read_model, shards_of
 from shoal.models.manifest import Cut, Shard
 from shoal.models.registry import read_spec
 from support import other_models
+from support.quantized import write_quantized
 
 Checkpoint = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -104,3 +105,14 @@ def test_made_up_weights(checkpoint: Checkpoint) -> None:
     found = weights.linear("layers.0.qkv.weight", CPU)
     assert isinstance(found, LinearWeights)
     assert torch.equal(found.codes, quantize_weight(weights.tensor("layers.0.qkv.weight")).codes)
+
+
+def test_a_checkpoint_in_fp8(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Its numbers are widened, as without int8, and then quantized."""
+    stored, widened = write_quantized(checkpoint("llama"), tmp_path, block=(16, 24))
+    (shard,) = shards_of(read_spec(stored), 1)
+    found, wanted = (matrices(folder, shard)["layers.2.gate_up.weight"] for folder in (stored, widened))
+    assert isinstance(found, LinearWeights)
+    assert isinstance(wanted, LinearWeights)
+    assert torch.equal(found.codes, wanted.codes)
+    assert torch.equal(found.scales, wanted.scales)

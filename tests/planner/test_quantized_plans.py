@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from planner.test_planner import with_draft
 from shoal.comm.local import LocalComm
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
@@ -92,3 +93,14 @@ def test_the_log_says_what_is_quantized(checkpoint: Checkpoint) -> None:
     (reason,) = [each for each in found.reasons if each.startswith("quantization")]
     assert reason.startswith("quantization int8: 10 matrices; layers.0.out.weight of shape [64, 8], and 2 others are")
     assert reason.endswith("too small or too wide, and stay in float32")
+
+
+def test_a_draft_model_is_quantized_too(checkpoint: Checkpoint) -> None:
+    plain, small = (
+        with_draft(checkpoint("llama"), checkpoint("mistral"), quantization=each) for each in (None, "int8")
+    )
+    assert plain.draft is not None
+    assert small.draft is not None
+    assert (plain.draft.quantization, small.draft.quantization) == ("", "int8")
+    alone = engine_plan(checkpoint("llama"), quantization="int8")
+    assert 0 < small.ranks[0].weight_bytes - alone.ranks[0].weight_bytes < plain.ranks[0].weight_bytes / 2
