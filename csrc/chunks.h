@@ -1,5 +1,4 @@
-// Code that the files of the library _native share: the element types of tensors, and loading and storing rows as
-// float32.
+// Code that libraries share: the element types of tensors, and loading and storing rows as float32.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// Code that the libraries _native and _sampling share: vectors of floats, exp, and threads. Both libraries are C++ with
-// a plain C interface, which Python calls through ctypes.
+// Code that the libraries share: vectors of floats, exp, and threads. All are C++ with a plain C interface, which Python
+// calls through ctypes.
 //
 // Everything in the headers is local to the file that includes it: the files are compiled with different flags
 // (setup.py), and the linker must not replace all compiled versions of a function by one of them.

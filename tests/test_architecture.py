@@ -77,6 +77,7 @@ TORCH_FREE = [
     "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.registry", "shoal.models.families",
     "shoal.models.config_json", "shoal.models.implementation", "shoal.models.model_folder",
+    "shoal.kernels.weight_format",
     "shoal.models.checkpoint.checkpoint", "shoal.models.checkpoint.stored_file", "shoal.models.checkpoint.pickled",
     "shoal.models.transformers.fallback_spec",
     "shoal.models.transformers.read_spec", "shoal.parallel.topology", "shoal.parallel.partition",

@@ -86,8 +86,6 @@ def test_alternatives_name_existing_flags() -> None:
         ("max_logprobs", "--max-logprobs is a flag of `shoal serve` only"),
         ("disable_log_requests", "vLLM's --disable-log-requests is for `shoal serve` and AsyncLLM"),
         ("SWAP_SPACE", "vLLM's --swap-space changes nothing here: a preempted request is computed again"),
-        ("quantization", "Shoal does not have vLLM's --quantization: leave it out"),
-        ("-q", "Shoal does not have vLLM's --quantization: leave it out"),
         ("-dcp", "Shoal does not have vLLM's --decode-context-parallel-size yet"),
     ],
 )
@@ -147,7 +145,7 @@ def test_code_in_the_folder_of_a_checkpoint_is_not_run(checkpoint: Callable[[str
     [
         (["--no-enable-chunked-prefill"], "--no-enable-chunked-prefill can't be obeyed"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype takes auto here, got 'fp8'"),
-        (["--quantization", "awq"], "--quantization can't be obeyed, got 'awq': leave it out"),
+        (["-q", "awq"], "--quantization awq: Shoal does not have this format of vLLM's yet: use --quantization int8"),
         (["--enable-log-requests"], "--enable-log-requests can't be obeyed: --uvicorn-log-level info"),
         (["--cpu-cores", "9999"], "names 9999, which this process"),
         (["--cpu-cores", "0-"], "--cpu-cores takes auto, nobind, or cores such as 0-3"),

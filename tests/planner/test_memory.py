@@ -19,7 +19,7 @@ from shoal.kernels.base import PagedBatch
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.decoder import build_decoder
-from shoal.models.implementation import rank_shards
+from shoal.models.implementation import params_of, rank_shards
 from shoal.models.manifest import Shard, make_manifest, make_shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import ModelSpec
@@ -84,20 +84,22 @@ def make_batch(tokens: int, context: int) -> PagedBatch:
     )
 
 
-def planned(folder: Path, shard: Shard, dtype: torch.dtype, step: StepSize) -> RankMemory:
+def planned(folder: Path, shard: Shard, dtype: torch.dtype, step: StepSize, quantization: str = "") -> RankMemory:
     spec = read_spec(folder)
-    params = make_manifest(spec, tensor_names(spec))
+    params = params_of(spec, quantization=quantization)
     return rank_memory(spec, params, shard, dtype=NAMES[dtype], device="cpu", block_size=BLOCK_SIZE, step=step)
 
 
 @torch.inference_mode()
-def measured(folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, context: int, sampled: int) -> int:
+def measured(
+    folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, context: int, sampled: int, quantization: str = ""
+) -> int:
     """Return the peak of a step of one sequence, in bytes, with the reference kernels.
 
     They need more memory than the native ones.
     """
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
-    weights = CheckpointWeights(checkpoint, make_manifest(spec, tensor_names(spec)), shard, dtype)
+    weights = CheckpointWeights(checkpoint, params_of(spec, checkpoint.shapes, quantization), shard, dtype)
     tp = Axis("tp", shard.rank, 2, CopyingComm())
     kernels = reference.ReferenceKernels()
     decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
@@ -131,6 +133,38 @@ def test_a_step_takes_no_more_than_planned(
             bound = plan.activations + context * plan.context_token
             assert found <= bound
             assert bound <= 4 * found  # the bound is not too large either
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama3", "opt_350m", "mixtral", "deepseek_v3"])
+def test_a_step_with_int8_weights_takes_no_more_than_planned(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype
+) -> None:
+    folder = checkpoint(name)
+    for shard in make_shards(read_spec(folder), 2):
+        found = measured(folder, shard, dtype, 250, 250, 1, "int8")
+        plan = planned(folder, shard, dtype, StepSize(250, 1), "int8")
+        assert found <= plan.activations + 250 * plan.context_token
+
+
+@pytest.mark.parametrize("name", ["llama3", "mixtral"])
+def test_loading_int8_weights_holds_one_plain_matrix_at_a_time(checkpoint: Checkpoint, name: str) -> None:
+    """Beside the weights there are at most one matrix as it is stored, two more of its size in float32 while it is
+    quantized, and a copy of its codes. Together these are less than the plain weights alone."""
+    folder = checkpoint(name)
+    spec, stored = read_spec(folder), open_checkpoint(folder)
+    params = params_of(spec, stored.shapes, "int8")
+    (shard,) = make_shards(spec, 1)
+    weights = CheckpointWeights(stored, params, shard, torch.float32)
+    tp = Axis("tp", 0, 1, LocalComm())
+    with PeakOfLiveTensors() as mode:
+        build_decoder(spec, shard, tp, weights, reference.ReferenceKernels(), torch.device("cpu"), 8)
+    kept, plain = (
+        planned(folder, shard, torch.float32, StepSize(1, 1), quantization).weights for quantization in ("int8", "")
+    )
+    largest = max(shard.param_size(param) for param in params)
+    tables = 2 * 4 * 8 * spec.head_dim  # of rotary angles
+    assert kept < mode.peak <= kept + tables + (3 * 4 + 1) * largest < plain
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))

@@ -67,7 +67,7 @@ class AcceptedFlag(click.Option):
             [found.name, flag],
             type=None if found.is_switch else Plain(),
             default=None,
-            help=found.note if found.values else f"refused: {found.instead}",
+            help=found.note,
             metavar=None if found.is_switch else found.metavar,
         )
 

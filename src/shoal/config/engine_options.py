@@ -20,6 +20,7 @@ from shoal.config.option_forms import (
     parse_partition,
     parse_placement,
     parse_ports,
+    parse_quantization,
     parse_resources,
     parse_speculative,
     parse_split,
@@ -38,6 +39,7 @@ All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
 CommBackend = Literal["auto", "shm", "gloo", "nccl"]
 SchedulingPolicy = Literal["priority", "fcfs"]
 ModelImpl = Literal["auto", "shoal", "transformers"]
+Quantization = Literal["int8"]
 GenerationConfig = Literal["auto", "vllm"]
 
 
@@ -52,6 +54,13 @@ class ModelOptions:
     tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer on the hub", local=True)
     dtype: Dtype = option(
         "auto", "type of weights and activations; auto: that of the checkpoint; float and half are float32 and float16"
+    )
+    quantization: Quantization | None = option(
+        None,
+        "int8: keep the weights of linear layers in 8 bits, made while any checkpoint is loaded; on CPUs",
+        parse=parse_quantization,
+        metavar="int8",
+        short="-q",
     )
     max_model_len: int | None = option(
         None,

@@ -15,6 +15,14 @@ _LARGEST_SHARE = 10**6  # of `tensor_parallel_split`
 _MOST_LAYERS = 10**4  # of a stage
 _MOST_DRAFTS = 64
 _MOST_CORES = 1 << 14
+_INT8_OF_VLLM = ("experts_int8", "tpu_int8", "int8_per_channel_weight_only")
+_FORMATS_OF_VLLM = (
+    "auto-round", "auto_gptq", "awq", "awq_marlin", "bitblas", "bitsandbytes", "compressed-tensors", "cpu_awq",
+    "cpu_gptq", "deepspeedfp", "fbgemm_fp8", "fp8", "fp8_per_block", "fp8_per_tensor", "fp_quant", "gguf", "gptq",
+    "gptq_bitblas", "gptq_marlin", "gptq_marlin_24", "hqq", "humming", "inc", "ipex", "modelopt", "modelopt_fp4",
+    "modelopt_mixed", "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8", "nvfp4", "online", "petit_nvfp4", "ptpc_fp8",
+    "quark", "rtn", "torchao",
+)  # fmt: skip
 
 Placement = str | tuple[tuple[str, tuple[int, ...]], ...]  # a rule, or for each host its name and its ranks
 
@@ -61,6 +69,24 @@ def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, 
         if all(type(number) is int and 0 < number <= largest for number in numbers):
             return numbers
     raise ConfigError(f"{flag} takes positive integers up to {largest}, {meaning}, got {shown(value)}")
+
+
+def parse_quantization(value: Any, flag: str) -> str:
+    """Read the name of a format of weights.
+
+    Raises:
+        ConfigError: the value is something else; vLLM's formats are refused by name.
+    """
+    if value == "int8":
+        return "int8"
+    if value in _INT8_OF_VLLM:
+        raise ConfigError(f"{flag} {value} is vLLM's name: use {flag} int8, which also keeps experts in 8 bits")
+    if value in _FORMATS_OF_VLLM:
+        raise ConfigError(
+            f"{flag} {value}: Shoal does not have this format of vLLM's yet: use {flag} int8, or leave it out; whether "
+            "a checkpoint is quantized is read from its config.json"
+        )
+    raise ConfigError(f"{flag} takes int8, got {shown(value)}")
 
 
 def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ ANY_NUMBER = ("a number",)
 class Accepted:
     """An option of vLLM's that is accepted although it changes nothing.
 
-    `values` are those that are accepted, as texts; without any the option is always refused.
+    `values` are those that are accepted, as texts.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Accepted:
 
     @property
     def is_switch(self) -> bool:
-        return bool(self.values) and set(self.values) <= set(EITHER)
+        return set(self.values) <= set(EITHER)
 
     @property
     def metavar(self) -> str:
-        return "NUMBER" if self.values == ANY_NUMBER else "|".join(self.values) or "VALUE"
+        return "NUMBER" if self.values == ANY_NUMBER else "|".join(self.values)
 
     def check(self, value: Any, name: str = "") -> None:
         """Accept a value that changes nothing; the error calls the option `name`, or by its flag.
@@ -55,7 +55,7 @@ class Accepted:
         name = name or self.flag
         if self.is_switch and _text(value) not in EITHER:
             raise ConfigError(f"{name} takes true or false, got {shown(value)}")
-        taken = f" takes {' or '.join(self.values)} here" if self.values and not self.is_switch else " can't be obeyed"
+        taken = f" takes {' or '.join(self.values)} here" if not self.is_switch else " can't be obeyed"
         what = f"{name}{taken}, got {shown(value)}" if not self.is_switch else f"{self._negated}{taken}"
         raise ConfigError(f"{what}: {self.instead}")
 
@@ -99,8 +99,6 @@ TABLE: tuple[Accepted, ...] = (
     Accepted("kv_cache_dtype", ("auto",), "keys and values have the type of the activations",
         "choose the type of weights, activations and KV cache with --dtype"),
     Accepted("calculate_kv_scales", OFF, "keys and values are not scaled", "leave it out"),
-    Accepted("quantization", (), "FP8 weights are read as config.json says",
-        "leave it out: how weights are stored is read from config.json"),
     Accepted("tokenizer_mode", ("auto", "hf"), "the fast tokenizer is used where there is one", "leave it out"),
     Accepted("skip_tokenizer_init", OFF, "the tokenizer is read where there is one",
         "leave it out: requests may have prompt_token_ids, and `detokenize` false, in any case"),
@@ -345,7 +343,7 @@ LACKING: Mapping[str, str] = {
 
 # Flags of `shoal serve` that vLLM takes for offline runs too.
 _SERVER_FLAGS = ("max_logprobs", "served_model_name", "shutdown_timeout")
-_SHORT = {"-q": "quantization", "-O": "optimization_level", "-ac": "attention_config", "-cc": "compilation_config",
+_SHORT = {"-O": "optimization_level", "-ac": "attention_config", "-cc": "compilation_config",
           "-dcp": "decode_context_parallel_size",
           "-pcp": "prefill_context_parallel_size", "-dpe": "data_parallel_external_lb",
           "-dpm": "data_parallel_multi_port_external_lb",
@@ -393,6 +391,4 @@ def explain(name: str) -> str | None:
         return None
     if found.server:
         return f"vLLM's {found.flag} is for `shoal serve` and AsyncLLM: leave it out here"
-    if not found.values:
-        return f"Shoal does not have vLLM's {found.flag}: {found.instead}"
     return f"vLLM's {found.flag} changes nothing here: {found.note}"

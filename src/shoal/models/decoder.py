@@ -10,6 +10,7 @@ from shoal.errors import EngineError
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
+from shoal.kernels.linear_weights import LinearWeights
 from shoal.models.checkpoint.loader import Weights
 from shoal.models.layers.decoder_layer import (
     MLP,
@@ -167,13 +168,13 @@ class _Builder:
         project_in = self.projection("project_in")
         return Embedding(tokens, self.spec.embedding_scale, project_in, self.positions())
 
-    def head(self, embedding: Embedding | None) -> Tensor:
+    def head(self, embedding: Embedding | None) -> Tensor | LinearWeights:
         """Return the weight of the head. If it is tied, it is the embedding's tensor on a GPU, and a copy on a CPU.
 
         On a CPU the copy is packed for oneDNN; on a GPU a stage without the embedding needs a copy too.
         """
         tied_in_place = self.spec.tie_embeddings and self.device.type != "cpu"
-        return embedding.tokens.weight if tied_in_place and embedding is not None else self.tensor("head")
+        return embedding.tokens.weight if tied_in_place and embedding is not None else self.linear("head")
 
     def positions(self) -> LearnedPositions | None:
         offset = self.spec.position_offset
@@ -274,11 +275,14 @@ class _Builder:
         return None if weight is None else make_linear(weight, None)
 
     def column(self, name: str) -> Linear:
-        return make_linear(self.tensor(f"{name}.weight"), self.optional(f"{name}.bias"))
+        return make_linear(self.linear(f"{name}.weight"), self.optional(f"{name}.bias"))
 
     def row(self, name: str) -> RowParallelLinear:
-        inner = make_linear(self.tensor(f"{name}.weight"), None)
+        inner = make_linear(self.linear(f"{name}.weight"), None)
         return RowParallelLinear(inner, self.optional(f"{name}.bias"), self.tp)
+
+    def linear(self, name: str) -> Tensor | LinearWeights:
+        return self.weights.linear(name, self.device)
 
     def tensor(self, name: str) -> Tensor:
         return self.weights.tensor(name).to(self.device)

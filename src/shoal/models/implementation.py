@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from shoal.errors import CheckpointError
+from shoal.kernels.weight_format import FORMATS
 from shoal.models import manifest
 from shoal.models.manifest import Param, Shard
 from shoal.models.registry import read_config, read_spec, tensor_names
@@ -50,12 +51,18 @@ def implementation_of(spec: ModelSpec) -> Literal["shoal", "transformers"]:
     return "transformers" if isinstance(spec, FallbackSpec) else "shoal"
 
 
-def params_of(spec: ModelSpec, available: Collection[str] = ()) -> tuple[Param, ...]:
-    """Return the manifest, with the names in a checkpoint that has the tensors `available`, or with the usual names."""
+def params_of(spec: ModelSpec, available: Collection[str] = (), quantization: str = "") -> tuple[Param, ...]:
+    """Return the manifest, with the names in a checkpoint that has the tensors `available`, or with the usual names.
+
+    Args:
+        quantization: the name of the format in which weights of linear layers are kept; "": they stay as they are.
+    """
     if isinstance(spec, FallbackSpec):
         params = fallback_spec.make_manifest(spec, available)
     else:
         params = manifest.make_manifest(spec, tensor_names(spec, available))
+    if quantization:
+        params = manifest.quantized(params, FORMATS[quantization])
     return _read_embedding_from_head(params, head_name(spec, available), available) if spec.tie_embeddings else params
 
 

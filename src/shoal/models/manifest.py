@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Literal
 
 from shoal.errors import CheckpointError
+from shoal.kernels.weight_format import WeightFormat
 from shoal.models.spec import ExpertNames, LatentSpec, ModelSpec, MoESpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 from shoal.parallel.stages import Stage
@@ -79,6 +80,8 @@ class Param:
     plus: float = 0.0  # added after the conversion to `dtype` (Gemma's files have w for a norm's weight of 1 + w)
     at: int | Literal["first", "last", "every"] = "every"  # its layer, or the pipeline stages that have it
     expert: int | None = None  # the number of its expert, if it belongs to one
+    quantizable: bool = False  # it is the weight of a linear layer that may be kept in fewer bits
+    format: WeightFormat | None = None  # in which ranks keep it, if it takes their share; None: as it is, in `dtype`
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,17 @@ class Shard:
     def param_size(self, param: Param) -> int:
         return math.prod(self.param_shape(param))
 
+    def format_of(self, param: Param) -> WeightFormat | None:
+        """Return the format in which the rank keeps its share of a parameter; None: as it is."""
+        return param.format if param.format is not None and param.format.takes(self.param_shape(param)) else None
+
+    def param_bytes(self, param: Param, item_bytes: int) -> int:
+        """Return the bytes of the rank's share. item_bytes: see `weight_bytes`."""
+        kept = self.format_of(param)
+        if kept is not None:
+            return kept.weight_bytes(self.param_shape(param))
+        return self.param_size(param) * (item_bytes if param.dtype is None else ITEM_BYTES[param.dtype])
+
 
 def _span(numbers: range) -> tuple[int, int]:
     return numbers.start, numbers.stop
@@ -160,9 +174,7 @@ def weight_bytes(
     """
     shared = spec.tie_embeddings and not embedding_kept  # embedding and head are one tensor
     counted = [param for param in shard.held(params) if not (shared and param.name == "embedding")]
-    return sum(
-        shard.param_size(param) * (item_bytes if param.dtype is None else ITEM_BYTES[param.dtype]) for param in counted
-    )
+    return sum(shard.param_bytes(param, item_bytes) for param in counted)
 
 
 def keeps_embedding(device: str, *, head: bool = True) -> bool:
@@ -219,6 +231,11 @@ def _latent_ranges(latent: LatentSpec | None, heads: range) -> dict[Cut, range]:
     return {cut: range(heads.start * width, heads.stop * width) for cut, width in widths.items()}
 
 
+def quantized(params: Iterable[Param], kept_in: WeightFormat) -> tuple[Param, ...]:
+    """Return the parameters, where those that may be quantized are kept in this format."""
+    return tuple(dataclasses.replace(param, format=kept_in) if param.quantizable else param for param in params)
+
+
 def make_manifest(spec: ModelSpec, names: TensorNames) -> tuple[Param, ...]:
     """Return all parameters of the decoder, in the order in which it is built."""
     return tuple(_params(spec, names))
@@ -248,7 +265,7 @@ def _norm_and_head(spec: ModelSpec, names: TensorNames, embedding: str) -> Itera
     if width != hidden:
         yield Param("project_out.weight", (Piece(f"{base}{names.project_out}.weight", (width, hidden)),))
     head = embedding if spec.tie_embeddings else f"{names.head}.weight"
-    yield Param("head", (Piece(head, (spec.vocab_size, width), Cut.VOCAB),))
+    yield Param("head", (Piece(head, (spec.vocab_size, width), Cut.VOCAB),), quantizable=True)
     if spec.head_bias:
         yield Param("head_bias", (Piece(f"{names.head}.bias", (spec.vocab_size,), Cut.VOCAB),))
 
@@ -292,14 +309,14 @@ def _attention(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> I
         ((q, Cut.Q_HEADS), (kv, Cut.KV_HEADS), (kv, Cut.KV_HEADS)),
         run=d if names.interleaved else None,
     )
-    yield Param(f"{ours}qkv.weight", stacked.weights(hidden, names.transposed))
+    yield Param(f"{ours}qkv.weight", stacked.weights(hidden, names.transposed), quantizable=True)
     if spec.qkv_bias:
         yield Param(f"{ours}qkv.bias", stacked.biases())
     if spec.qk_norm is not None:
         yield from _norm(f"{ours}q_norm", f"{theirs}{names.q_norm}", spec.qk_norm, d)
         yield from _norm(f"{ours}k_norm", f"{theirs}{names.k_norm}", spec.qk_norm, d)
     out = Piece(f"{theirs}{names.out}.weight", (hidden, q), Cut.Q_HEADS, 1, names.transposed)
-    yield Param(f"{ours}out.weight", (out,))
+    yield Param(f"{ours}out.weight", (out,), quantizable=True)
     if spec.out_bias:
         yield Param(f"{ours}out.bias", (Piece(f"{theirs}{names.out}.bias", (hidden,)),))
 
@@ -314,7 +331,7 @@ def _latent_attention(
     hidden, spelled = spec.hidden_size, names.latent
 
     def down(name: str, source: str, rows: int) -> Iterator[Param]:
-        yield Param(f"{ours}{name}.weight", (Piece(f"{theirs}{source}.weight", (rows, hidden)),))
+        yield Param(f"{ours}{name}.weight", (Piece(f"{theirs}{source}.weight", (rows, hidden)),), quantizable=True)
         if spec.qkv_bias:
             yield Param(f"{ours}{name}.bias", (Piece(f"{theirs}{source}.bias", (rows,)),))
 
@@ -323,7 +340,8 @@ def _latent_attention(
         yield from down("q_down", spelled.q_down, latent.q_rank)
         yield from _norm(f"{ours}q_norm", f"{theirs}{spelled.q_norm}", latent.norm, latent.q_rank)
         source, columns = spelled.q_up, latent.q_rank
-    yield Param(f"{ours}q_up.weight", (Piece(f"{theirs}{source}.weight", (queries, columns), Cut.LATENT_QUERIES),))
+    q_up = Piece(f"{theirs}{source}.weight", (queries, columns), Cut.LATENT_QUERIES)
+    yield Param(f"{ours}q_up.weight", (q_up,), quantizable=True)
     yield from down("kv_down", spelled.kv_down, latent.cached_dim)
     yield from _norm(f"{ours}kv_norm", f"{theirs}{spelled.kv_norm}", latent.norm, latent.kv_rank)
 
@@ -343,7 +361,8 @@ def _latent_attention(
     yield up("k_up", Cut.LATENT_KEYS, 0, latent.nope_dim)
     yield up("v_up", Cut.LATENT_VALUES, latent.nope_dim, latent.value_dim)
     values = spec.num_heads * latent.value_dim
-    yield Param(f"{ours}out.weight", (Piece(f"{theirs}{names.out}.weight", (hidden, values), Cut.LATENT_VALUES, 1),))
+    out = Piece(f"{theirs}{names.out}.weight", (hidden, values), Cut.LATENT_VALUES, 1)
+    yield Param(f"{ours}out.weight", (out,), quantizable=True)
     if spec.out_bias:
         yield Param(f"{ours}out.bias", (Piece(f"{theirs}{names.out}.bias", (hidden,)),))
 
@@ -353,11 +372,11 @@ def _mlp(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterato
     parts = ((inner, Cut.MLP),) * (2 if spec.gated else 1)
     stacked = _Stack(tuple(theirs + name for name in names.up), parts)
     name = f"{ours}gate_up" if spec.gated else f"{ours}up"
-    yield Param(f"{name}.weight", stacked.weights(hidden, names.transposed))
+    yield Param(f"{name}.weight", stacked.weights(hidden, names.transposed), quantizable=True)
     if spec.up_bias:
         yield Param(f"{name}.bias", stacked.biases())
     down = Piece(f"{theirs}{names.down}.weight", (hidden, inner), Cut.MLP, 1, names.transposed)
-    yield Param(f"{ours}down.weight", (down,))
+    yield Param(f"{ours}down.weight", (down,), quantizable=True)
     if spec.down_bias:
         yield Param(f"{ours}down.bias", (Piece(f"{theirs}{names.down}.bias", (hidden,)),))
 
@@ -376,15 +395,15 @@ def _mixture(spec: ModelSpec, moe: MoESpec, names: ExpertNames, ours: str, their
     up_names, down_names = tuple(theirs + name for name in names.up), (theirs + names.down,)
     for e in range(moe.num_experts):
         pieces = _expert_pieces(up_names, e, moe.num_experts, matrices, (size, hidden), 0)
-        yield Param(f"{ours}experts.{e}.{up}.weight", pieces, expert=e)
+        yield Param(f"{ours}experts.{e}.{up}.weight", pieces, expert=e, quantizable=True)
         pieces = _expert_pieces(down_names, e, moe.num_experts, 1, (hidden, size), 1)
-        yield Param(f"{ours}experts.{e}.down.weight", pieces, expert=e)
+        yield Param(f"{ours}experts.{e}.down.weight", pieces, expert=e, quantizable=True)
     if not moe.shared_size:
         return
     stacked = _Stack(tuple(theirs + name for name in names.shared_up), ((moe.shared_size, Cut.SHARED),) * matrices)
-    yield Param(f"{ours}shared.{up}.weight", stacked.weights(hidden, False))
+    yield Param(f"{ours}shared.{up}.weight", stacked.weights(hidden, False), quantizable=True)
     down = Piece(f"{theirs}{names.shared_down}.weight", (hidden, moe.shared_size), Cut.SHARED, 1)
-    yield Param(f"{ours}shared.down.weight", (down,))
+    yield Param(f"{ours}shared.down.weight", (down,), quantizable=True)
     if moe.shared_gate:
         yield Param(f"{ours}shared_gate.weight", (Piece(f"{theirs}{names.shared_gate}.weight", (1, hidden)),))
 

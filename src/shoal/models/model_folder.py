@@ -31,7 +31,14 @@ class OpenedModel:
 
 
 def open_model(
-    folder: Path, spec: ModelSpec, wanted: str, overrides: Mapping[str, Any], *, weights: bool = True, state: str = ""
+    folder: Path,
+    spec: ModelSpec,
+    wanted: str,
+    overrides: Mapping[str, Any],
+    *,
+    weights: bool = True,
+    state: str = "",
+    quantization: str = "",
 ) -> OpenedModel:
     """Open the model in a folder.
 
@@ -40,6 +47,7 @@ def open_model(
         wanted: the value of `--model-impl`.
         weights: False for dummy weights; then no weights are read.
         state: the state of the files when they were first read; "" if they were not read before.
+        quantization: the format in which weights of linear layers are kept (`params_of`).
 
     Raises:
         CheckpointError: the weights are missing or malformed, do not match config.json, or are no longer in `state`.
@@ -47,14 +55,14 @@ def open_model(
     multimodal = multimodal_architecture_of(folder)
     notes = [] if multimodal is None else [f"only the text part of {multimodal} is served; it reads no images"]
     if not weights:
-        return OpenedModel(spec, params_of(spec), "", overrides, tuple(notes))
+        return OpenedModel(spec, params_of(spec, quantization=quantization), "", overrides, tuple(notes))
     checkpoint = open_checkpoint(folder, overrides, state)
     named = named_dtype(read_config(folder, overrides)) is not None
     changes, found = _corrections(spec, checkpoint, dtype_named=named)
     if changes:
         overrides = {**overrides, **changes}
         spec = read_model(folder, wanted, overrides)
-    params = params_of(spec, checkpoint.shapes)
+    params = params_of(spec, checkpoint.shapes, quantization)
     manifest.check_shapes(params, checkpoint.shapes, str(folder))
     checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
     return OpenedModel(spec, params, checkpoint.state, overrides, (*notes, *found))

@@ -80,7 +80,8 @@ def rank_memory(
     kept = keeps_embedding(device, head=shard.stage.last)
     return RankMemory(
         weights=weight_bytes(spec, params, shard, item, embedding_kept=kept),
-        activations=_activations(spec, shard, item, step, device, replicas),
+        activations=_activations(spec, shard, item, step, device, replicas)
+        + _quantized_rows_bytes(params, shard, step.tokens * replicas),
         context_token=_context_token_bytes(spec, shard, item, step.tokens),
         block=kv_block_bytes(spec, shard, block_size, item),
     )
@@ -102,6 +103,15 @@ def _activations(spec: ModelSpec, shard: Shard, item: int, step: StepSize, devic
     inside = step.tokens * max(values * item + _float32_token_bytes(spec, shard), mixture) + 3 * scores
     logits = (step.sampled + min(step.tokens, PROMPT_ROWS)) * _logit_row_bytes(shard, item, device) if stage.last else 0
     return max(inside, logits) + step.tokens * borders * item
+
+
+def _quantized_rows_bytes(params: Sequence[Param], shard: Shard, rows: int) -> int:
+    """Return the bytes of the widest rows of activations as a layer with quantized weights quantizes them.
+
+    They exist beside the layer's input and output. An expert may get all rows of all replicas.
+    """
+    kept = ((shard.format_of(param), shard.param_shape(param)) for param in shard.held(params))
+    return rows * max((each.row_bytes(shape[1]) for each, shape in kept if each is not None), default=0)
 
 
 def _embedding_token_values(spec: ModelSpec) -> int:

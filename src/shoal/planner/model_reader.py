@@ -59,14 +59,20 @@ class ModelReader:
 
     def _open(self) -> OpenedModels:
         files, options = self._files, self._options
-        weights = options.load_format != "dummy"
+        weights, quantization = options.load_format != "dummy", options.quantization or ""
         model = open_model(
             *(Path(files.folder), self.spec, options.model_impl, options.hf_overrides or {}),
             weights=weights,
             state=files.state,
+            quantization=quantization,
         )
         if self.draft_spec is None:
             return OpenedModels(model, None, replace_fields(files, state=model.state))
         folder = Path(files.draft_folder)
-        draft = open_model(folder, self.draft_spec, "auto", {}, weights=weights, state=files.draft_state)
+        draft = open_model(
+            *(folder, self.draft_spec, "auto", {}),
+            weights=weights,
+            state=files.draft_state,
+            quantization=quantization,
+        )
         return OpenedModels(model, draft, replace_fields(files, state=model.state, draft_state=draft.state))

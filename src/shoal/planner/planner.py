@@ -29,6 +29,7 @@ from shoal.planner.measured_hosts import MeasuredHosts
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.planner.model_reader import ModelReader
 from shoal.planner.placement import ReplicaHost, place_ranks
+from shoal.planner.quantization import check_quantization, describe_quantization
 from shoal.planner.traffic_advice import describe_traffic
 from shoal.planner.warm_spares import warm_spares
 from shoal.wire.base import Ids, replace_fields
@@ -125,6 +126,7 @@ class Planner:
         self._executor = _executor(
             options, self._layout, self.hardware, self._reasons, hosts=max(len(hosts), options.nodes.nnodes)
         )
+        check_quantization(options, self.hardware.device)
         check_comm_backend(options, self.hardware.device, self._executor, len(hosts), self._warnings)
         opened = reader.open()
         self.model, self.draft = opened.model, opened.draft
@@ -196,7 +198,7 @@ class Planner:
         return EnginePlan(
             name=options.model or "",
             place=place,
-            model=_model_plan(self.files.folder, self.files.state, self.model),
+            model=_model_plan(self.files.folder, self.files.state, self.model, options),
             layout=layout,
             ranks=self._rank_plans(place, layout, shares, budgets),
             executor=self._executor,
@@ -224,7 +226,7 @@ class Planner:
             comm_backend=parallel.comm_backend,
             draft=None
             if self.draft is None
-            else _model_plan(self.files.draft_folder, self.files.draft_state, self.draft),
+            else _model_plan(self.files.draft_folder, self.files.draft_state, self.draft, options),
             speculative=options.model_options.speculative_config,
             grammar_cores=self.hardware.cores if self.hosts[0].here else (),
             nodes=self._nodes(),
@@ -247,6 +249,10 @@ class Planner:
             shares = ":".join(map(str, self._layout.tp_split))
             held = _describe_shards(rank_shards(self.model.spec, self._layout)[: self._layout.tp])
             self._reasons.append(f"shares {shares} of {self.model.spec.family}: {held}")
+        if self.options.model_options.quantization:
+            shards = rank_shards(self.model.spec, self._layout)
+            wanted = self.options.model_options.quantization
+            self._reasons.append(describe_quantization(wanted, self.model.params, shards, self._dtype))
         if self.options.model_options.enforce_eager:
             self._reasons.append(
                 "--enforce-eager changes nothing: steps are always launched operation by operation, without graphs"
@@ -357,9 +363,10 @@ class Planner:
         )
 
 
-def _model_plan(folder: str, state: str, model: OpenedModel) -> ModelPlan:
+def _model_plan(folder: str, state: str, model: OpenedModel, options: EngineOptions) -> ModelPlan:
     overrides = json.dumps(dict(model.overrides))
-    return ModelPlan(folder, implementation_of(model.spec), overrides, state)
+    quantization = options.model_options.quantization or ""
+    return ModelPlan(folder, implementation_of(model.spec), overrides, state, quantization)
 
 
 def _shard_plans(shards: Sequence[Shard], tp: int) -> list[ShardPlan]:

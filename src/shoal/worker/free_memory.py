@@ -15,6 +15,11 @@ def release_memory(device: torch.device) -> None:
     garbage_collector.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give the free pages of the heap back to the system. This takes some milliseconds."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)

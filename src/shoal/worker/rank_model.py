@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from shoal.errors import EngineError
+from shoal.kernels.int8_linear import load_int8
 from shoal.kernels.linear import make_linear
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
@@ -85,11 +86,11 @@ class RankModel:
         """
         weights: Weights
         if self._setup.plan.load_format == "dummy":
-            params = params_of(self.spec)
+            params = params_of(self.spec, quantization=self._plan.quantization)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.plan.seed)
         else:
             checkpoint = open_checkpoint(self._folder, self._overrides, self._plan.file_state, list_here)
-            params = params_of(self.spec, checkpoint.shapes)
+            params = params_of(self.spec, checkpoint.shapes, self._plan.quantization)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._device, self._precision.activations)
         self.kernels = why if self._device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
@@ -119,9 +120,10 @@ class RankModel:
 
     @property
     def linear(self) -> str:
-        """The name of the implementation of its linear layers."""
+        """The names of the implementations of its linear layers."""
         some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._device)
-        return type(make_linear(some, None)).__name__
+        plain = type(make_linear(some, None)).__name__
+        return f"{self._plan.quantization} ({load_int8()[1]}), {plain}" if self._plan.quantization else plain
 
     def dispatch_on(self, device: torch.device) -> Dispatch:
         """Return the exchange of tokens between the ranks that share experts."""

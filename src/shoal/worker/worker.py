@@ -28,7 +28,7 @@ from shoal.wire.ranks import (
 )
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft_model import DraftModel
-from shoal.worker.free_memory import release_memory
+from shoal.worker.free_memory import release_memory, trim_heap
 from shoal.worker.kv_cache import KVMemory
 from shoal.worker.made_up_steps import made_up_steps
 from shoal.worker.measured_traffic import measured_traffic
@@ -205,6 +205,7 @@ class Worker:
     def _load_weights(self) -> None:
         for each in self._models:
             each.load(self.device)
+        trim_heap()  # matrices that were read and then packed leave gaps between those that are kept
         self._loads += 1
 
     @property

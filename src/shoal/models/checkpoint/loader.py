@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError
+from shoal.kernels.linear_weights import LinearWeights, quantize_weight
+from shoal.kernels.weight_format import WeightFormat
 from shoal.models.checkpoint.checkpoint import Checkpoint, TensorEntry
 from shoal.models.checkpoint.stored_file import StoredFile, split_into_reads
 from shoal.models.checkpoint.torch_files import load_tensors
@@ -37,6 +39,12 @@ class Weights(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """Return the rank's share of a parameter, [rows, ...], in memory of its own."""
+
+    def linear(self, name: str, device: torch.device) -> Tensor | LinearWeights:
+        """Return the rank's share of the weight of a linear layer on a device, in the format of the manifest.
+
+        Weights that are quantized here are those of a rank's own slice: a scale counts no numbers of other ranks.
+        """
 
     def optional(self, name: str) -> Tensor | None:
         """Return the rank's share, or None if the model, or the rank's stage of it, has no such parameter."""
@@ -72,6 +80,9 @@ class CheckpointWeights:
                     block.write(whole[row : row + rows].view(numbers.shape))
                     row += rows
         return whole.add_(param.plus) if param.plus else whole
+
+    def linear(self, name: str, device: torch.device) -> Tensor | LinearWeights:
+        return _in_format(self.tensor(name), self._shard.format_of(self._params[name]), device)
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self._params else None
@@ -138,6 +149,11 @@ class CheckpointWeights:
             yield matrix.narrow(0, piece.start + rows.start, len(rows))
         else:
             yield from _stripes(matrix, rows, piece.start, piece.run, piece.period)
+
+
+def _in_format(whole: Tensor, kept_in: WeightFormat | None, device: torch.device) -> Tensor | LinearWeights:
+    """Return a weight in a format, or on the device as it is."""
+    return whole.to(device) if kept_in is None else quantize_weight(whole)
 
 
 def _stored(name: str, entry: TensorEntry) -> Tensor:
@@ -293,6 +309,9 @@ class DummyWeights:
             flat[position : position + len(part)] = part
             position, start = position + len(part), 0
         return whole
+
+    def linear(self, name: str, device: torch.device) -> Tensor | LinearWeights:
+        return _in_format(self.tensor(name), self._shard.format_of(self._params[name]), device)
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self._params else None

@@ -21,6 +21,7 @@ from shoal.models.transformers.fallback_spec import FallbackSpec, shards_as_cut
 Cuts = dict[
     str, tuple[Cut, int]
 ]  # path of a linear layer -> what it is cut by, and along which dimension of its weight
+_ROUTERS = ("gate", "router")  # names of layers that choose experts, which are not quantized
 Trial = Callable[[], list[tuple[int, int]]]  # runs the backbone; returns each layer's numbers of query and KV heads
 
 
@@ -215,7 +216,15 @@ def _with_cuts(spec: FallbackSpec, model: Any, cuts: Cuts, note: str) -> Fallbac
         if name in by_vocabulary:
             cut = Cut.VOCAB
         source = model.all_tied_weights_keys.get(path, path)
-        params.append(Param(name, (Piece(source, tuple(tensor.shape), cut, dim),), at=stage_of(spec, path)))
+        linear = type(model.get_submodule(module)) is nn.Linear and kind == "weight"
+        params.append(
+            Param(
+                name,
+                (Piece(source, tuple(tensor.shape), cut, dim),),
+                at=stage_of(spec, path),
+                quantizable=linear and module.rpartition(".")[2] not in _ROUTERS,
+            )
+        )
     inner = next((piece.shape[piece.dim] for param in params for piece in param.pieces if piece.cut is Cut.MLP), None)
     return dataclasses.replace(
         spec,

@@ -170,7 +170,7 @@ def _replace_embedding_and_head(
     if shard.stage.last:
         bias = weights.optional("head_bias")
         tied_in_place = spec.tie_embeddings and device.type != "cpu"
-        weight = embedding if tied_in_place and embedding is not None else weights.tensor("head").to(device)
+        weight = embedding if tied_in_place and embedding is not None else weights.linear("head", device)
         head = LinearModule(make_linear(weight, None if bias is None else bias.to(device)))
     set_module(model, paths["head"].removesuffix(".weight"), head)
 
@@ -215,7 +215,7 @@ def _linear(
     path: str, piece: Piece | None, head_dim: int, shard: Shard, tp: Axis, weights: Weights, device: torch.device
 ) -> LinearModule:
     """Return our layer for the one at `path`: whole, cut by columns, or cut by rows with a sum over ranks after it."""
-    weight = weights.tensor(f"{path}.weight").to(device)
+    weight = weights.linear(f"{path}.weight", device)
     bias = weights.optional(f"{path}.bias")
     bias = None if bias is None else bias.to(device)
     if piece is None:
