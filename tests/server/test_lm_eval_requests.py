@@ -123,7 +123,8 @@ def test_scores_of_the_windows_of_a_long_text_are_those_of_llm(server: ShoalServ
         (choice,) = ask(server, scoring([window]))
         score, _ = score_of(choice, 1)
         assert len(choice["logprobs"]["token_logprobs"]) == len(window) + 1
-        assert score == pytest.approx(offline.score(window, 1)[0], rel=2**-23, abs=CLOSE)
+        # With two ranks sums have another order, which changes the last bit of some logits: 1e-6 for each token.
+        assert score == pytest.approx(offline.score(window, 1)[0], rel=0, abs=1e-6 * len(window))
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
