@@ -15,21 +15,23 @@ MAX_BATCH = 32
 KV_BYTES = 5 << 30  # for 8 sequences of 4,096 tokens and more
 _VOCABULARY = 150_000
 
+# What libraries print, from their import on, must not mix with the answers.
+_answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
 
 def serve(generate: Callable[[list[list[int]], int], object]) -> None:
     """Answer cases from stdin until it ends. `generate` computes prompts of token ids, and this many tokens for each.
 
     A case has `batch`, `input_len` and `output_len`. The answer has the seconds of the first token and of all tokens.
     """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
     numbers = random.Random(0)
 
     def prompts(batch: int, length: int) -> list[list[int]]:
         return [[numbers.randrange(_VOCABULARY) for _ in range(length)] for _ in range(batch)]
 
     generate(prompts(1, 16), 4)  # what is made at first use does not count
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    print(json.dumps({"ready": True}), file=_answers, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
         begun = time.perf_counter()
@@ -40,4 +42,4 @@ def serve(generate: Callable[[list[list[int]], int], object]) -> None:
             begun = time.perf_counter()
             generate(prompts(case["batch"], case["input_len"]), case["output_len"])
             whole = time.perf_counter() - begun
-        print(json.dumps({"first_s": first, "whole_s": whole}), file=answers, flush=True)
+        print(json.dumps({"first_s": first, "whole_s": whole}), file=_answers, flush=True)
