@@ -217,8 +217,8 @@ def start(size: int, work: str) -> list["subprocess.Popen[str]"]:
     ("work", "cause"),
     [
         ("killed", r"rank 2 \(process {pid}\) has ended"),
-        ("stopped", r"waited 2 s for rank 2 \(process {pid}, after operation #20, stopped\)"),
-        ("spinning", r"waited 2 s for rank 2 \(process {pid}, after operation #20\)"),
+        ("stopped", r"waited 1 s for rank 2 \(process {pid}, after operation #20, stopped\)"),
+        ("spinning", r"waited 1 s for rank 2 \(process {pid}, after operation #20\)"),
     ],
 )
 def test_the_others_name_the_rank_that_does_not_arrive(work: str, cause: str) -> None:

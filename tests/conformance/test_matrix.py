@@ -45,7 +45,7 @@ OVER_PROCESSES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"tensor_parallel_size": 2, "data_parallel_size": 2, "experts": "linear"},
     "deepseek_v2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
 }
-ALWAYS_OVER_PROCESSES = ("opt", "gemma2", "deepseek_v3", "deepseek_v2")  # the others only with --matrix
+ALWAYS_OVER_PROCESSES = ("opt", "gemma2", "deepseek_v3")  # the others only with --matrix
 
 
 def full_product() -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
 from shoal.errors import CommError
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 1.0
 
 
 def main(fd: int, rank: int, size: int, work: str) -> None:
