@@ -85,7 +85,6 @@ struct alignas(128) Group {
     int32_t ranks;
     uint64_t nonce;
     std::atomic<int32_t> aborted;
-    std::atomic<int32_t> attached;  // ranks that have mapped the memory
 };
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -104,7 +103,7 @@ struct Places {
 };
 
 struct Totals {
-    int64_t count, bytes, nanoseconds, waited;
+    int64_t count, nanoseconds, waited;
     int64_t waited_for[kMaxRanks];  // by the rank that came last
 };
 
@@ -208,13 +207,11 @@ int64_t wait_for(Context& c, Word& word, Word& sleepers, int64_t whom, int64_t d
 // The work of one operation of this rank. Its end is noted when the scope ends.
 class Running {
   public:
-    Running(Context& c, Operation operation, int64_t bytes) : c_(c), operation_(operation), begun_(now_ns()) {
+    Running(Context& c, Operation operation) : c_(c), operation_(operation), begun_(now_ns()) {
         RankState& state = c.state(c.rank);
         state.number.store(++c.number, std::memory_order_relaxed);
         state.operation.store(operation, std::memory_order_relaxed);
-        Totals& totals = c.totals[operation];
-        ++totals.count;
-        totals.bytes += bytes;
+        ++c.totals[operation].count;
     }
 
     ~Running() {
@@ -451,7 +448,7 @@ int64_t all_reduce_in_pieces(Context& c, Running& running, int32_t type, const c
 
 }  // namespace
 
-EXPORT int32_t shoal_shared_memory_version() { return 1; }
+EXPORT int32_t shoal_shared_memory_version() { return 2; }
 
 EXPORT int64_t shoal_shared_memory_bytes(int32_t ranks) { return Places(ranks).end; }
 
@@ -518,22 +515,21 @@ EXPORT uint64_t shoal_shared_memory_position(const Context* c, int32_t rank) {
            state.number.load(std::memory_order_relaxed);
 }
 
-// Fills out[0..3] with the totals of an operation (calls, bytes, nanoseconds, nanoseconds of waiting), and the rest, one
+// Fills out[0..2] with the totals of an operation (calls, nanoseconds, nanoseconds of waiting), and the rest, one
 // for each rank, with the nanoseconds of waiting by the rank that came last.
 EXPORT void shoal_shared_memory_totals(const Context* c, int32_t operation, int64_t* out) {
     const Totals& totals = c->totals[operation];
     out[0] = totals.count;
-    out[1] = totals.bytes;
-    out[2] = totals.nanoseconds;
-    out[3] = totals.waited;
-    std::copy(totals.waited_for, totals.waited_for + c->ranks, out + 4);
+    out[1] = totals.nanoseconds;
+    out[2] = totals.waited;
+    std::copy(totals.waited_for, totals.waited_for + c->ranks, out + 3);
 }
 
 EXPORT int64_t shoal_shared_memory_all_reduce(Context* c, int32_t type, const char* in, char* out, int64_t count) {
     int64_t status;
     if (!may_run(*c, &status)) return status;
     const int64_t bytes = count * element_bytes(type);
-    Running running(*c, kAllReduce, bytes);
+    Running running(*c, kAllReduce);
     const uint64_t signature = signature_of(kAllReduce, type, bytes);
     return bytes <= kOneRound ? all_reduce_in_one_round(*c, running, type, in, out, count, bytes, signature)
                               : all_reduce_in_pieces(*c, running, type, in, out, count, signature);
@@ -548,7 +544,7 @@ EXPORT int64_t shoal_shared_memory_all_gather(Context* c, const char* in, char* 
         total += sizes[r];
         largest = std::max(largest, sizes[r]);
     }
-    Running running(*c, kAllGather, sizes[c->rank]);
+    Running running(*c, kAllGather);
     const uint64_t signature = signature_of(kAllGather, 0, total);
     for (int64_t done = 0; done < largest || done == 0; done += kSlot) {
         copy(c->input(c->rank, c->round + 1), in + done, std::min(kSlot, sizes[c->rank] - done), c->threads);
@@ -573,7 +569,7 @@ EXPORT int64_t shoal_shared_memory_reduce_scatter(Context* c, int32_t type, cons
         total += sizes[r];
     }
     const int64_t size = element_bytes(type), end = first + sizes[c->rank], piece = kSlot / size;
-    Running running(*c, kReduceScatter, total * size);
+    Running running(*c, kReduceScatter);
     const uint64_t signature = signature_of(kReduceScatter, type, total * size);
     for (int64_t done = 0; done < total || done == 0; done += piece) {
         const int64_t to = std::min(total, done + piece);
@@ -604,7 +600,7 @@ EXPORT int64_t shoal_shared_memory_all_to_all(Context* c, const char* in, char* 
         total += send[r];
     }
     const int64_t own = send[c->rank];
-    Running running(*c, kAllToAll, total - own);
+    Running running(*c, kAllToAll);
     const uint64_t signature = signature_of(kAllToAll, 0, 0);
     if (own != receive[c->rank]) return running.status = outcome(kMismatch, c->rank);
     int64_t sizes[kMaxRanks], starts[kMaxRanks];  // what each rank publishes in all, and where this rank's part of it is
@@ -649,7 +645,7 @@ EXPORT int64_t shoal_shared_memory_all_to_all(Context* c, const char* in, char* 
 EXPORT int64_t shoal_shared_memory_broadcast(Context* c, char* data, int64_t bytes, int32_t root) {
     int64_t status;
     if (!may_run(*c, &status)) return status;
-    Running running(*c, kBroadcast, c->rank == root ? bytes : 0);
+    Running running(*c, kBroadcast);
     const uint64_t signature = signature_of(kBroadcast, root, bytes);
     for (int64_t done = 0; done < bytes || done == 0; done += kSlot) {
         const int64_t length = std::min(kSlot, bytes - done);
@@ -663,7 +659,7 @@ EXPORT int64_t shoal_shared_memory_broadcast(Context* c, char* data, int64_t byt
 EXPORT int64_t shoal_shared_memory_barrier(Context* c) {
     int64_t status;
     if (!may_run(*c, &status)) return status;
-    Running running(*c, kBarrier, 0);
+    Running running(*c, kBarrier);
     running.next_round(signature_of(kBarrier, 0, 0));
     return running.status;
 }
@@ -687,7 +683,7 @@ static int64_t room_for(const Context& c, const Pair& pair, int64_t to, int64_t 
 EXPORT int64_t shoal_shared_memory_send(Context* c, const char* data, int64_t bytes, int32_t to) {
     int64_t status;
     if (!may_run(*c, &status)) return status;
-    Running running(*c, kSend, bytes);
+    Running running(*c, kSend);
     Pair& pair = c->pair(c->rank, to);
     for (int64_t done = 0; done < bytes || done == 0; done += kPart) {
         const int64_t length = std::min(kPart, bytes - done);
@@ -709,7 +705,7 @@ EXPORT int64_t shoal_shared_memory_send(Context* c, const char* data, int64_t by
 EXPORT int64_t shoal_shared_memory_receive(Context* c, char* data, int64_t bytes, int32_t from) {
     int64_t status;
     if (!may_run(*c, &status)) return status;
-    Running running(*c, kReceive, bytes);
+    Running running(*c, kReceive);
     Pair& pair = c->pair(from, c->rank);
     for (int64_t done = 0; done < bytes || done == 0; done += kPart) {
         const uint32_t number = c->received[from];

@@ -34,7 +34,7 @@ BACKENDS = ("shm", "gloo")
 
 @dataclass(frozen=True, slots=True)
 class OperationSizes:
-    """What is measured: each operation with each number of bytes over each backend, `repeat` times.
+    """The plan of a measurement: each operation with each number of bytes over each backend, `repeat` times.
 
     Raises:
         ConfigError: a size is too small.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class OperationTotal:
-    """What a rank has done in all calls of one operation."""
+    """The calls of one operation by a rank: how many, their bytes and their times, added up."""
 
     count: int = 0
     sent_bytes: int = 0  # to other ranks: the least that the operation needs; a backend may send more
@@ -162,7 +162,7 @@ class Communicator(Protocol):
 
     @property
     def backend(self) -> str:
-        """How the tensors travel, for the log."""
+        """The way on which tensors travel, for the log."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, with the same bits on each rank."""

@@ -12,7 +12,7 @@ Backend = Literal["shm", "gloo", "nccl", "tree"]  # tree: `HostTreeComm`
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What a rank of a group tells the others before they choose a backend."""
+    """A rank of a group, as it describes itself to the others before they choose a backend."""
 
     host: str  # equal for processes that can map each other's memory
     process: int

@@ -6,6 +6,7 @@ than the memory that it takes: a page exists once it was written to.
 
 import contextlib
 import ctypes
+import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from shoal.comm.base import OperationTotal, PendingSend, Progress, bytes_to_othe
 from shoal.errors import CommAborted, CommError, CommTimeout
 from shoal.native_library import open_library
 
-VERSION = 1
+VERSION = 2
 _SPIN_US = 300  # how long a wait keeps its core, if there is a core for each rank
 
 _OPERATIONS = (
@@ -82,6 +83,18 @@ def load_library() -> tuple[_Library | None, str]:
     return (None if library is None else _Library(library)), reason
 
 
+def _loaded() -> _Library:
+    """Return the library.
+
+    Raises:
+        CommError: there is none.
+    """
+    library, reason = load_library()
+    if library is None:
+        raise CommError(f"shared memory cannot be used: {reason}")
+    return library
+
+
 def host_identity() -> str:
     """Return a text that is equal for the processes that can map each other's memory.
 
@@ -100,8 +113,7 @@ class SharedMemory:
         self._unmap: Callable[[], object] = lambda: None
         self.ranks = ranks
         self.nonce = nonce
-        library, _ = load_library()
-        assert library is not None
+        library = _loaded()
         self.address = library.map(file, ranks)
         if self.address < 0:
             number = -self.address
@@ -116,8 +128,7 @@ class SharedMemory:
         Raises:
             OSError: there is no address space or no file descriptor for it.
         """
-        library, _ = load_library()
-        assert library is not None
+        library = _loaded()
         file = os.memfd_create("shoal-comm", os.MFD_CLOEXEC)
         try:
             os.ftruncate(file, library.bytes(ranks))
@@ -160,13 +171,11 @@ class SharedMemory:
 
     def abort(self) -> None:
         """End all operations on this memory, current and future, on all ranks."""
-        library, _ = load_library()
-        assert library is not None
-        library.abort(self.address, self.ranks)
+        _loaded().abort(self.address, self.ranks)
 
 
 class _Attachment:
-    """What the library keeps for one rank of a group. It outlives the communicator while its times are still read."""
+    """The state of one rank in the library. It outlives the communicator while its times are still read."""
 
     def __init__(self, library: _Library, context: int, ranks: int) -> None:
         self.context = context
@@ -179,10 +188,10 @@ class _Attachment:
     def times(self) -> dict[str, OperationTotal]:
         """Return the times of each operation that was called."""
         found = {}
-        numbers = (_LONG * (4 + self._ranks))()
+        numbers = (_LONG * (3 + self._ranks))()
         for code, operation in enumerate(_OPERATIONS):
             self._library.totals(self.context, code, numbers)
-            count, _, ns, waited_ns, *waited_for = numbers
+            count, ns, waited_ns, *waited_for = numbers
             if count:
                 waits = {rank: waited for rank, waited in enumerate(waited_for) if waited}
                 found[operation] = OperationTotal(ns=ns, waited_ns=waited_ns, waited_for=waits)
@@ -225,10 +234,7 @@ class SharedMemoryComm:
         self._processes = tuple(processes)
         self._numbers = tuple(range(self.size) if numbers is None else numbers)
         self._timeout_s = timeout_s
-        library, reason = load_library()
-        if library is None:
-            raise CommError(f"shared memory cannot be used: {reason}")
-        self._library = library
+        self._library = library = _loaded()
         self._summed = {dtype: code for dtype, code in _TYPES.items() if library.sums(code)}
         self._watched = [self._watch(process) for process in processes]
         self._context = library.attach(
@@ -371,7 +377,4 @@ _DONE = _DoneSend()
 
 def _row_bytes(x: Tensor) -> int:
     """Return the bytes of a row of x, which may have no rows."""
-    elements = 1
-    for size in x.shape[1:]:
-        elements *= size
-    return elements * x.itemsize
+    return math.prod(x.shape[1:]) * x.itemsize

@@ -12,7 +12,7 @@ _OUTPUTS_OF_BLOCK, _INPUTS_OF_STEP, _ROW_ALIGNMENT = 16, 4, 64  # as in csrc/int
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How the weight of a linear layer, [outputs, inputs], is kept: as small integers, the codes, with scales."""
+    """A way to keep the weight of a linear layer, [outputs, inputs]: as small integers, the codes, with scales."""
 
     name: str
     bits: int  # of a code

@@ -16,7 +16,7 @@ _UNKNOWN = "-"  # the backend cannot measure it, or cannot tell
 
 @dataclass(frozen=True, slots=True)
 class RankWait:
-    """How long ranks have waited for one rank, because it came last."""
+    """The time that ranks have waited for one rank, because it came last."""
 
     replica: int
     rank: int  # of the replica
@@ -25,7 +25,7 @@ class RankWait:
 
 @dataclass(frozen=True, slots=True)
 class CommCost:
-    """What one operation on one axis has cost. The times of several ranks are added up."""
+    """The cost of one operation on one axis. The times of several ranks are added up."""
 
     axis: str
     operation: str
@@ -61,7 +61,7 @@ class CommCost:
 
 @dataclass(frozen=True, slots=True)
 class CommProfile:
-    """What communication has cost, the longest time first."""
+    """The cost of all communication, the longest time first."""
 
     costs: tuple[CommCost, ...]
     step_s: float  # the time that the ranks spent on steps, with all waits, added up
