@@ -115,16 +115,21 @@ def test_scores_of_a_text_are_those_of_llm(server: ShoalServer, offline: Offline
         assert greedy == expected[1]
 
 
-def test_scores_of_the_windows_of_a_long_text_are_those_of_llm(server: ShoalServer, offline: Offline) -> None:
+def test_scores_of_the_windows_of_a_long_text_are_those_of_llm(
+    server: ShoalServer, offline: Offline, request: pytest.FixtureRequest
+) -> None:
     """The windows are as long as the context: one begins with the first token, the other continues the text."""
+    one_rank = request.node.callspec.params["server"] == ("-dp", "2")
     tokens = encode(" ".join(f"{number} + {number} = {2 * number}" for number in range(10, 200)), bos=False)
     windows = [[0, *tokens[:1022]], tokens[1021 : 1021 + 301]]
     for window in windows:
         (choice,) = ask(server, scoring([window]))
         score, _ = score_of(choice, 1)
         assert len(choice["logprobs"]["token_logprobs"]) == len(window) + 1
-        # With two ranks sums have another order, which changes the last bit of some logits: 1e-6 for each token.
-        assert score == pytest.approx(offline.score(window, 1)[0], rel=0, abs=1e-6 * len(window))
+        # One rank gives the same bits in any replica. The sums of two ranks have another order: then log-probabilities
+        # of this model differ by 9e-6 (root mean square), independently; three deviations of their sum are allowed.
+        close = CLOSE if one_rank else 3 * 9e-6 * len(window) ** 0.5
+        assert score == pytest.approx(offline.score(window, 1)[0], rel=0, abs=close)
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
