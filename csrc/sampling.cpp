@@ -7,14 +7,14 @@
 //
 // This file must be compiled with signed zeros: adding 0.0f has to turn -0.0 into 0.0.
 
-#include "common.h"
+#include "chunks.h"
 
 #include <cmath>
 #include <functional>
 
 namespace {
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kLargestId = 0x7fffffff;
 
@@ -149,6 +149,56 @@ void top_of_row(const float* row, int64_t columns, int64_t start, int64_t count,
     if (size > count) std::nth_element(found, found + count - 1, found + size, std::greater<int64_t>());
     std::sort(found, found + count, std::greater<int64_t>());
     std::copy(found, found + count, out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The top token of a row, whose logits may be bfloat16.
+
+ALWAYS_INLINE float to_float(float x) { return x; }
+
+ALWAYS_INLINE float to_float(BFloat16 x) {
+    const uint32_t bits = uint32_t{x.bits} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// The largest logit of columns `begin` to `end`, as an ordered integer. There is at least one column.
+template <class T>
+ALWAYS_INLINE int32_t largest_of_span(const T* row, int64_t begin, int64_t end) {
+    Ints top = Ints{} + ordered(to_float(row[begin]));
+    int64_t column = begin;
+    for (; column + kChunk <= end; column += kChunk) {
+        const Chunk x = load(row + column);
+        top = larger(top, larger(ordered(x.first), ordered(x.second)));
+    }
+    int32_t best = largest(top);
+    for (; column < end; ++column) best = std::max(best, ordered(to_float(row[column])));
+    return best;
+}
+
+// The top token of columns `begin` to `end`, packed. The span with the largest logit is searched again for its column.
+template <class T>
+ALWAYS_INLINE int64_t top_of_columns(const T* row, int64_t begin, int64_t end, int64_t start) {
+    constexpr int64_t kSpan = 1024;
+    int32_t best = 0;
+    int64_t column = -1;
+    for (int64_t span = begin; span < end; span += kSpan) {
+        const int32_t top = largest_of_span(row, span, std::min(end, span + kSpan));
+        if (column >= 0 && top <= best) continue;
+        best = top;
+        column = span;
+    }
+    while (ordered(to_float(row[column])) != best) ++column;
+    return pack_token(to_float(row[column]), start + column);
+}
+
+CLONED int64_t top_of_floats(const float* row, int64_t begin, int64_t end, int64_t start) {
+    return top_of_columns(row, begin, end, start);
+}
+
+CLONED int64_t top_of_bfloats(const BFloat16* row, int64_t begin, int64_t end, int64_t start) {
+    return top_of_columns(row, begin, end, start);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -339,6 +389,22 @@ EXPORT void shoal_first(const float* logits, int64_t stride, const int64_t* rows
         top_of_row(logits + rows[i] * stride, columns, start, count, scratch + worker * scratch_size,
                      out + i * count);
     });
+}
+
+// The top token of each row, packed, is written to out: [num_rows]. The logits are float32 or bfloat16 (DataType). Each
+// row is cut into `parts`, of which none is empty: 1 <= parts <= columns. scratch: [num_rows, parts].
+EXPORT void shoal_argmax(int32_t type, const void* logits, int64_t stride, int64_t num_rows, int64_t columns,
+                         int64_t start, int64_t parts, int64_t* scratch, int64_t* out, int64_t threads) {
+    in_parallel(num_rows * parts, threads, [&](int64_t piece, int64_t) {
+        const int64_t row = piece / parts, part = piece % parts;
+        const int64_t begin = columns * part / parts, end = columns * (part + 1) / parts;
+        scratch[piece] = type == kBFloat16
+                             ? top_of_bfloats(static_cast<const BFloat16*>(logits) + row * stride, begin, end, start)
+                             : top_of_floats(static_cast<const float*>(logits) + row * stride, begin, end, start);
+    });
+    for (int64_t row = 0; row < num_rows; ++row) {
+        out[row] = *std::max_element(scratch + row * parts, scratch + (row + 1) * parts);
+    }
 }
 
 // limits: packed tokens; only larger tokens count.

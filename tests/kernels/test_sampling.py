@@ -67,10 +67,27 @@ def test_top_tokens(kind: str, columns: int) -> None:
     rows = torch.tensor([4, 0, 5])
     for count in {1, min(columns, 20), min(columns, 500), columns, columns + 9}:
         assert torch.equal(NATIVE.top(logits, 77, rows, count), TORCH.top(logits, 77, rows, count))
-    value, ids = NATIVE.argmax(logits, 77)
-    expected, expected_ids = TORCH.argmax(logits, 77)
-    assert torch.equal(value, expected)
-    assert torch.equal(ids, expected_ids)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [*SIZES, 1023, 1025])
+def test_likeliest_tokens(kind: str, columns: int, dtype: torch.dtype) -> None:
+    """Threads share rows, or the columns of the only row; in the type with fewer bits, many logits are equal."""
+    assert NATIVE is not None
+    before = torch.get_num_threads()
+    logits = logits_of(kind, 6, columns + 2).to(dtype)[:, 2:]
+    try:
+        for rows, threads in [(6, 2), (1, 3), (0, 2)]:
+            torch.set_num_threads(threads)
+            value, ids = NATIVE.argmax(logits[:rows], 77)
+            expected, expected_ids = TORCH.argmax(logits[:rows], 77)
+            assert torch.equal(value, expected)
+            assert torch.equal(ids, expected_ids)
+            assert (value.dtype, ids.dtype) == (torch.float32, torch.int64)
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_native
@@ -179,7 +196,7 @@ def test_shares_are_views_of_wider_rows() -> None:
     assert torch.equal(NATIVE.count_above(part, part[:, 3]), TORCH.count_above(part, part[:, 3]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_logits_go_to_pytorch(dtype: torch.dtype) -> None:
     assert isinstance(sampling_kernels(torch.zeros(2, 3, dtype=dtype)), TorchSampling)
     assert isinstance(sampling_kernels(torch.zeros(3, 2).T), TorchSampling)

@@ -110,7 +110,7 @@ def measured(
     with PeakOfLiveTensors() as mode:
         hidden = decoder.hidden(inputs, batch, caches, torch.arange(sampled))
         if shard.stage.last:
-            logits = decoder.logits(hidden)
+            logits = decoder.logits(hidden).float()
             del hidden
             logits.clone()  # the sampler's own
     return int(mode.peak)

@@ -71,6 +71,15 @@ SAMPLINGS = st.builds(
 )
 
 
+PLAIN_SAMPLINGS = st.builds(
+    Sampling,
+    seed=st.integers(0, 2**64 - 1),
+    temperature=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
+    top_k=st.sampled_from([0, 7]),
+    min_p=st.sampled_from([0.0, 0.25]),
+)
+
+
 @dataclass
 class Known:
     """The facts that the test knows about a sequence."""
@@ -82,6 +91,7 @@ class Known:
     done: int  # number of computed positions
     sampling: Sampling
     masked: bool
+    given: int  # number of tokens that it came with
     drafts: list[int] = field(default_factory=list)  # the drafts of the current step
 
     def token(self, position: int) -> int:
@@ -173,6 +183,10 @@ def check_sampling(step: StepInput, known: dict[int, Known]) -> None:
     each = [(known[work.seq], work.drafts[:i]) for work in step.sampled for i in range(1 + len(work.drafts))]
     wanted = [sequence.sampling for sequence, _ in each]
     assert rows.temperature.tolist() == [s.temperature for s in wanted]
+    if step.plain and rows.greedy:  # these rows have no limits that anybody reads
+        assert rows.logprobs == -1
+        assert rows.edits is None
+        return
     assert rows.top_k.tolist() == [s.top_k for s in wanted]
     assert rows.top_p.tolist() == [s.top_p for s in wanted]
     assert rows.min_p.tolist() == [s.min_p for s in wanted]
@@ -204,11 +218,13 @@ def flat(edits: Edits | None) -> list[list[float]] | None:
 class Steps:
     """A random series of steps.
 
-    Sequences are added, computed in chunks, decoded with drafts, and released. Later sequences reuse their rows.
+    Sequences are added, computed in chunks, decoded with drafts, and released. Later sequences reuse their rows. If
+    `plain`, all draw one token in each step, without anything that would make a row special.
     """
 
-    def __init__(self, data: st.DataObject) -> None:
+    def __init__(self, data: st.DataObject, *, plain: bool) -> None:
         self.data = data
+        self.plain = plain
         self.table = table(4)
         self.known: dict[int, Known] = {}
         self.free = list(range(1, 100))
@@ -226,6 +242,8 @@ class Steps:
         assert len(self.table) == len(self.known)
         if works:
             step = self.table.build(works)
+            drawing = [work for work in works if work.count == 1 and work.start >= self.known[work.seq].given]
+            assert step.plain == (len(drawing) == len(works)) or not self.plain
             check_batch(step, works, self.known)
             check_rows(step, works, self.known)
             check_sampling(step, self.known)
@@ -239,22 +257,23 @@ class Steps:
         blocks = [self.free.pop(0) for _ in range(self.data.draw(st.integers(0, len(tokens) // SIZE)))]
         shared = len(blocks) * SIZE
         prompt_len = self.data.draw(st.integers(1, len(tokens)))
-        sampling, masked = self.data.draw(SAMPLINGS), self.data.draw(st.booleans())
+        sampling = self.data.draw(PLAIN_SAMPLINGS if self.plain else SAMPLINGS)
+        masked = not self.plain and self.data.draw(st.booleans())
         done = min(shared, len(tokens) - 1)
-        self.known[seq] = Known(tokens, prompt_len, blocks, shared, done, sampling, masked)
+        self.known[seq] = Known(tokens, prompt_len, blocks, shared, done, sampling, masked, len(tokens))
         return admit(seq, tokens, sampling, prompt_len=prompt_len, blocks=tuple(blocks))
 
     def work(self, seq: int) -> Work | None:
         sequence = self.known[seq]
         known = len(sequence.tokens)
         rest = known - sequence.done
-        count = self.data.draw(st.sampled_from([rest, rest, None]))
+        count = rest if self.plain else self.data.draw(st.sampled_from([rest, rest, None]))
         if count is None:
             count = self.data.draw(st.integers(0, rest))
         if count == 0 or known >= MAX_MODEL_LEN:
             return None
         sample = sequence.done + count == known
-        most = min(3, MAX_MODEL_LEN - known - 1) if sample else 0
+        most = min(3, MAX_MODEL_LEN - known - 1) if sample and not self.plain else 0
         sequence.drafts = self.data.draw(st.lists(TOKENS | st.integers(0, 9), max_size=most))
         stop = sequence.done + count + len(sequence.drafts)
         added = [self.free.pop(0) for _ in range(-(-stop // SIZE) - len(sequence.blocks))]
@@ -267,16 +286,19 @@ class Steps:
         sequence = self.known[work.seq]
         right = self.data.draw(st.integers(0, len(work.drafts)))
         tokens = [*work.drafts[:right], self.data.draw(TOKENS)]
-        self.table.record(work, tokens)
+        if self.plain:
+            assert self.table.record_plain([work], tokens) == [0]
+        else:
+            self.table.record(work, tokens)
         sequence.tokens += tokens
         sequence.done = len(sequence.tokens) - 1
         sequence.drafts = []
 
 
 @settings(steady, max_examples=80)
-@given(data=st.data())
-def test_a_random_series_of_steps_has_the_right_tensors(data: st.DataObject) -> None:
-    steps = Steps(data)
+@given(data=st.data(), plain=st.booleans())
+def test_a_random_series_of_steps_has_the_right_tensors(data: st.DataObject, plain: bool) -> None:
+    steps = Steps(data, plain=plain)
     for _ in range(data.draw(st.integers(1, 6))):
         steps.run()
 

@@ -48,6 +48,13 @@ class Request:
     waited_s: float = 0.0  # seconds until its first step; 0 once they were reported to the client
     preemptions: int = 0
     turn: int = 0  # the first step that can include it without waiting for its last token
+    most_tokens: int = field(init=False)  # those of its prompt and the most that it may generate
+    plain: bool = field(init=False)  # it has no grammar, no drafter, and wants no log-probabilities of its prompt
+
+    def __post_init__(self) -> None:
+        self.most_tokens = self.num_prompt_tokens + self.message.max_tokens
+        wants_prompt = self.message.sampling.prompt_logprobs >= 0
+        self.plain = self.constraint is None and self.drafter is None and not wants_prompt
 
     @property
     def length(self) -> int:
@@ -60,7 +67,7 @@ class Request:
     @property
     def complete(self) -> bool:
         """Return whether the last token that it may have is known or planned."""
-        return self.length - self.num_prompt_tokens >= self.message.max_tokens
+        return len(self.tokens) + self.pending >= self.most_tokens
 
     @property
     def decodes(self) -> bool:
@@ -73,13 +80,16 @@ class Request:
 
         A grammar and a drafter need the last token, so with one of them nothing is planned after an unknown token.
         """
-        if self.complete:
+        length = len(self.tokens) + self.pending
+        if length >= self.most_tokens:
             return 0
+        if self.plain:
+            return length - self.computed
         if self.pending and (self.constraint is not None or self.drafter is not None):
             return 0
         if self.constraint is not None and self.constraint.awaited:
             return 0
-        return self.length - self.computed
+        return length - self.computed
 
     def prompt_logprobs_in(self, start: int, count: int) -> int:
         """Return how many prompt tokens get their log-probabilities when `count` tokens from `start` on are computed.

@@ -1,6 +1,6 @@
 """The kernels of the sampler: each reads rows of logits and returns a few numbers a row, without a copy of the row.
 
-There are two implementations: PyTorch for any device, and C++ for float32 on the CPU (`csrc/sampling.cpp`). Their
+There are two implementations: PyTorch for any device, and C++ on the CPU (`csrc/sampling.cpp`). Their
 comparisons, order and counts are the same, bit by bit. The random bits of the noise are the same on every device, and
 both implementations let PyTorch compute its logarithms. So draws differ only if the two best scores are closer than
 the rounding error of a logarithm: about one in a million between devices. Sums of exponentials (`logsumexp`) agree to
@@ -22,7 +22,7 @@ from torch import Tensor
 from shoal.kernels.gumbel_noise import gumbel
 from shoal.native_library import open_library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _MINUS_INF = float("-inf")
 _LARGEST_ID = 0x7FFFFFFF
@@ -31,8 +31,9 @@ _LARGEST_ID = 0x7FFFFFFF
 class SamplingKernels(Protocol):
     """The operations of the sampler.
 
-    logits: float32 [m, columns]; column c is the token `start` + c. rows: int64 [r], the rows of `logits` to work on.
-    Limits are packed tokens (see `pack_tokens`), int64 [r]: only tokens larger than its limit count in a row.
+    logits: float32 [m, columns], for `argmax` also bfloat16; column c is the token `start` + c. rows: int64 [r], the
+    rows of `logits` to work on. Limits are packed tokens (see `pack_tokens`), int64 [r]: only tokens larger than its
+    limit count in a row.
     """
 
     def apply_masks(self, logits: Tensor, start: int, rows: Tensor, bits: Tensor) -> None:
@@ -115,7 +116,7 @@ class TorchSampling:
 
     def argmax(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
         value, column = logits.max(1)
-        return value, column + start
+        return value.float(), column + start
 
     def logsumexp(
         self, logits: Tensor, start: int, rows: Tensor, temperature: Tensor, floor: Tensor, limits: Tensor | None = None
@@ -180,8 +181,20 @@ class NativeSampling:
         return out
 
     def argmax(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        values, ids = unpack_tokens(self.top(logits, start, torch.arange(len(logits)), 1))
-        return values.squeeze(1), ids.squeeze(1)
+        (rows, columns), threads = logits.shape, torch.get_num_threads()
+        parts = min(max(threads // max(rows, 1), 1), columns)
+        found = torch.empty((parts + 1) * rows, dtype=torch.int64)
+        scratch, out = found.split([parts * rows, rows])
+        self._library.shoal_argmax(
+            _TYPE_CODES[logits.dtype],
+            logits.data_ptr(),
+            logits.stride(0),
+            *(rows, columns, start, parts),
+            scratch.data_ptr(),
+            out.data_ptr(),
+            threads,
+        )
+        return unpack_tokens(out)
 
     def logsumexp(
         self, logits: Tensor, start: int, rows: Tensor, temperature: Tensor, floor: Tensor, limits: Tensor | None = None
@@ -249,11 +262,13 @@ class NativeSampling:
         return score, ids
 
 
-_LONG, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _ROWS = [_POINTER, _LONG, _POINTER, _LONG, _LONG]
 _SIGNATURES: dict[str, list[Any]] = {
     "shoal_apply_masks": [*_ROWS, _LONG, _POINTER, _LONG, _LONG],
     "shoal_first": [*_ROWS, _LONG, _LONG, _POINTER, _POINTER, _LONG],
+    "shoal_argmax": [_INT, _POINTER, *[_LONG] * 5, *[_POINTER] * 2, _LONG],
     "shoal_log_totals": [*_ROWS, _LONG, *[_POINTER] * 4, _LONG],
     "shoal_count_above": [_POINTER, *[_LONG] * 3, *[_POINTER] * 2, _LONG],
     "shoal_draw": [*_ROWS, _LONG, *[_POINTER] * 3, _LONG, *[_POINTER] * 2, _LONG],
@@ -292,5 +307,5 @@ _TORCH = TorchSampling()
 def sampling_kernels(logits: Tensor) -> SamplingKernels:
     """Return the kernels for the device, dtype and strides of these logits."""
     contiguous_rows = logits.shape[1] <= 1 or logits.stride(1) == 1
-    native = logits.device.type == "cpu" and logits.dtype == torch.float32 and contiguous_rows
+    native = logits.device.type == "cpu" and logits.dtype in _TYPE_CODES and contiguous_rows
     return _on_cpu() if native else _TORCH

@@ -27,7 +27,9 @@ class CausalModel(Protocol):
         """Take part, without tokens, in the exchange between replicas that share experts, for one step."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of this rank's share of the vocabulary: float32 [m, rows of the head].
+        """Return the logits of this rank's share of the vocabulary: [m, rows of the head].
+
+        They are float32, or of the model's dtype if nothing is done with the product of the head.
 
         Args:
             hidden: [m, width], from the last stage's `hidden`.

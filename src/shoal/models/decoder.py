@@ -83,13 +83,16 @@ class Decoder:
             layer.join()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of this rank's share of the vocabulary: float32 [m, rows of the head].
+        """Return the logits of this rank's share of the vocabulary (see `CausalModel.logits`).
 
         hidden: [m, embedding width].
         """
         if self.head is None:
             raise EngineError("only the last pipeline stage has an output head")
-        logits = self.head(hidden).float()
+        logits = self.head(hidden)
+        if self.logit_scale is None and self.logit_softcap is None:
+            return logits
+        logits = logits.float()
         if self.logit_scale is not None:
             logits = logits.mul_(self.logit_scale)
         if self.logit_softcap is None:

@@ -68,6 +68,7 @@ class StepInput:
     sampling: SamplingRows | None  # None: this stage draws no tokens in this step
     masked_rows: tuple[int, ...]  # those of the m rows that have a row in the step's mask, in the order of the mask
     prompts: tuple[PromptRows, ...]
+    plain: bool = False  # every sequence computes one token and draws one, without drafts, edits and log-probabilities
 
 
 class SequenceTable:
@@ -105,6 +106,10 @@ class SequenceTable:
         self._min_p = np.zeros(max_num_seqs, np.float32)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._sample_index = np.zeros(max_num_seqs, np.uint64)
+        self._num_given: Int64 = np.zeros(max_num_seqs, np.int64)  # tokens of the NewSeq
+        self._plain = np.zeros(max_num_seqs, np.bool_)  # no edits and no log-probabilities are wanted
+        self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
+        self._greedy: dict[int, SamplingRows] = {}  # the parameters of so many greedy rows without edits
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -145,6 +150,8 @@ class SequenceTable:
         self._top_k[row] = sampling.top_k
         self._top_p[row] = max(sampling.top_p, _MIN_TOP_P)
         self._min_p[row] = sampling.min_p
+        self._num_given[row] = len(tokens)
+        self._plain[row] = rules is None and sampling.logprobs < 0 and sampling.prompt_logprobs < 0
         self._seed[row] = sampling.seed
         self._sample_index[row] = sampling.sample_index
 
@@ -160,6 +167,11 @@ class SequenceTable:
         of a step are written before any is read, so each of them sees the same context as it would alone, and attention
         computes it in the same way. So a token has the same bits with and without drafts.
         """
+        if self._samples and not [work for work in works if work.count != 1 or not work.sample or work.masked]:
+            rows = np.array([self._sequences[work.seq].row for work in works], np.int64)
+            starts = np.array([work.start for work in works], np.int64)
+            if self._plain[rows].all() and (starts >= self._num_given[rows]).all():
+                return self._build_plain(works, rows, starts)
         ordered = sorted(works, key=lambda work: work.count != 1 + len(work.drafts))  # otherwise in the plan's order
         rows = np.array([self._sequences[work.seq].row for work in ordered], np.int64)
         starts = np.array([work.start for work in ordered], np.int64)
@@ -180,6 +192,53 @@ class SequenceTable:
             sampling=self._sampling([ordered[i] for i in wanted], rows[wanted]) if wanted else None,
             masked_rows=_masked_rows(works, [ordered[i] for i in wanted]),
             prompts=prompts,
+        )
+
+    def _build_plain(self, works: Sequence[Work], rows: Int64, starts: Int64) -> StepInput:
+        """Return the tensors of a plain step, which most steps are. rows, starts: [b]."""
+        if self._temperature[rows].any():
+            sampling = self._sampling_rows(rows, starts + 1, logprobs=-1, edits=EditsBuilder())
+        else:
+            sampling = self._greedy_rows(len(rows))
+        return StepInput(
+            tokens=self._tensor(self._last_token[rows]),
+            batch=self._single_tokens(rows, starts),
+            logit_rows=None,
+            sampled=tuple(works),
+            sampling=sampling,
+            masked_rows=(),
+            prompts=(),
+            plain=True,
+        )
+
+    def _greedy_rows(self, count: int) -> SamplingRows:
+        """Return the parameters of greedy rows. The limits of those are not read, so all steps share them."""
+        found = self._greedy.get(count)
+        if found is None:
+            zeros = torch.zeros(count, device=self._device)
+            keys = torch.zeros((count, 2), dtype=torch.int32, device=self._device)
+            found = SamplingRows(zeros, zeros.long(), zeros + 1, zeros, keys, greedy=True, truncated=(), logprobs=-1)
+            self._greedy[count] = found
+        return found
+
+    def _single_tokens(self, rows: Int64, positions: Int64) -> PagedBatch:
+        """Return the batch of b sequences with one token each, whose rows and positions are given as [b]."""
+        blocks, offsets = positions // self._block_size, positions % self._block_size
+        contexts = (positions + 1).astype(np.int32)
+        slots = self._blocks[rows, blocks].astype(np.int64) * self._block_size + offsets
+        shared = positions < self._written[rows]
+        if shared.any():
+            slots[shared] = self._scratch_slot
+        return PagedBatch(
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            query_starts=self._tensor(self._counting[: len(rows) + 1]),
+            context_lens=self._tensor(contexts),
+            block_tables=self._tensor(self._blocks[rows, : int(blocks.max()) + 1]),
+            block_size=self._block_size,
+            num_single=len(rows),
+            query_lens=(1,) * len(rows),
+            host_context_lens=tuple(contexts.tolist()),
         )
 
     def _batch(self, rows: Int64, starts: Int64, counts: Int64) -> PagedBatch:
@@ -295,7 +354,7 @@ class SequenceTable:
         room = np.array([self._sequences[seq].num_blocks for seq in seqs], np.int64) * self._block_size
         beyond = positions >= np.minimum(room, self._max_model_len)
         positions = np.minimum(positions, self._max_model_len - 1)
-        batch = self._batch(rows, positions, np.ones_like(positions))
+        batch = self._single_tokens(rows, positions)
         if beyond.any():
             batch.slots[torch.from_numpy(beyond).to(self._device)] = self._scratch_slot
         sampling = self._sampling_rows(rows, positions + 1, logprobs=-1, edits=EditsBuilder())
@@ -308,6 +367,12 @@ class SequenceTable:
         if sequence.rules is not None:
             for token in tokens:
                 sequence.rules.append(token)
+
+    def record_plain(self, works: Sequence[Work], tokens: Sequence[int]) -> list[int]:
+        """Remember the drawn token of each sequence of a plain step. Return the epochs of the sequences."""
+        sequences = [self._sequences[work.seq] for work in works]
+        self._last_token[[sequence.row for sequence in sequences]] = tokens
+        return [sequence.epoch for sequence in sequences]
 
     def needs_drawn_token(self, work: Work) -> bool:
         """Return True if a work computes a token that was drawn after the sequence was added."""

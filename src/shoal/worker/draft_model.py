@@ -71,7 +71,7 @@ class DraftModel:
         for _ in range(self._count):
             batch, sampling = self._table.draft_step(seqs, positions)
             hidden = self._model.hidden(tokens, batch, self._caches, None)
-            tokens = sample(self._model.logits(hidden), self._share, self._tp, sampling)
+            tokens = sample(self._model.logits(hidden).float(), self._share, self._tp, sampling)
             drafts.append(tokens.tolist())
             positions = positions + 1
         return [tuple(each) for each in zip(*drafts, strict=True)]

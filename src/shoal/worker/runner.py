@@ -129,18 +129,32 @@ class Runner:
         sampled: Sequence[SeqOut] = ()
         if sampling is not None:
             logits = self._model.logits(hidden[: len(sampling.temperature)])
+            if not (sampling.greedy and sampling.edits is None and sampling.logprobs < 0):
+                logits = logits.float()  # a copy, which an argmax does not need
             forward_ns += self._now() - begun
-            sampled = list(self._sample(step, sampling, logits))
+            sampled = self._sample(step, sampling, logits)
         prompts = self._prompt_logprobs(step.prompts, hidden) if step.prompts else {}
         out = tuple(self._add_prompts(sampled, prompts)) if prompts else tuple(sampled)
         return self._result(pending.plan, out, pending.spent_ns + self._now() - begun, forward_ns)
 
-    def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> Iterator[SeqOut]:
+    def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> list[SeqOut]:
+        """Draw the tokens of a step, and return its outputs."""
         chosen = sample(logits, self._share, self._tp, sampling)
         found = None
         if sampling.logprobs >= 0:
             found = logprobs(logits, self._share, self._tp, chosen, sampling.logprobs)
         drawn = chosen.tolist()
+        if step.plain and self._draft is None:
+            self._return_tokens([(token,) for token in drawn])
+            epochs = self._table.record_plain(step.sampled, drawn)
+            return [
+                SeqOut(work.seq, epoch, (token,))
+                for work, epoch, token in zip(step.sampled, epochs, drawn, strict=True)
+            ]
+        return list(self._keep_accepted(step, drawn, found))
+
+    def _keep_accepted(self, step: StepInput, drawn: Sequence[int], found: Logprobs | None) -> Iterator[SeqOut]:
+        """Yield the outputs of a step, with the drawn tokens that are kept."""
         taken, first = [], 0
         for work in step.sampled:
             taken.append(_accepted_tokens(work.drafts, drawn[first : first + 1 + len(work.drafts)]))
@@ -171,7 +185,7 @@ class Runner:
             entries: list[TokenLogprobs] = []
             for start in range(0, len(each.targets), PROMPT_ROWS):
                 targets = torch.tensor(each.targets[start : start + PROMPT_ROWS], device=hidden.device)
-                logits = self._model.logits(hidden[first + start : first + start + len(targets)])
+                logits = self._model.logits(hidden[first + start : first + start + len(targets)]).float()
                 rows = logprobs(logits, self._share, self._tp, targets, each.logprobs)
                 entries += _token_logprobs(rows, 0, len(targets), each.logprobs)
             found[each.seq] = PromptLogprobs(each.start, tuple(entries))

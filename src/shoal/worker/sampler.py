@@ -68,7 +68,7 @@ def sample(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> T
     ids, it draws the likeliest token before the edits.
 
     Args:
-        logits: float32 [m, share.sizes[tp.rank]].
+        logits: [m, share.sizes[tp.rank]], float32; or also bfloat16 if all rows are greedy and without edits.
     """
     if rows.edits is None:
         return _draw(logits, share, tp, rows).tokens

@@ -17,10 +17,15 @@ class BlockTables:
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self._pool = pool
-        self._size = pool.block_size
+        self.block_size = self._size = pool.block_size
         self._window = limits.window
         self._max_model_len = limits.max_model_len
         self._num_open = 0
+
+    @property
+    def has_window(self) -> bool:
+        """Return whether `retire` may release blocks."""
+        return self._window is not None
 
     @property
     def free_tokens(self) -> int:
@@ -92,8 +97,11 @@ class BlockTables:
 
     def cache(self, request: Request) -> None:
         """Put the blocks whose tokens are known and computed into the prefix cache."""
-        full = min(request.computed, len(request.tokens)) // self._size
-        if full > request.blocks_cached and request.blocks:
+        final = min(request.computed, len(request.tokens))
+        if final < (request.blocks_cached + 1) * self._size:
+            return
+        full = final // self._size
+        if request.blocks:
             self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.salt)
             request.blocks_cached = full
 

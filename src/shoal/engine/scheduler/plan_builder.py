@@ -1,6 +1,7 @@
 """A step plan while it is made."""
 
 import math
+from collections.abc import Collection
 
 from shoal.engine.request import Request
 from shoal.engine.scheduler.block_tables import BlockTables
@@ -18,7 +19,7 @@ class PlanBuilder:
 
     def __init__(self, step: int, limits: SchedulerLimits, prompt_share: int, tables: BlockTables) -> None:
         self.budget = limits.max_num_batched_tokens
-        self.prompt_share = prompt_share
+        self.prompt_share = self._whole_prompt_share = prompt_share
         self.draws = 0
         self._prompt_logprobs: float = math.inf if limits.prompt_logprobs is None else limits.prompt_logprobs
         self.step = step
@@ -28,13 +29,18 @@ class PlanBuilder:
         self._new: list[NewSeq] = []
 
     @property
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> Collection[Request]:
         """The requests that have work in this step."""
-        return tuple(self._work)
+        return self._work.keys()
 
     @property
     def has_work(self) -> bool:
         return bool(self._work)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The number of tokens that were planned of prompts."""
+        return self._whole_prompt_share - self.prompt_share
 
     def fit(self, request: Request, start: int, count: int) -> int:
         """Return how many of a request's `count` tokens from `start` on fit into the step.
@@ -68,6 +74,17 @@ class PlanBuilder:
         self._work[request] = work
         self._count(request, work, 1)
 
+    def give_token(self, request: Request) -> None:
+        """Plan the next token of a plain request that has no other and needs no block: a short form of `give`."""
+        start = request.computed
+        self._work[request] = Work(request.message.seq, start, 1, True)
+        request.computed = start + 1
+        request.in_flight += 1
+        request.pending += 1
+        request.turn = self._next_turn
+        self.budget -= 1
+        self.draws += 1
+
     def take_back(self, request: Request) -> None:
         """Undo `give`, if the request has work in this step. The caller frees its blocks."""
         work = self._work.pop(request, None)
@@ -91,10 +108,10 @@ class PlanBuilder:
     def _count(self, request: Request, work: Work, times: int) -> None:
         self._prompt_logprobs -= times * request.prompt_logprobs_in(work.start, work.count)
         self.budget -= times * work.count
-        self.prompt_share -= times * prompt_tokens(work)
+        self.prompt_share -= times * _prompt_tokens(work)
         self.draws += times * work.sample
 
 
-def prompt_tokens(work: Work) -> int:
+def _prompt_tokens(work: Work) -> int:
     """Return how much of the step's share for prompts a work uses: nothing if it is a single token with drafts."""
     return work.count if work.count - len(work.drafts) > 1 else 0

@@ -40,8 +40,8 @@ class RunningPlanner:
 
     def continue_in_turn(self, plan: PlanBuilder) -> bool:
         """Plan the next tokens of running requests. Return True if a request was preempted."""
-        if self._limits.stages == 1:  # all requests; to find those whose turn it is would take as long as planning
-            return self._continue(plan, set(self._requests.running))
+        if self._limits.stages == 1:
+            return self._continue(plan, None)
         return self._continue(
             plan, self._longest_waiting(plan, lambda each: not each.pending or each.turn <= plan.step)
         )
@@ -68,37 +68,48 @@ class RunningPlanner:
         for request in list(self._requests.running):
             self.preempt(request)
 
-    def _continue(self, plan: PlanBuilder, turn: Container[Request]) -> bool:
-        """Plan the next tokens of running requests, and single tokens only for requests in `turn`.
+    def _continue(self, plan: PlanBuilder, turn: Container[Request] | None) -> bool:
+        """Plan the next tokens of running requests, and single tokens only for requests in `turn`; None: for all.
 
-        Single tokens are planned first, so that the chunks of a long prompt do not delay them.
+        Single tokens are planned first, so that the chunks of a long prompt do not delay them. Most of them need no
+        block, no draft and no mask: with many running requests these are nearly all of the scheduler's work.
         """
-        made_room = False
-        wanting = [(request, request.uncomputed) for request in self._requests.running]
-        for request, uncomputed in sorted(wanting, key=lambda each: each[1] > 1):
+        made_room, size, windows = False, self._tables.block_size, self._tables.has_window
+        chunks: list[Request] = []
+        for request in list(self._requests.running):
             if request.state is not RequestState.RUNNING:  # it was preempted for another
                 continue
-            self._tables.retire(request)
-            wanted = self._wanted(request, uncomputed, plan, turn)
-            if wanted == 0:
-                continue
-            while request.state is RequestState.RUNNING and self._tables.room(request) == 0:
-                self.preempt(self._requests.running[-1], plan)
-                made_room = True
+            if windows:
+                self._tables.retire(request)
+            uncomputed = request.uncomputed
+            if uncomputed > 1:
+                chunks.append(request)
+            elif uncomputed and (turn is None or request in turn):
+                if request.plain and request.computed % size and plan.budget:
+                    plan.give_token(request)
+                else:
+                    made_room |= self._plan(request, 1, plan)
+        for request in chunks:
             if request.state is RequestState.RUNNING:
-                count = min(wanted, self._tables.room(request))
-                plan.give(request, count, self._drafts(request, count, plan))
+                made_room |= self._plan(request, self._chunking.cut(request.uncomputed, plan.prompt_share), plan)
         # Not before all is planned: a request that is taken back must not leave blocks in the cache that no step fills.
         for request in plan.requests:
             self._tables.cache(request)
         return made_room
 
-    def _wanted(self, request: Request, uncomputed: int, plan: PlanBuilder, turn: Container[Request]) -> int:
-        if uncomputed > 1:
-            uncomputed = self._chunking.cut(uncomputed, plan.prompt_share)
-        elif request not in turn:
-            return 0
-        return plan.fit(request, request.computed, uncomputed)
+    def _plan(self, request: Request, wanted: int, plan: PlanBuilder) -> bool:
+        """Plan up to `wanted` tokens of a request. Return True if a request was preempted for them."""
+        made_room = False
+        wanted = plan.fit(request, request.computed, wanted)
+        if wanted == 0:
+            return False
+        while request.state is RequestState.RUNNING and self._tables.room(request) == 0:
+            self.preempt(self._requests.running[-1], plan)
+            made_room = True
+        if request.state is RequestState.RUNNING:
+            count = min(wanted, self._tables.room(request))
+            plan.give(request, count, self._drafts(request, count, plan))
+        return made_room
 
     def _drafts(self, request: Request, count: int, plan: PlanBuilder) -> Ids:
         """Return the drafts that are computed after the last known token of a request.

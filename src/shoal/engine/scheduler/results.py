@@ -8,6 +8,7 @@ from shoal.engine.scheduler.request_table import RequestTable
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.errors import RequestError, structured_outputs_error
+from shoal.wire.base import Ids
 from shoal.wire.engine import Finish, RefusalKind, SeqUpdate, error_fields
 from shoal.wire.grammars import Verdict
 from shoal.wire.ranks import PromptLogprobs, SeqOut, TokenLogprobs
@@ -39,6 +40,9 @@ class Results:
         request = self._requests.find(out.seq)
         if request is None or request.epoch != out.epoch:
             return
+        if request.plain and not out.logprobs and len(out.tokens) == 1:
+            self._accept_token(request, out.tokens)
+            return
         if out.tokens:
             self._settle_drafts(request, len(out.tokens) - 1)
         if out.prompt_logprobs is not None:
@@ -55,16 +59,21 @@ class Results:
             return
         if request.constraint is not None and taken:
             self._verdicts.ask(request, taken)
-        self._updates.append(
-            SeqUpdate(
-                seq=out.seq,
-                tokens=taken,
-                logprobs=logprobs,
-                cached_tokens=request.cached_tokens,
-                prompt_logprobs=out.prompt_logprobs,
-                waited_us=request.take_waited_us(),
-            )
-        )
+        self._updates.append(_update(request, taken, logprobs, out.prompt_logprobs))
+
+    def _accept_token(self, request: Request, tokens: Ids) -> None:
+        """Append the drawn token of a plain request: a short form of `accept`."""
+        request.pending -= 1
+        request.tokens.append(tokens[0])
+        self._requests.counters.generated_tokens += 1
+        self._tables.cache(request)
+        finish = end_of_output(request)
+        if finish is not None:
+            self.end(request, finish, tokens)
+        elif request.waited_s:
+            self._updates.append(_update(request, tokens))
+        else:
+            self._updates.append(SeqUpdate(request.message.seq, tokens, (), None, request.cached_tokens))
 
     def apply_verdict(self, verdict: Verdict) -> None:
         """Take in the verdict of a grammar on an output."""
@@ -124,6 +133,23 @@ class Results:
             request.num_drafts = 0
 
 
+def _update(
+    request: Request,
+    tokens: Ids,
+    logprobs: tuple[TokenLogprobs, ...] = (),
+    prompt_logprobs: PromptLogprobs | None = None,
+) -> SeqUpdate:
+    """Return the update of a request that goes on."""
+    return SeqUpdate(
+        seq=request.message.seq,
+        tokens=tokens,
+        logprobs=logprobs,
+        cached_tokens=request.cached_tokens,
+        prompt_logprobs=prompt_logprobs,
+        waited_us=request.take_waited_us(),
+    )
+
+
 def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, RequestError | None]:
     """Append drawn tokens up to the end of the output.
 
@@ -151,7 +177,7 @@ def end_of_output(request: Request) -> Finish | None:
         return Finish.STOP
     if request.constraint is not None:  # the grammar may say that it is complete, which is STOP and not LENGTH
         return None
-    return Finish.LENGTH if request.num_output_tokens >= request.message.max_tokens else None
+    return Finish.LENGTH if len(request.tokens) >= request.most_tokens else None
 
 
 def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, RequestError | None]:

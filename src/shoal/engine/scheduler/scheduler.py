@@ -28,7 +28,7 @@ from shoal.engine.scheduler.admission import Admission
 from shoal.engine.scheduler.block_tables import BlockTables
 from shoal.engine.scheduler.intake import Intake
 from shoal.engine.scheduler.limits import SchedulerLimits
-from shoal.engine.scheduler.plan_builder import PlanBuilder, prompt_tokens
+from shoal.engine.scheduler.plan_builder import PlanBuilder
 from shoal.engine.scheduler.planning import RunningPlanner
 from shoal.engine.scheduler.prompt_chunking import PromptChunker
 from shoal.engine.scheduler.request_table import Counters, RequestTable
@@ -166,8 +166,8 @@ class Scheduler:
         built = plan.build(
             incarnation=self._incarnation, released=self._requests.take_released(), lockstep=self._lockstep
         )
-        self._chunking.note_step(sum(prompt_tokens(work) for work in built.work))
-        self._flights[built.step] = plan.requests
+        self._chunking.note_step(plan.prompt_tokens)
+        self._flights[built.step] = tuple(plan.requests)
         self._next_step += 1
         return built
 
@@ -187,7 +187,8 @@ class Scheduler:
         for out in result.out:
             self._results.accept(out)
         for request in requests:
-            self._queue.push_if_drained(request)
+            if request.state is RequestState.DRAINING:
+                self._queue.push_if_drained(request)
 
     # --- the cache -----------------------------------------------------------------------------------------------
 
