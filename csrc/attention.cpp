@@ -6,6 +6,7 @@
 // stored and merged at the end (FlashDecoding, Dao et al., 2023).
 
 #include "attention_unit.h"
+#include "replay.h"
 
 #include <memory>
 #include <new>
@@ -198,3 +199,5 @@ EXPORT int32_t shoal_attend(int32_t type, const void* q, const void* keys, const
     }
     return kOk;
 }
+
+REPLAYABLE(shoal_attend)

@@ -17,6 +17,7 @@
 // unsigned bytes; `offsets`, 128 times the sum of an output's codes, is what this adds to each sum.
 
 #include "chunks.h"
+#include "replay.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_VNNI 1
@@ -27,7 +28,7 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 enum Level : int32_t { kPortable = 0, kVnni = 1 };
 
@@ -314,3 +315,5 @@ EXPORT void shoal_int8_linear(int32_t type, const Layer* layer, const void* x, i
     else
         multiply(*layer, static_cast<const BFloat16*>(x), rows, codes, scales, static_cast<BFloat16*>(out), threads);
 }
+
+REPLAYABLE(shoal_int8_linear)

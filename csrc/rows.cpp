@@ -2,13 +2,14 @@
 // rotation of queries and keys with the writes to the KV cache.
 
 #include "chunks.h"
+#include "replay.h"
 
 #include <cmath>
 #include <type_traits>
 
 namespace {
 
-constexpr int32_t kAbiVersion = 4;  // of the whole library, including attention.cpp
+constexpr int32_t kAbiVersion = 5;  // of the whole library, including attention.cpp
 
 enum NormKind : int32_t { kNoNorm = -1, kRms = 0, kRmsWide = 1, kLayer = 2 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
@@ -425,3 +426,10 @@ EXPORT void shoal_rotate_and_store(int32_t type, int32_t kind, const void* qkv, 
     else
         call(static_cast<BFloat16*>(nullptr));
 }
+
+REPLAYABLE(shoal_norm)
+REPLAYABLE(shoal_add_norm)
+REPLAYABLE(shoal_activate)
+REPLAYABLE(shoal_activate_gated)
+REPLAYABLE(shoal_weighted_sum)
+REPLAYABLE(shoal_rotate_and_store)

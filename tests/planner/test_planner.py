@@ -140,10 +140,8 @@ def test_a_given_cache_size_overrides_device_memory(checkpoint: Checkpoint) -> N
     assert cache_budgets(found) == (2**20,)
 
 
-def test_the_log_says_that_enforce_eager_changes_nothing(checkpoint: Checkpoint) -> None:
-    assert any(
-        "--enforce-eager changes nothing" in reason for reason in plan(checkpoint("llama"), enforce_eager=True).reasons
-    )
+def test_enforce_eager_records_no_steps(checkpoint: Checkpoint) -> None:
+    assert [plan(checkpoint("llama"), enforce_eager=eager).record_steps for eager in (False, True)] == [True, False]
 
 
 def test_the_executor_depends_on_the_number_of_ranks(checkpoint: Checkpoint) -> None:

@@ -90,7 +90,7 @@ class ModelOptions:
         metavar="JSON",
     )
     seed: int = option(0, "seed of requests that have none of their own", minimum=0)
-    enforce_eager: bool = option(False, "launch operations one by one; this version always does")
+    enforce_eager: bool = option(False, "launch the operations of a step one by one, and record no decoding steps")
 
 
 @dataclass(frozen=True, slots=True)

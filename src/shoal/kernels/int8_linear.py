@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.kernels.linear_weights import LinearWeights, quantize_rows
+from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.kernels.weight_format import INT8, packed_size, padded_outputs
 from shoal.native_library import open_library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NUMBERS_AT_A_TIME = 1 << 22  # inputs and outputs in float32 where they are converted
@@ -53,7 +54,7 @@ class Int8Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.pack = _function(library, "shoal_int8_pack")
-        self.multiply = _function(library, "shoal_int8_linear")
+        self.multiply = NativeFunction(library, "shoal_int8_linear", _SIGNATURES["shoal_int8_linear"])
         self.levels = _LEVELS[: int(library.shoal_int8_level()) + 1]
 
 
@@ -96,9 +97,9 @@ class NativeInt8Linear:
             return _in_parts(x, self._outputs, lambda part: self(part.float()))
         x = x.contiguous()
         rows = x.shape[0]
-        out = x.new_empty((rows, self._outputs))
+        out = empty((rows, self._outputs), x.dtype)
         if rows:
-            scratch = torch.empty(rows * self._row_bytes, dtype=torch.uint8)
+            scratch = empty((rows * self._row_bytes,), torch.uint8)
             self._multiply(code, self._address, x.data_ptr(), rows, scratch.data_ptr(), out.data_ptr(), _threads())
         return out
 

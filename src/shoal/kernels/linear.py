@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shoal.kernels.int8_linear import Int8Linear, make_int8_linear
 from shoal.kernels.linear_weights import LinearWeights
+from shoal.kernels.native_calls import compute
 
 _SINGLE_ROW_INPUTS = 1024  # up to these oneDNN adds the bfloat16 products of a single row as it does for more rows
 
@@ -50,11 +51,12 @@ class PackedLinear:
         rows = x.shape[0]
         if rows == 0:
             return x.new_empty((0, self._out_features))
-        if rows < self._min_rows:
-            return self._multiply(x.expand(self._min_rows, -1).contiguous())[:rows]
-        return self._multiply(x)
+        return compute(self._multiply, x, (rows, self._out_features))
 
     def _multiply(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows < self._min_rows:
+            return self._multiply(x.expand(self._min_rows, -1).contiguous())[:rows]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
 

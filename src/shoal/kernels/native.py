@@ -4,7 +4,6 @@ A row's result has the same bits in any batch, with any number of threads, and h
 """
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from shoal.kernels.base import (
     QKNorm,
     Rope,
 )
+from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.kernels.reference import ReferenceKernels
 from shoal.native_library import open_library
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NORM_CODES: dict[NormKind, int] = {"rms": 0, "rms_wide": 1, "layer": 2}
@@ -65,14 +65,14 @@ class NativeKernels:
         self._activate_gated = _function(library, "shoal_activate_gated")
         self._weighted_sum = _function(library, "shoal_weighted_sum")
         self._rotate_and_store = _function(library, "shoal_rotate_and_store")
-        self._attend = _function(library, "shoal_attend", restype=_INT)
+        self._attend = _function(library, "shoal_attend", _INT)
         self._max_head_dim = int(library.shoal_max_head_dim())
         self._groups: dict[tuple[tuple[int, ...], int], ctypes.Array[ctypes.c_int32]] = {}
         self._reference = ReferenceKernels()
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         x = x.contiguous()
-        out = torch.empty_like(x)
+        out = empty(x.shape, x.dtype)
         rows, size = x.shape
         weight, bias = _addresses(norm, x.dtype)
         self._norm(
@@ -116,7 +116,7 @@ class NativeKernels:
     def activate_gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         gate_up = gate_up.contiguous()
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty((rows, size))
+        out = empty((rows, size), gate_up.dtype)
         code = _ACTIVATION_CODES[activation]
         self._activate_gated(
             _TYPE_CODES[gate_up.dtype], code, gate_up.data_ptr(), out.data_ptr(), rows, size, _threads()
@@ -126,7 +126,7 @@ class NativeKernels:
     def weighted_sum(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         x, indices, weights = x.contiguous(), indices.contiguous(), weights.contiguous()
         rows, k = indices.shape
-        out = x.new_empty((rows, x.shape[1]))
+        out = empty((rows, x.shape[1]), x.dtype)
         self._weighted_sum(
             _TYPE_CODES[x.dtype],
             x.data_ptr(),
@@ -153,7 +153,7 @@ class NativeKernels:
             return self._reference.rotate_and_store(qkv, heads, norm, rope, batch, cache)
         qkv = qkv.contiguous()
         rows = qkv.shape[0]
-        out = qkv.new_empty((rows, heads.q_heads, heads.head_dim))
+        out = empty((rows, heads.q_heads, heads.head_dim), qkv.dtype)
         self._rotate_and_store(
             _TYPE_CODES[qkv.dtype],
             _NO_NORM if norm is None else _NORM_CODES[norm.q.kind],
@@ -182,7 +182,7 @@ class NativeKernels:
         if heads.head_dim > self._max_head_dim:
             return self._reference.attend(q, heads, params, batch, cache)
         q = q.contiguous()
-        out = torch.empty_like(q)
+        out = empty(q.shape, q.dtype)
         if out.numel() > 0:
             status = self._attend(
                 _TYPE_CODES[q.dtype],
@@ -228,17 +228,19 @@ class NativeKernels:
 
 def load_native() -> tuple[NativeKernels | None, str]:
     """Return the native kernels, or None, and one line that names the loaded library or says why there is none."""
-    library, reason = open_library(Path(__file__).parent, "_native", "shoal_abi_version", ABI_VERSION)
+    library, reason = load_native_library()
     if library is None:
         return None, reason
     return NativeKernels(library), f"native kernels from {reason}"
 
 
-def _function(library: ctypes.CDLL, name: str, restype: Any = None) -> Callable[..., Any]:
-    function = library[name]
-    function.argtypes = _SIGNATURES[name]
-    function.restype = restype
-    return function
+def load_native_library() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library of the native kernels; see `open_library`."""
+    return open_library(Path(__file__).parent, "_native", "shoal_abi_version", ABI_VERSION)
+
+
+def _function(library: ctypes.CDLL, name: str, result: type[ctypes.c_int32] | None = None) -> NativeFunction:
+    return NativeFunction(library, name, _SIGNATURES[name], result)
 
 
 def _addresses(norm: Norm, dtype: torch.dtype) -> tuple[int | None, int | None]:

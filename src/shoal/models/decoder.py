@@ -64,17 +64,30 @@ class Decoder:
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
         """Compute one step (see `CausalModel.hidden`). The last stage returns [m, embedding width]."""
+        residual = self.embed(inputs, batch)
+        return self.finish(*self.run_layers(torch.zeros_like(residual), residual, batch, caches), rows)
+
+    def embed(self, inputs: Tensor, batch: PagedBatch) -> Tensor:
+        """Begin a step, and return the residual stream before the first layer: [n, hidden]."""
         self.dispatch.begin_step(len(inputs))
-        residual = inputs if self.embedding is None else self.embedding(inputs, batch.positions)
-        x = torch.zeros_like(residual)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, residual = layer(x, residual, batch, cache)
+        return inputs if self.embedding is None else self.embedding(inputs, batch.positions)
+
+    def finish(self, x: Tensor, residual: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the result of `hidden` for the results of `run_layers`."""
         if self.head is None:
             return x + residual
         if rows is not None:
             x, residual = x[rows], residual[rows]
         x = self.kernels.add_norm(x, residual, self.final_norm)[0] if self.final_norm else x + residual
         return self.project_out(x) if self.project_out else x
+
+    def run_layers(
+        self, x: Tensor, residual: Tensor, batch: PagedBatch, caches: list[KVCache]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute all layers. Of arguments and of results the sum, x + residual, is the residual stream."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, batch, cache)
+        return x, residual
 
     def join(self) -> None:
         """Take part in a step without tokens (see `CausalModel.join`). Only mixtures of experts have work."""

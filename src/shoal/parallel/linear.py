@@ -3,7 +3,12 @@
 from torch import Tensor
 
 from shoal.kernels.linear import Linear
+from shoal.kernels.native_calls import compute, exchange
 from shoal.parallel.mesh import Axis
+
+
+def _sum_over(tp: Axis, x: Tensor) -> Tensor:
+    return tp.comm.all_reduce(x) if tp.size == 1 else exchange(tp.comm.all_reduce, x)
 
 
 class RowParallelLinear:
@@ -18,8 +23,8 @@ class RowParallelLinear:
         self.tp = tp
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self.tp.comm.all_reduce(self.inner(x))
-        return out if self.bias is None else out + self.bias
+        out, bias = _sum_over(self.tp, self.inner(x)), self.bias
+        return out if bias is None else compute(lambda sums: sums + bias, out, out.shape)
 
 
 class RowParallelSum:
@@ -32,5 +37,5 @@ class RowParallelSum:
         self.bias = sum(biases[1:], start=biases[0]) if biases else None
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        out = self.first.tp.comm.all_reduce(self.first.inner(a) + self.second.inner(b))
+        out = _sum_over(self.first.tp, self.first.inner(a) + self.second.inner(b))
         return out if self.bias is None else out + self.bias

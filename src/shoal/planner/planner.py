@@ -224,6 +224,7 @@ class Planner:
             bind_cores=parallel.cpu_cores != (),
             all2all=self._all2all,
             comm_backend=parallel.comm_backend,
+            record_steps=not options.model_options.enforce_eager,
             draft=None
             if self.draft is None
             else _model_plan(self.files.draft_folder, self.files.draft_state, self.draft, options),
@@ -253,10 +254,6 @@ class Planner:
             shards = rank_shards(self.model.spec, self._layout)
             wanted = self.options.model_options.quantization
             self._reasons.append(describe_quantization(wanted, self.model.params, shards, self._dtype))
-        if self.options.model_options.enforce_eager:
-            self._reasons.append(
-                "--enforce-eager changes nothing: steps are always launched operation by operation, without graphs"
-            )
 
     def _window(self) -> int | None:
         """Return the longest attention window over the layers of both models; None if some layer has no window."""

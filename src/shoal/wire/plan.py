@@ -160,6 +160,7 @@ class EnginePlan(Wire, frozen=True):
     bind_cores: bool = True  # True: the threads of a rank run on its cores only
     all2all: str = ""  # backend that takes tokens to experts on ranks of other replicas; "": none is needed
     comm_backend: Literal["auto", "shm", "gloo", "nccl"] = "auto"  # as asked for; each group chooses as it connects
+    record_steps: bool = True  # ranks record decoding steps where they can
     draft: ModelPlan | None = None
     speculative: SpeculativeConfig | None = None
     eos: Ids = ()  # tokens that end a text

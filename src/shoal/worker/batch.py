@@ -111,6 +111,11 @@ class SequenceTable:
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
         self._greedy: dict[int, SamplingRows] = {}  # the parameters of so many greedy rows without edits
 
+    @property
+    def max_blocks(self) -> int:
+        """The most blocks of a sequence."""
+        return int(self._blocks.shape[1])
+
     def __len__(self) -> int:
         return len(self._sequences)
 

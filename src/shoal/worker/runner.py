@@ -18,6 +18,7 @@ from shoal.wire.ranks import PromptLogprobs, SeqOut, StepMask, StepPlan, StepRes
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.logit_edits import Edits, Masks
+from shoal.worker.recorded_steps import RecordedSteps
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
 from shoal.worker.token_return import TokenReturn
 
@@ -49,9 +50,12 @@ class Runner:
         pipeline: Pipeline,
         *,
         draft: DraftModel | None = None,
+        record_steps: bool = True,
     ) -> None:
         self._model = model
-        self._caches = caches
+        self._steps = RecordedSteps(
+            model, caches, max_blocks=table.max_blocks, alone=tp.size == 1, enabled=record_steps
+        )
         self._table = table
         self._share = share
         self._tp = tp
@@ -108,7 +112,7 @@ class Runner:
 
     def _forward(self, step: StepInput) -> Tensor:
         inputs = step.tokens if self._pipeline.first else self._pipeline.receive(len(step.tokens))
-        hidden = self._model.hidden(inputs, step.batch, self._caches, step.logit_rows)
+        hidden = self._steps.hidden(inputs, step.batch, step.logit_rows)
         if self._draft is not None:
             self._draft.follow(step)
         if hidden.is_cuda:

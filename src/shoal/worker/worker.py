@@ -276,7 +276,8 @@ class Worker:
                 tp,
                 count=setup.plan.num_drafts,
             )
-        self._runner = Runner(*(model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline), draft=draft)
+        parts = model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline
+        self._runner = Runner(*parts, draft=draft, record_steps=setup.plan.record_steps)
 
     def _warm_up(self, _: bytes) -> bytes:
         """Run a prompt and a decoding step, so that the first request need not wait for one-time initialization."""

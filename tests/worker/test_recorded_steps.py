@@ -1,0 +1,177 @@
+"""Recorded decoding steps have the bits of steps that are computed operation by operation, for every family."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.comm.local import LocalComm
+from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.kernels.base import KVCache, PagedBatch
+from shoal.kernels.native import load_native
+from shoal.kernels.select import make_kernels
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.loader import CheckpointWeights
+from shoal.models.decoder import Decoder, build_decoder
+from shoal.models.implementation import params_of
+from shoal.models.manifest import Shard, make_shards
+from shoal.models.registry import read_spec
+from shoal.parallel.mesh import Axis
+from shoal.worker.kv_cache import allocate
+from shoal.worker.recorded_steps import MOST_TOKENS, RecordedSteps
+from support.checkpoints import MAKERS
+
+NATIVE, WHY = load_native()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=WHY)
+
+BLOCK_SIZE, BLOCKS, SEQUENCES = 16, 3, 4
+CPU = torch.device("cpu")
+# The numbers of sequences of decoding steps: each size is recorded, then replayed with other inputs.
+SIZES = (3, 1, 3, 4, 1, 4, 3)
+# PyTorch computes something between their matrix products.
+NOT_RECORDED = {
+    "deepseek_v2": "mixture",
+    "deepseek_v2_lite": "mixture",
+    "deepseek_v3": "mixture",
+    "deepseek_v3_halves": "mixture",
+    "granitemoe": "mixture",
+    "mixtral": "mixture",
+    "qwen2_moe": "mixture",
+    "qwen3_moe": "mixture",
+    "gpt_neox": "sum of attention and MLP",
+    "phi": "sum of attention and MLP",
+    "phi_qk_norm": "sum of attention and MLP",
+    "opt_350m": "norms of the stream itself",
+}
+
+
+class Rank:
+    """A rank's model, once with recordings and once without, each with a KV cache of its own."""
+
+    def __init__(self, folder: Path, shard: Shard, tp: Axis, dtype: torch.dtype, quantization: str) -> None:
+        spec, checkpoint = read_spec(folder), open_checkpoint(folder)
+        params = params_of(spec, checkpoint.shapes, quantization)
+        weights = CheckpointWeights(checkpoint, params, shard, dtype)
+        kernels, _ = make_kernels("cpu", dtype)
+        self.decoder: Decoder = build_decoder(spec, shard, tp, weights, kernels, CPU, spec.max_positions)
+        self.caches, self.plain = (
+            allocate(spec, shard, BLOCKS * SEQUENCES, BLOCK_SIZE, dtype, CPU).layers for _ in range(2)
+        )
+        self.steps = RecordedSteps(self.decoder, self.caches, max_blocks=BLOCKS, alone=tp.size == 1)
+
+    def both(self, tokens: Sequence[int], batch: PagedBatch) -> tuple[Tensor, Tensor]:
+        inputs = torch.tensor(tokens)
+        return self.steps.hidden(inputs, batch, None), self.decoder.hidden(inputs, batch, self.plain, None)
+
+
+def batch_of(sequences: Sequence[int], starts: Sequence[int], count: int) -> PagedBatch:
+    """Return a batch with `count` tokens of each sequence, which begin at these positions."""
+    every = torch.arange(SEQUENCES * BLOCKS, dtype=torch.int32).view(SEQUENCES, BLOCKS).flip(0)
+    tables = every[list(sequences)]
+    positions = torch.cat([torch.arange(start, start + count) for start in starts])
+    rows = torch.arange(len(sequences)).repeat_interleave(count)
+    contexts = [start + count for start in starts]
+    width = -(-max(contexts) // BLOCK_SIZE)
+    return PagedBatch(
+        positions=positions,
+        slots=tables[rows, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE,
+        query_starts=torch.arange(0, len(positions) + 1, count, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=tables[:, :width].contiguous(),
+        block_size=BLOCK_SIZE,
+        num_single=len(sequences) if count == 1 else 0,
+        query_lens=(count,) * len(sequences),
+        host_context_lens=tuple(contexts),
+    )
+
+
+@torch.inference_mode()
+def run(rank: Rank) -> None:
+    """Compute a prompt of 9 tokens for each sequence, then decoding steps of various sizes, up to the third block."""
+    prompt = batch_of(range(SEQUENCES), [0] * SEQUENCES, 9)
+    check(*rank.both([(7 * i) % 250 + 3 for i in range(9 * SEQUENCES)], prompt))
+    lengths = [9, 14, 30, 31]  # the positions in between keep zeros as keys and values
+    for turn, size in enumerate(SIZES):
+        chosen = [(turn + i) % SEQUENCES for i in range(size)]
+        tokens = [(31 * turn + 5 * i) % 250 + 3 for i in range(size)]
+        check(*rank.both(tokens, batch_of(chosen, [lengths[i] for i in chosen], 1)))
+        for i in chosen:
+            lengths[i] += 1
+    for recorded, plain in zip(rank.caches, rank.plain, strict=True):
+        check_cache(recorded, plain)
+
+
+def check(recorded: Tensor, plain: Tensor) -> None:
+    assert torch.equal(recorded, plain)
+    assert bool(plain.isfinite().all())
+
+
+def check_cache(recorded: KVCache, plain: KVCache) -> None:
+    assert torch.equal(recorded.keys, plain.keys)
+    assert torch.equal(recorded.values, plain.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "quantization"),
+    [
+        *[(name, torch.bfloat16, "") for name in sorted(MAKERS)],
+        *[(name, torch.float32, "") for name in ("gpt2", "llama_6_2", "phi3")],
+        *[(name, torch.bfloat16, "int8") for name in ("gemma3", "llama", "mixtral")],
+    ],
+)
+def test_recorded_steps_have_the_same_bits(
+    checkpoint: Callable[[str], Path], name: str, dtype: torch.dtype, quantization: str
+) -> None:
+    folder = checkpoint(name)
+    (shard,) = make_shards(read_spec(folder), 1)
+    rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), dtype, quantization)
+    run(rank)
+    assert sorted(rank.steps.recorded) == ([] if name in NOT_RECORDED else sorted(set(SIZES)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("weights", [(1, 1), (1, 2, 1), (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)])
+def test_recorded_steps_exchange_tensors_with_other_ranks(
+    checkpoint: Callable[[str], Path], name: str, weights: tuple[int, ...]
+) -> None:
+    """Some of ten ranks have no heads, and decide for themselves whether they record."""
+    folder, size = checkpoint(name), len(weights)
+    group = ThreadGroup(size, timeout_s=60)
+
+    def of(shard: Shard) -> int:
+        tp = Axis("tp", shard.rank, size, ThreadComm(group, shard.rank))
+        try:
+            rank = Rank(folder, shard, tp, torch.bfloat16, "")
+            run(rank)
+        except BaseException:
+            group.abort()
+            raise
+        return len(rank.steps.recorded)
+
+    with ThreadPoolExecutor(size) as pool:
+        recorded = list(pool.map(of, make_shards(read_spec(folder), size, weights)))
+    assert (max(recorded) == len(set(SIZES))) == (name not in NOT_RECORDED)
+
+
+@torch.inference_mode()
+def test_prompts_and_large_steps_are_not_recorded(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama")
+    (shard,) = make_shards(read_spec(folder), 1)
+    rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), torch.bfloat16, "")
+    rank.both([3] * 2 * SEQUENCES, batch_of(range(SEQUENCES), [0] * SEQUENCES, 2))
+    many = [i % SEQUENCES for i in range(MOST_TOKENS + 1)]
+    rank.both([3] * len(many), batch_of(many, [5] * len(many), 1))
+    assert rank.steps.recorded == ()
+
+
+@torch.inference_mode()
+def test_nothing_is_recorded_if_that_is_switched_off(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama")
+    (shard,) = make_shards(read_spec(folder), 1)
+    rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), torch.bfloat16, "")
+    steps = RecordedSteps(rank.decoder, rank.caches, max_blocks=BLOCKS, alone=True, enabled=False)
+    steps.hidden(torch.tensor([3]), batch_of([0], [5], 1), None)
+    assert steps.recorded == ()
