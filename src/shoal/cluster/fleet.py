@@ -20,6 +20,7 @@ from shoal.transport.waker import Waker
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, RefusalKind, SeqUpdate
 from shoal.wire.fleet import FleetStatus, Operation
+from shoal.wire.trace import TraceEvents
 
 _IDLE_S = 3600.0  # the longest wait if no timer is set
 
@@ -291,6 +292,26 @@ class Fleet:
                 "while these are asleep: pause instead, or serve all replicas behind one address"
             )
         self._set.operate(wanted, done)
+
+    def begin_trace(self, limit: int) -> None:
+        """Have all replicas record a trace, as `ReplicaSet.begin_trace` says."""
+        self._set.begin_trace(limit)
+
+    def take_trace(self) -> list[TraceEvents]:
+        return self._set.take_trace()
+
+    def tell_trace_end(self) -> None:
+        self._set.tell_trace_end()
+
+    @property
+    def trace_has_ended(self) -> bool:
+        return self._set.trace_has_ended
+
+    def add_recorder(self, recorder: Recorder) -> None:
+        self._set.add_recorder(recorder)
+
+    def remove_recorder(self, recorder: Recorder) -> None:
+        self._set.remove_recorder(recorder)
 
     def drain(self) -> None:
         """Accept no new requests from now on."""
