@@ -1,7 +1,7 @@
 """What an engine collects from its ranks for a trace."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -112,8 +112,8 @@ def test_the_end_has_the_rest_and_what_has_happened() -> None:
 
 
 def test_an_engine_that_has_failed_asks_nothing() -> None:
-    asked: list[str] = []
-    ask: Callable[[str, bytes], Sequence[bytes]] = lambda verb, _: asked.append(verb) or []  # noqa: E731
-    trace = EngineTrace(ask, 0, 1000)
+    ranks = Ranks()
+    trace = EngineTrace(ranks, 0, 1000)
+    count = len(ranks.asked)
     assert trace.end(ask=False).last
-    assert len(asked) == 1
+    assert len(ranks.asked) == count

@@ -48,16 +48,6 @@ class Times(Protocol):
         """Return the times of one operation."""
 
 
-class _NoTimes:
-    """The times of a communicator that no library measures."""
-
-    def all(self) -> Mapping[str, OperationTotal]:
-        return {}
-
-    def of(self, operation: str) -> OperationTotal:
-        return OperationTotal()
-
-
 class OperationWatch(Protocol):
     """Is told of each operation of a communicator while it runs, for a trace. All calls come from the rank's thread."""
 
@@ -80,7 +70,7 @@ class Progress:
     count: int = 0  # operations begun so far
     totals: dict[str, OperationTotal] = field(default_factory=lambda: defaultdict(OperationTotal))  # by operation
     watch: OperationWatch | None = None
-    _times: Times = field(default_factory=_NoTimes)  # of the library that measures the operations, if one does
+    _times: Times | None = None  # of the library that measures the operations, if one does
 
     def begin(self, operation: str, sent_bytes: int = 0) -> None:
         """Count a new operation and show it as the current one. Does what `during` does, but measures no time."""
@@ -133,22 +123,27 @@ class Progress:
 
     def take_times(self, times: Times) -> None:
         """Take the times of operations from a library from now on. Those of an earlier one stay in the totals."""
-        for operation, total in self._times.all().items():
+        for operation, total in self._measured().items():
             self.totals[operation].add_times_of(total)
         self._times = times
+
+    def _measured(self) -> Mapping[str, OperationTotal]:
+        """Return the times that the library has measured."""
+        return {} if self._times is None else self._times.all()
 
     def read_totals(self) -> dict[str, OperationTotal]:
         """Return a copy of the totals, with the times that a library has measured."""
         found = copy.deepcopy(dict(self.totals))
-        for operation, total in self._times.all().items():
+        for operation, total in self._measured().items():
             found.setdefault(operation, OperationTotal()).add_times_of(total)
         return found
 
     def read_times(self, operation: str) -> OperationTotal:
-        """Return the times of one operation, which are also in `read_totals`; counts and bytes are left out."""
+        """Return the times of one operation, as in `read_totals`. The object may change with the next operation."""
+        if self._times is None:
+            return self.totals[operation]
         found = OperationTotal()
-        if operation in self.totals:
-            found.add_times_of(self.totals[operation])
+        found.add_times_of(self.totals[operation])
         found.add_times_of(self._times.of(operation))
         return found
 

@@ -177,7 +177,7 @@ class TraceOptions:
         local=True,
     )
     trace_events: int = option(
-        2_000_000, "events after which a trace ends; each takes 130 bytes", minimum=1, local=True
+        2_000_000, "events after which a trace ends; each takes 120 bytes", minimum=1, local=True
     )
 
 

@@ -12,6 +12,7 @@ from shoal.activity import AWAKE, Activity
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ClosedError, ConfigError, EngineError, ReplicasFailed, RequestError
 from shoal.launch.early_failure import told_to_other_hosts
+from shoal.launch.followed_engine import FollowedEngine
 from shoal.launch.open_model import OpenModel, name_of, open_model, trace_target
 from shoal.launch.programs import start_program
 from shoal.launch.shared_calls import Call
@@ -86,7 +87,7 @@ class LLM:
             self.options.tracing.trace_events,
             self._model.name,
         )
-        if self.options.tracing.trace is not None and self._calls is not client:  # a follower has no engine to trace
+        if not isinstance(client, FollowedEngine):  # the process that leads has the engine, and writes the trace
             self._tracing.begin_if_file()
 
     @property

@@ -108,7 +108,8 @@ class _OperationTimes:
         self._buffer = buffer
         self._begun = 0  # 0: no operation that moves tensors has begun
         self._sent_bytes = 0
-        self._before = self._progress.read_totals()  # by operation; only the times are used
+        # How long each operation has waited so far: in all, and by the rank that came last.
+        self._waited = {name: _waits(total) for name, total in self._progress.read_totals().items()}
 
     def began(self, operation: str, sent_bytes: int) -> None:
         self._sent_bytes = sent_bytes
@@ -118,19 +119,22 @@ class _OperationTimes:
         ended, begun, self._begun = now(), self._begun, 0
         if not begun:
             return
-        total = self._progress.read_times(operation)
-        waited, whom = _wait_since(self._before.get(operation), total)
-        self._before[operation] = total
         name = self._buffer.name(operation)
         self._buffer.add(EventKind.OPERATION, begun, ended, self._axis, name, self._sent_bytes)
-        if waited:
-            replica, rank = self._members[whom] if whom >= 0 else (-1, -1)
-            self._buffer.add(EventKind.WAIT, begun, begun + min(waited, ended - begun), rank, replica)
+        self._note_wait(operation, begun, ended)
+
+    def _note_wait(self, operation: str, begun: int, ended: int) -> None:
+        """Record the wait of an operation that has just ended, if its backend tells of one."""
+        total = self._progress.read_times(operation)
+        before, by_rank = self._waited.get(operation, (0, {}))
+        waited = (total.waited_ns or 0) - before
+        if not waited:
+            return
+        whom = max(total.waited_for, key=lambda rank: total.waited_for[rank] - by_rank.get(rank, 0), default=-1)
+        self._waited[operation] = _waits(total)
+        replica, rank = self._members[whom] if whom >= 0 else (-1, -1)
+        self._buffer.add(EventKind.WAIT, begun, begun + min(waited, ended - begun), rank, replica)
 
 
-def _wait_since(before: OperationTotal | None, now_: OperationTotal) -> tuple[int, int]:
-    """Return the nanoseconds of waits since an earlier total, and the rank that was waited for most; -1: not known."""
-    earlier = before or OperationTotal()
-    waited = (now_.waited_ns or 0) - (earlier.waited_ns or 0)
-    by_rank = {rank: ns - earlier.waited_for.get(rank, 0) for rank, ns in now_.waited_for.items()}
-    return waited, max(by_rank, key=lambda rank: by_rank[rank], default=-1)
+def _waits(total: OperationTotal) -> tuple[int, dict[int, int]]:
+    return total.waited_ns or 0, dict(total.waited_for)
