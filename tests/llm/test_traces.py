@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +242,16 @@ def test_the_trace_of_a_program_that_was_killed_can_be_read(llm: LLM, folder: Pa
     at_kill = folder / "copy.json.gz"
     at_kill.write_bytes(copy)
     assert json.dumps(Trace(at_kill).facts["model"]) == '"bundled"'
+
+
+def test_a_model_through_transformers_shows_its_layers(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    options = threads(pipeline_parallel_size=2, model_impl="transformers", trace=str(path))
+    with LLM(str(checkpoint("llama")), **options) as llm:
+        prompt = {"prompt_token_ids": [5, 6, 7]}
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=2, detokenize=False), use_tqdm=False)
+    trace = Trace(path)
+    shown = [[each.name for each in trace.of("layer", f"replica 0, rank {rank} (tp 0, pp {rank})")] for rank in (0, 1)]
+    assert len(shown[0]) > 1
+    assert set(shown[0]) | set(shown[1]) == {f"layer {number}" for number in range(len(set(shown[0] + shown[1])))}
+    assert set(shown[0]).isdisjoint(shown[1])
