@@ -12,6 +12,7 @@ import pytest
 from shoal import LLM, AsyncLLM, SamplingParams
 from shoal.errors import ConfigError, EngineError, UserError
 from shoal.llm.comm_profile import replicas_of
+from shoal.params import PromptDict
 from shoal.wire.engine import EngineStats
 from shoal.wire.traffic import traffic_since
 from support.traces import Trace
@@ -248,8 +249,8 @@ def test_a_model_through_transformers_shows_its_layers(checkpoint: Callable[[str
     path = tmp_path / "run.json"
     options = threads(pipeline_parallel_size=2, model_impl="transformers", trace=str(path))
     with LLM(str(checkpoint("llama")), **options) as llm:
-        prompt = {"prompt_token_ids": [5, 6, 7]}
-        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=2, detokenize=False), use_tqdm=False)
+        prompt: PromptDict = {"prompt_token_ids": [5, 6, 7]}
+        llm.generate(prompt, SamplingParams(temperature=0, max_tokens=2, detokenize=False), use_tqdm=False)
     trace = Trace(path)
     shown = [[each.name for each in trace.of("layer", f"replica 0, rank {rank} (tp 0, pp {rank})")] for rank in (0, 1)]
     assert len(shown[0]) > 1

@@ -36,7 +36,7 @@ def track(clock: str, asked: int, answered: int) -> TrackEvents:
 
 
 def test_an_engine_on_another_host_is_measured_by_its_first_message() -> None:
-    inbox = TraceInbox(recording=True)
+    inbox = TraceInbox(TraceInbox())
     ahead = 10**12
     begun = inbox._asked + ahead
     inbox.add(TraceEvents(0, (track("another", begun + 1000, begun + 2000),), (SAME_CLOCK,)))
@@ -47,6 +47,17 @@ def test_an_engine_on_another_host_is_measured_by_its_first_message() -> None:
     assert second.offset == first.offset  # it never changes, so that slices nest
     assert not inbox.recording
     inbox.add(TraceEvents(0, (track(clock_identity(), 1, 2),), (SAME_CLOCK,)))
-    same = TraceInbox(recording=True)
+    same = TraceInbox(TraceInbox())
     same.add(TraceEvents(0, (track(clock_identity(), 1, 2),), (SAME_CLOCK,)))
     assert same.take()[0].offset == SAME_CLOCK
+
+
+def test_the_rest_of_an_earlier_trace_is_dropped() -> None:
+    earlier = TraceInbox(TraceInbox())
+    inbox = TraceInbox(earlier)  # a new trace begins, although the end of the earlier one has not come
+    own = track(clock_identity(), 1, 2)
+    for replica, last in ((0, False), (1, True), (2, False), (3, True)):
+        assert inbox.recording
+        inbox.add(TraceEvents(replica, (own,), (SAME_CLOCK,), last=last))
+    assert [events.replica for events in inbox.take()] == [2, 3]
+    assert not inbox.recording

@@ -10,6 +10,7 @@ from shoal.cluster.expiry_queue import ExpiryQueue
 from shoal.cluster.limits import FleetLimits
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaSet
+from shoal.cluster.replica_traces import ReplicaTraces
 from shoal.cluster.replicas.replica_client import ReplicaClient
 from shoal.cluster.replicas.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.routing.capacity import ReplicaCapacity
@@ -20,7 +21,6 @@ from shoal.transport.waker import Waker
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, RefusalKind, SeqUpdate
 from shoal.wire.fleet import FleetStatus, Operation
-from shoal.wire.trace import TraceEvents
 
 _IDLE_S = 3600.0  # the longest wait if no timer is set
 
@@ -293,25 +293,15 @@ class Fleet:
             )
         self._set.operate(wanted, done)
 
-    def begin_trace(self, limit: int) -> None:
-        """Have all replicas record a trace, as `ReplicaSet.begin_trace` says."""
-        self._set.begin_trace(limit)
-
-    def take_trace(self) -> list[TraceEvents]:
-        return self._set.take_trace()
-
-    def tell_trace_end(self) -> None:
-        self._set.tell_trace_end()
+    @property
+    def traces(self) -> ReplicaTraces:
+        """The traces of all replicas. What the replicas send comes with `updates`."""
+        return self._set.traces
 
     @property
-    def trace_has_ended(self) -> bool:
-        return self._set.trace_has_ended
-
-    def add_recorder(self, recorder: Recorder) -> None:
-        self._set.add_recorder(recorder)
-
-    def remove_recorder(self, recorder: Recorder) -> None:
-        self._set.remove_recorder(recorder)
+    def recorders(self) -> list[Recorder]:
+        """Those who are told of all requests that are added. Others may be added and removed."""
+        return self._set.recorders
 
     def drain(self) -> None:
         """Accept no new requests from now on."""

@@ -54,8 +54,8 @@ class FleetTrace:
         self._recording = Recording(self._target.path(self._count), self._limit, self._model)
         self._count += 1
         self._told_end = False
-        self._fleet.add_recorder(self._recording.requests)
-        self._fleet.begin_trace(self._limit)
+        self._fleet.recorders.append(self._recording.requests)
+        self._fleet.traces.begin(self._limit)
 
     def stop(self, done: Done) -> None:
         """End the trace. `done` is called, from within `tick`, when it is written."""
@@ -70,25 +70,25 @@ class FleetTrace:
     def _tell_end(self) -> None:
         if not self._told_end:
             self._told_end = True
-            self._fleet.tell_trace_end()
+            self._fleet.traces.end()
 
     def tick(self) -> None:
         """Take what the replicas have sent, and end the trace if that is due."""
         recording = self._recording
         if recording is None:
             return
-        recording.add(self._fleet.take_trace())
+        recording.add(self._fleet.traces.take())
         if recording.full:
             self._tell_end()
         if not self._waiting:
             return
-        if self._fleet.trace_has_ended:
+        if self._fleet.traces.has_ended:
             recording.end()
         elif time.monotonic() > self._deadline:
             recording.end("a replica has not sent the rest of its events")
         if (summary := recording.summary) is not None:
             self._recording = None
-            self._fleet.remove_recorder(recording.requests)
+            self._fleet.recorders.remove(recording.requests)
             waiting, self._waiting = self._waiting, []
             for done in waiting:
                 done(encode(summary))

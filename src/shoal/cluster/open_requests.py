@@ -71,7 +71,7 @@ class OpenRequests:
     """
 
     def __init__(self, recorder: Recorder | None) -> None:
-        self.recorders = [] if recorder is None else [recorder]
+        self.recorders: list[Recorder] = [] if recorder is None else [recorder]
         self._requests: dict[int, OpenRequest] = {}
         self._updates: list[SeqUpdate] = []
 

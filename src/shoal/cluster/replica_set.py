@@ -72,7 +72,7 @@ class ReplicaSet(FailureState):
         self._router = RequestRouter(capacities)
         self._ledger = self._router.ledger
         self._operations = Operations(self)
-        self._traces = ReplicaTraces(self)
+        self.traces = ReplicaTraces(self)
         self._in_lockstep = in_lockstep
         self._on_close = on_close
         self._on_loss = on_loss
@@ -141,14 +141,14 @@ class ReplicaSet(FailureState):
         self._router.admit(number, capacity)
         self._causes.pop(number, None)
         self._operations.admitted(number, activity)
-        self._traces.admitted(number)
+        self.traces.admitted(number)
 
     def retire(self, number: int) -> ReplicaClient:
         """Take a replica out, and return it still running. Its requests go on at the others."""
         replica = self._live.pop(number)
         requests = self._router.remove(number)
         self._operations.lost(number)
-        self._traces.lost(number, replica)
+        self.traces.lost(number, replica)
         self._requeue(requests, None)
         return replica
 
@@ -160,7 +160,7 @@ class ReplicaSet(FailureState):
         replica.abandon()
         requests = self._router.remove(number)
         self._operations.lost(number)
-        self._traces.lost(number, replica)
+        self.traces.lost(number, replica)
         self._causes[number] = str(error)
         if self._on_loss is None and (self._in_lockstep or not self._live):
             self._fail(replica)
@@ -256,32 +256,22 @@ class ReplicaSet(FailureState):
 
     def begin_trace(self, limit: int) -> None:
         """Have all replicas record, as `TracedClient` says; those that are started again or added later too."""
-        self._traces.begin(limit)
+        self.traces.begin(limit)
 
     def take_trace(self) -> list[TraceEvents]:
-        return self._traces.take()
-
-    def tell_trace_end(self) -> None:
-        """Have all replicas end their traces. `trace_has_ended` shows, after `updates`, when they have."""
-        self._traces.end()
-
-    @property
-    def trace_has_ended(self) -> bool:
-        return self._traces.has_ended
+        return self.traces.take()
 
     def end_trace(self) -> list[TraceEvents]:
-        self.tell_trace_end()
+        self.traces.end()
         deadline = time.monotonic() + _TRACE_S
-        while not self.trace_has_ended and time.monotonic() < deadline and self._failure is None:
+        while not self.traces.has_ended and time.monotonic() < deadline and self._failure is None:
             self._run_once(_SLICE_S)
-        return self.take_trace()
+        return self.traces.take()
 
-    def add_recorder(self, recorder: Recorder) -> None:
-        """Let a recorder know of all requests that are added from now on."""
-        self._requests.recorders.append(recorder)
-
-    def remove_recorder(self, recorder: Recorder) -> None:
-        self._requests.recorders.remove(recorder)
+    @property
+    def recorders(self) -> list[Recorder]:
+        """Those who are told of all requests that are added. Others may be added and removed."""
+        return self._requests.recorders
 
     def abort_all(self) -> None:
         self.abort(list(self._requests))
@@ -401,7 +391,7 @@ class ReplicaSet(FailureState):
         except EngineError as error:
             self.lose(number, error)
             return
-        self._traces.collect(number, self._live[number])
+        self.traces.collect(number, self._live[number])
         for answer in self._live[number].answers():
             self._operations.take_answer(number, answer)
         for update in updates:

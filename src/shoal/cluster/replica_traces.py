@@ -28,8 +28,10 @@ class ReplicaTraces:
         self._recorded: list[TraceEvents] = []
 
     def begin(self, limit: int) -> None:
-        """Have all replicas record."""
+        """Have all replicas record. What is left of an earlier trace is dropped."""
         self._limit = limit
+        self._awaited.clear()
+        self._recorded.clear()
         for number in list(self._replicas.live_numbers()):
             self.admitted(number)
 

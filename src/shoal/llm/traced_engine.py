@@ -28,7 +28,7 @@ class TracedEngine:
         self._requests = recording.requests
         self._knows_requests = isinstance(engine, ReplicaSet)  # then it tells of them itself, with their replicas
         if isinstance(engine, ReplicaSet):
-            engine.add_recorder(self._requests)
+            engine.recorders.append(self._requests)
         self._ended = False
         self._busy = False  # True: a thread waits for updates
         engine.begin_trace(recording.limit)
@@ -42,7 +42,7 @@ class TracedEngine:
         except EngineError as error:
             note = f"the trace ends with the engine: {error}"
         if isinstance(self.engine, ReplicaSet):
-            self.engine.remove_recorder(self._requests)
+            self.engine.recorders.remove(self._requests)
         return self._recording.close(note)
 
     def _end_engine(self) -> None:

@@ -11,14 +11,18 @@ class TraceInbox:
     The first message shows how far the clock of the engine is from the clock here.
     """
 
-    def __init__(self, *, recording: bool = False) -> None:
-        """Note that the engine is told to record now, if `recording` is set."""
-        self.recording = recording  # False: nothing is recorded, or the last message has arrived
+    def __init__(self, before: "TraceInbox | None" = None) -> None:
+        """Note that the engine is told to record now, if there was an inbox `before`, perhaps that of another trace."""
+        self.recording = before is not None  # False: nothing is recorded, or the last message has arrived
+        self._stale: int = 0 if before is None else before._stale + before.recording  # traces whose rest still comes
         self._asked = now()
         self._offset: ClockOffset | None = None
         self._messages: list[TraceEvents] = []
 
     def add(self, events: TraceEvents) -> None:
+        if self._stale:
+            self._stale -= events.last
+            return
         if self._offset is None:
             self._offset = self._measure(events)
         self._messages.append(replace_fields(events, offset=self._offset))

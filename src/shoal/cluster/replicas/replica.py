@@ -189,7 +189,7 @@ class Replica(FailureState):
         return reset_outcome_decoder.decode(self._await_answer(ResetPrefixCache(next(self._order_ids), running)))
 
     def begin_trace(self, limit: int) -> None:
-        self._trace = TraceInbox(recording=True)
+        self._trace = TraceInbox(self._trace)
         self._send(encode(SetTracing(limit)))
 
     def take_trace(self) -> list[TraceEvents]:
