@@ -112,6 +112,7 @@ from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rend
 from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
 from shoal.wire.topology import HostPair, PairAddress
+from shoal.wire.trace import ClockOffset, TraceSummary, TrackEvents, trace_summary_decoder, track_events_decoder
 from shoal.wire.traffic import Traffic
 from support.fakes import steady
 
@@ -238,6 +239,8 @@ PAYLOADS = {
     ResponseNames: response_names_decoder.decode,
     Operation: operation_decoder.decode,
     ResetOutcome: reset_outcome_decoder.decode,
+    TrackEvents: track_events_decoder.decode,
+    TraceSummary: trace_summary_decoder.decode,
     LockstepJoin: lockstep_join.decode,
     LockstepState: lockstep_state.decode,
 }
@@ -264,7 +267,7 @@ def test_every_payload_is_decoded_as_it_was_sent(message: type[Wire], data: st.D
 def test_every_message_is_covered() -> None:
     parts = {
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
-        *(CallError, SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
+        *(CallError, SeqOut, StepTimes, SeqUpdate, Traffic, ClockOffset, ReplicaPlace),
         *(TlsFiles, ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
         *(Layout, ShardPlan, ModelPlan, NodePlan, RankPlan, RankEnvironment, Timeouts, ServedModel),
     }

@@ -8,6 +8,7 @@ from shoal.wire.base import Ids
 from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
 from shoal.wire.grammars import GrammarAsk, Verdict
 from shoal.wire.ranks import StepMask, StepPlan, StepResult
+from shoal.wire.trace import TraceEvents
 
 
 class Executor(Protocol):
@@ -116,8 +117,33 @@ class EngineClient(Protocol):
     def close(self) -> None: ...
 
 
-class Engine(EngineClient, Protocol):
-    """An engine client that can also pause the engine, put it to sleep and empty its prefix cache."""
+class TracedClient(Protocol):
+    """An engine that can record a trace of what it and its ranks do."""
+
+    def begin_trace(self, limit: int) -> None:
+        """Record from now on, until about `limit` events are recorded.
+
+        Raises:
+            EngineError: the engine has failed.
+        """
+
+    def take_trace(self) -> list[TraceEvents]:
+        """Return what was recorded since the last call, as far as it is known here. Waits for ranks at most.
+
+        Raises:
+            EngineError: the engine has failed.
+        """
+
+    def end_trace(self) -> list[TraceEvents]:
+        """End the recording, and return the rest of it. Does nothing if there is none.
+
+        Raises:
+            EngineError: the engine has failed.
+        """
+
+
+class Engine(EngineClient, TracedClient, Protocol):
+    """An engine client that can also pause the engine, put it to sleep, empty its prefix cache and trace it."""
 
     def set_activity(self, activity: Activity) -> None:
         """Pause, resume, free memory or allocate it again, and wait until this is done.

@@ -66,7 +66,7 @@ def test_unknown_group(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None
     assert shoal("generate", "--help=xyzzy") == 2
     out, err = capsys.readouterr()
     assert out == ""
-    groups = "sampling, model, parallelism, cache, scheduling, nodes, encryption, vllm, all"
+    groups = "sampling, model, parallelism, traces, cache, scheduling, nodes, encryption, vllm, all"
     assert f"no group of flags 'xyzzy'; known are {groups}" in err
     assert len(err.splitlines()) == 1
 

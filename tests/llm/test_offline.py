@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from shoal.activity import Activity
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.llm.offline import OfflineRunner
 from shoal.llm.request_builder import RequestBuilder
@@ -17,9 +18,10 @@ from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job, RefusedPrompt
 from shoal.wire.base import encode
-from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
+from shoal.wire.engine import EngineRequest, EngineStats, Finish, ResetOutcome, SeqUpdate, to_engine
 from shoal.wire.ranks import Sampling, SamplingPenalties
 from shoal.wire.tokens import decode_tokens, encode_numbers, encode_tokens, token_set
+from shoal.wire.trace import TraceEvents
 from support.fakes import on_threads
 from support.letters import Letters
 
@@ -75,6 +77,21 @@ class FakeEngine:
         return SeqUpdate(seq, (token,), finish=finish)
 
     def stats(self) -> EngineStats:
+        raise NotImplementedError
+
+    def set_activity(self, activity: Activity) -> None:
+        raise NotImplementedError
+
+    def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
+        raise NotImplementedError
+
+    def begin_trace(self, limit: int) -> None:
+        raise NotImplementedError
+
+    def take_trace(self) -> list[TraceEvents]:
+        raise NotImplementedError
+
+    def end_trace(self) -> list[TraceEvents]:
         raise NotImplementedError
 
     def close(self) -> None:

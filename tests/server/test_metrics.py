@@ -679,7 +679,7 @@ class Head(FakeBackend):
         self.gone = False
         self.handed_over = asyncio.Event()
 
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+    async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
         if self.gone:
             raise ClosedError("the engine was closed")
         answer = await super().ask(verb, payload)

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from shoal.wire.fleet import Operation
 from support.fake_backend import FakeBackend
 from support.fleet_status import fleet
 from support.servers import ShoalServer
+from support.traces import Trace
 
 pytestmark = pytest.mark.slow
 
@@ -146,7 +148,14 @@ def get(server: ShoalServer, path: str) -> Answer:
     return ask(server, "GET", path)
 
 
-def completion(server: ShoalServer, seed: int, max_tokens: int = 100, on_text: Callable[[], Any] = lambda: None) -> str:
+def completion(
+    server: ShoalServer,
+    seed: int,
+    max_tokens: int = 100,
+    on_text: Callable[[], Any] = lambda: None,
+    *,
+    replica: int | None = None,
+) -> str:
     """Return the text of a streamed completion; `on_text` is called for each part that has text."""
     body = {
         "model": "bundled",
@@ -156,6 +165,7 @@ def completion(server: ShoalServer, seed: int, max_tokens: int = 100, on_text: C
         "max_tokens": max_tokens,
         "ignore_eos": True,
         "stream": True,
+        "data_parallel_rank": replica,
     }
     text = ""
     headers = {**KEY, "Content-Type": "application/json"}
@@ -202,6 +212,38 @@ def test_a_rank_that_dies_asleep_is_replaced_by_a_sleeping_rank(server: ShoalSer
     assert completion(server, 5, 8) == before
 
 
+def test_a_trace_goes_on_when_a_rank_is_replaced(server: ShoalServer) -> None:
+    assert post(server, "/start_profile").json() == {"status": "recording"}
+    again = post(server, "/start_profile")
+    assert (again.status_code, "a trace is recorded already" in again.text) == (409, True)
+    before = completion(server, 6, 8, replica=0)
+    replaced, killed = replacements_and_pid(server)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(server, lambda replicas: replicas[0]["stats"]["rank_replacements"] == replaced + 1)
+    assert completion(server, 6, 8, replica=0) == before
+    found = post(server, "/stop_profile").json()
+    file = Path(found["file"])
+    trace = Trace(file)
+    file.unlink()
+    assert (found["status"], found["events"], found["note"]) == ("written", len(trace.events), None)
+    (note,) = [each for each in trace.events if each["ph"] == "i"]
+    assert f"process {killed}" in note["name"]
+    for track in ("replica 0, rank 0 (tp 0, pp 0)", "replica 0, rank 1 (tp 1, pp 0)"):
+        steps = [each.begin for each in trace.of("step", track)]
+        assert max(steps) > note["ts"]  # after the replacement too
+        assert trace.of("layer", track)
+        assert trace.of("operation", track)
+    requests = [each for each in trace.of("request") if each.name.startswith("request")]
+    assert [each.args["output_tokens"] for each in requests] == [8, 8]
+    assert post(server, "/stop_profile").status_code == 409
+
+
+def replacements_and_pid(server: ShoalServer) -> tuple[int, int]:
+    """Return how many ranks of the first replica were replaced, and the process of its rank 1."""
+    stats = get(server, "/v1/admin/status").json()["replicas"][0]["stats"]
+    return stats["rank_replacements"], stats["ranks"][1]["pid"]
+
+
 def wait_until(server: ShoalServer, holds: Callable[[Any], bool]) -> None:
     """Ask for the status until `holds` is true of the replicas."""
     deadline = time.monotonic() + WAIT_S
@@ -209,7 +251,10 @@ def wait_until(server: ShoalServer, holds: Callable[[Any], bool]) -> None:
         assert time.monotonic() < deadline, server.log()[-2000:]
 
 
-@pytest.mark.parametrize("path", ["/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache"])
+PATHS = ["/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache", "/start_profile", "/stop_profile"]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_each_endpoint_requires_the_key_and_is_described(server: ShoalServer, path: str) -> None:
     assert ask(server, "POST", path, key=False).status_code == 401
     assert "post" in get(server, "/openapi.json").json()["paths"][path]

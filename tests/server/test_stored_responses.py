@@ -149,7 +149,7 @@ def test_a_conversation_that_is_too_large_is_answered_and_not_stored() -> None:
 def test_requests_succeed_though_the_store_does_not_answer() -> None:
     talk = Talk()
 
-    async def ask(verb: str, payload: bytes = b"") -> bytes:
+    async def ask(verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
         raise EngineError("the engine does not answer")
 
     talk.backend.ask = ask  # type: ignore[method-assign]
@@ -162,7 +162,7 @@ def test_the_previous_response_may_be_removed_while_an_answer_is_made() -> None:
     first = talk.say("Hi")
     ask = talk.backend.ask
 
-    async def forgetful(verb: str, payload: bytes = b"") -> bytes:
+    async def forgetful(verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
         if verb == "responses.keep" and talk.backend.store.size:
             await ask("responses.drop", first["id"].encode())
         return await ask(verb, payload)

@@ -133,6 +133,7 @@ class FakeBackend:
         self.gate = gate
         self.last_first = last_first
         self.streams: list[FakeStream] = []
+        self.names: list[str] = []
         self.places: list[tuple[int, int | None]] = []
         self.refusal = refusal
         self.scaled: list[int] = []
@@ -172,7 +173,7 @@ class FakeBackend:
             raise self.refusal
         return answer()
 
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+    async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
         return (self.store.verbs | self.verbs)[verb](payload)
 
     async def drain(self, timeout: float) -> bool:
@@ -199,9 +200,16 @@ class FakeBackend:
         return self._reader.chat_tokens(messages, **template)
 
     def stream(
-        self, job: Job, *, priority: int = 0, replica: int | None = None, timeout: float | None = None
+        self,
+        job: Job,
+        *,
+        priority: int = 0,
+        replica: int | None = None,
+        timeout: float | None = None,
+        name: str = "",
     ) -> FakeStream:
         self.places.append((priority, replica))
+        self.names.append(name)
         self.streams.append(FakeStream(self, job, self.error))
         return self.streams[-1]
 

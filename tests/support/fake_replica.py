@@ -19,6 +19,7 @@ from shoal.wire.engine import (
 )
 from shoal.wire.ranks import TokenLogprobs
 from shoal.wire.tokens import decode_tokens, token_set
+from shoal.wire.trace import TraceEvents
 from support.fakes import next_token
 
 STATS = EngineStats(0, 0, 0, 0, 0, 1 << 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -41,6 +42,8 @@ class FakeReplica:
         self.orders: list[EngineOrder] = []
         self.silent = False  # True: it answers no orders
         self.refuses = ""  # why it cannot wake up
+        self.traces: list[int] = []  # the limits of the traces that it was told to record; 0: to end one
+        self.recorded: list[TraceEvents] = []
         self._answers: list[ControlReply] = []
         self.closed = False
         self._random = random.Random(seed)
@@ -116,6 +119,26 @@ class FakeReplica:
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         return ResetOutcome(3, len(self.held))
+
+    def begin_trace(self, limit: int) -> None:
+        self._check_alive()
+        self.traces.append(limit)
+
+    def take_trace(self) -> list[TraceEvents]:
+        recorded, self.recorded = self.recorded, []
+        return recorded
+
+    def end_trace(self) -> list[TraceEvents]:
+        self.tell_trace_end()
+        return self.take_trace()
+
+    def tell_trace_end(self) -> bool:
+        self._check_alive()
+        recording = bool(self.traces and self.traces[-1])
+        self.traces.append(0)
+        if recording and not self.silent:
+            self.recorded.append(TraceEvents(int(self.name.split()[-1]), (), (), last=True))
+        return recording
 
     def say_goodbye(self) -> None:
         pass

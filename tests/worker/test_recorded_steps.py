@@ -175,3 +175,28 @@ def test_nothing_is_recorded_if_that_is_switched_off(checkpoint: Callable[[str],
     steps = RecordedSteps(rank.decoder, rank.caches, max_blocks=BLOCKS, alone=True, enabled=False)
     steps.hidden(torch.tensor([3]), batch_of([0], [5], 1), None)
     assert steps.recorded == ()
+
+
+@torch.inference_mode()
+def test_a_trace_sees_the_layers_of_steps_that_were_recorded(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama")
+    (shard,) = make_shards(read_spec(folder), 1)
+    rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), torch.bfloat16, "")
+    ended: list[int] = []
+
+    class Watch:
+        def began(self) -> None: ...
+
+        def ended(self, layer: int) -> None:
+            ended.append(layer)
+
+    def step() -> Tensor:
+        return rank.steps.hidden(torch.tensor([3]), batch_of([0], [5], 1), None)
+
+    recorded = step()
+    rank.decoder.watch_layers(Watch())
+    assert torch.equal(step(), recorded)
+    assert ended == list(range(len(rank.decoder.layers)))
+    rank.decoder.watch_layers(None)
+    assert torch.equal(step(), recorded)
+    assert len(ended) == len(rank.decoder.layers)

@@ -10,6 +10,7 @@ from shoal.cluster.expiry_queue import ExpiryQueue
 from shoal.cluster.limits import FleetLimits
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaSet
+from shoal.cluster.replica_traces import ReplicaTraces
 from shoal.cluster.replicas.replica_client import ReplicaClient
 from shoal.cluster.replicas.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.routing.capacity import ReplicaCapacity
@@ -291,6 +292,16 @@ class Fleet:
                 "while these are asleep: pause instead, or serve all replicas behind one address"
             )
         self._set.operate(wanted, done)
+
+    @property
+    def traces(self) -> ReplicaTraces:
+        """The traces of all replicas. What the replicas send comes with `updates`."""
+        return self._set.traces
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """Those who are told of all requests that are added. Others may be added and removed."""
+        return self._set.recorders
 
     def drain(self) -> None:
         """Accept no new requests from now on."""

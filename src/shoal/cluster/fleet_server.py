@@ -18,6 +18,7 @@ from shoal.cluster.fleet_connections import (
     RemoteClient,
     client_of,
 )
+from shoal.cluster.fleet_trace import FleetTrace
 from shoal.errors import ClosedError, ConfigError, RequestError, ShoalError, UserError
 from shoal.log import get_logger
 from shoal.process.forks import Owner
@@ -38,6 +39,7 @@ from shoal.wire.fleet import ContextLength, operation_decoder
 log = get_logger("fleet")
 
 _WAIT_S = 1.0
+_TRACE_POLL_S = 0.02  # how often to look whether the file of a trace is complete
 _MAX_PER_TURN = 64  # messages of one client that are handled before the next updates are sent
 _BATCH_SIZE = 8  # messages of a local client that are one task
 _JOIN_S = 10.0
@@ -50,17 +52,27 @@ Verb = Callable[[bytes], bytes]
 class FleetServer:
     """The owner of a fleet: a thread that drives it and serves its clients.
 
-    Clients may ask for `status`, `started`, `scale`, `drain`, `operate` and further verbs.
+    Clients may ask for `status`, `started`, `scale`, `drain`, `operate`, `start_profile`, `stop_profile` and further
+    verbs.
     """
 
-    def __init__(self, fleet: Fleet, verbs: Mapping[str, Verb] | None = None, *, unread_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        verbs: Mapping[str, Verb] | None = None,
+        *,
+        trace: FleetTrace | None = None,
+        unread_s: float = 60.0,
+    ) -> None:
         """Take over a fleet, and start the thread.
 
         Args:
             verbs: further verbs. They run on the thread of the server, so they must be quick.
+            trace: starts and ends traces of the fleet, which clients then may ask for.
             unread_s: a client in another process that has not read for so many seconds is given up.
         """
         self._fleet = fleet
+        self._trace = trace
         self._unread_s = unread_s
         self._owner = Owner("AsyncLLM")
         self._verbs: dict[str, Verb] = {
@@ -68,6 +80,7 @@ class FleetServer:
             "started": lambda _: b"yes" if fleet.started else b"",
             "scale": self._scale,
             "drain": self._drain,
+            "start_profile": self._start_trace,
             **(verbs or {}),
         }
         self._clients: dict[int, Client] = {}
@@ -138,8 +151,11 @@ class FleetServer:
         try:
             while not self._closing:
                 self._run_some_tasks()
-                self._hand_out(self._fleet.updates(_WAIT_S))
+                ending = self._trace is not None and self._trace.is_ending
+                self._hand_out(self._fleet.updates(_TRACE_POLL_S if ending else _WAIT_S))
                 self._send_length()
+                if self._trace is not None:
+                    self._trace.tick()
                 for client in list(self._clients.values()):
                     if isinstance(client, RemoteClient):
                         self._serve(client)
@@ -174,6 +190,11 @@ class FleetServer:
                 client.send_updates(*lost)
             with contextlib.suppress(Exception):
                 client.end()
+        if self._trace is not None:
+            try:
+                self._trace.close()
+            except Exception:
+                log.exception("the trace was not ended")
         self._fleet.close()
 
     def _lost(self, seq: int) -> SeqUpdate:
@@ -211,6 +232,8 @@ class FleetServer:
                 self._fleet.abort(seqs, stopped=message.stopped)
             case ControlCall() if message.verb == "operate" and not self._ended:
                 self._operate(client, message)
+            case ControlCall() if message.verb == "stop_profile" and self._trace is not None and not self._ended:
+                self._trace.stop(_answer_later(client, message))
             case ControlCall():
                 client.send(self._answer(message))
             case _:
@@ -254,19 +277,19 @@ class FleetServer:
 
     def _operate(self, client: Client, call: ControlCall) -> None:
         """Begin an operation. The call is answered when it has ended."""
-
-        def done(outcome: bytes | ShoalError) -> None:
-            if isinstance(outcome, ShoalError):
-                client.send(ControlReply(call.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
-            else:
-                client.send(ControlReply(call.id, outcome))
-
+        done = _answer_later(client, call)
         wanted = operation_decoder.decode(call.payload)
         log.info("a client asked for %s (%s)", wanted.verb, wanted)
         try:
             self._fleet.operate(wanted, done)
         except ShoalError as error:
             done(error)
+
+    def _start_trace(self, _: bytes) -> bytes:
+        if self._trace is None:
+            raise ConfigError("this fleet records no traces")
+        self._trace.start()
+        return b""
 
     def _scale(self, payload: bytes) -> bytes:
         if not payload.isdigit():
@@ -344,6 +367,18 @@ class _LocalConnection:
     def close(self) -> None:
         with contextlib.suppress(ClosedError):
             self._server.do(lambda: self._server.leave(self.client))
+
+
+def _answer_later(client: Client, call: ControlCall) -> Callable[[bytes | ShoalError], object]:
+    """Return a function that answers a call with its outcome."""
+
+    def done(outcome: bytes | ShoalError) -> None:
+        if isinstance(outcome, ShoalError):
+            client.send(ControlReply(call.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
+        else:
+            client.send(ControlReply(call.id, outcome))
+
+    return done
 
 
 def _refused(seq: int, error: str, refusal: RefusalKind) -> SeqUpdate:

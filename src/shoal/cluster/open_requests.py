@@ -67,11 +67,11 @@ class OpenRequest:
 class OpenRequests:
     """The table of open requests, and the queue of updates that clients have not been given yet.
 
-    The recorder is told of every change.
+    The recorders are told of every change.
     """
 
     def __init__(self, recorder: Recorder | None) -> None:
-        self._recorder = recorder
+        self.recorders: list[Recorder] = [] if recorder is None else [recorder]
         self._requests: dict[int, OpenRequest] = {}
         self._updates: list[SeqUpdate] = []
 
@@ -99,8 +99,8 @@ class OpenRequests:
         """
         self._check_new(request)
         self._requests[request.seq] = OpenRequest(request)
-        if self._recorder is not None:
-            self._recorder.added(request)
+        for recorder in self.recorders:
+            recorder.added(request)
 
     def reject(self, request: EngineRequest, error: RequestError | str, refusal: RefusalKind) -> None:
         """End a request that is not accepted. `refusal` is the kind of an error that is given as a message.
@@ -111,9 +111,9 @@ class OpenRequests:
         self._check_new(request)
         update = SeqUpdate(request.seq, (), finish=Finish.ABORT, **error_fields(error, refusal))
         self._updates.append(update)
-        if self._recorder is not None:
-            self._recorder.added(request)
-            self._recorder.ended(update)
+        for recorder in self.recorders:
+            recorder.added(request)
+            recorder.ended(update)
 
     def _check_new(self, request: EngineRequest) -> None:
         if request.seq in self._requests:
@@ -121,21 +121,21 @@ class OpenRequests:
 
     def note_dispatch(self, seq: int, replica: int) -> None:
         """Note that a replica gets the request."""
-        if self._recorder is not None:
-            self._recorder.dispatched(seq, replica)
+        for recorder in self.recorders:
+            recorder.dispatched(seq, replica)
 
     def note_abort(self, seq: int, *, stopped: bool) -> None:
         """Note that the client has aborted the request. `stopped`: because its output has reached a stop text."""
         self._requests[seq].aborted = True
-        if stopped and self._recorder is not None:
-            self._recorder.stopped(seq)
+        for recorder in self.recorders if stopped else ():
+            recorder.stopped(seq)
 
     def pass_on(self, update: SeqUpdate, replica: int) -> None:
         """Queue an update of the replica that has the request. The last update ends the request."""
         update = self._requests[update.seq].take(update)
         self._updates.append(update)
-        if self._recorder is not None:
-            self._recorder.updated(replica, update)
+        for recorder in self.recorders:
+            recorder.updated(replica, update)
         if update.finish is not None:
             del self._requests[update.seq]
 
@@ -146,8 +146,8 @@ class OpenRequests:
             seq, (), finish=Finish.ABORT, cached_tokens=ended.cached_tokens or 0, **error_fields(error, refusal)
         )
         self._updates.append(update)
-        if self._recorder is not None:
-            self._recorder.ended(update)
+        for recorder in self.recorders:
+            recorder.ended(update)
 
     def clear(self) -> None:
         """Drop all requests without updates: the set has failed."""

@@ -1,11 +1,13 @@
 """Several replicas as one engine. If a replica dies, its requests go on at the others."""
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.cluster.open_requests import OpenRequests
 from shoal.cluster.operations import Done, Operations
+from shoal.cluster.replica_traces import ReplicaTraces
 from shoal.cluster.replicas.failure_state import FailureState
 from shoal.cluster.replicas.replica import close_all
 from shoal.cluster.replicas.replica_client import ReplicaClient, wait_for_any
@@ -27,10 +29,12 @@ from shoal.wire.engine import (
     reset_outcome_decoder,
 )
 from shoal.wire.fleet import Operation
+from shoal.wire.trace import TraceEvents
 
 log = get_logger("replicas")
 
 _SLICE_S = 0.5  # how long one wait for an outcome takes
+_TRACE_S = 30.0  # how long replicas may take to end a trace
 _LAST_STEPS_S = 1.0  # how long closing waits for each answer of a replica in lockstep
 _MOST_DEATHS = 2  # a request ends after so many deaths without progress in between: it is the likely cause
 _MOST_DEATHS_WITH_RESTARTS = 3  # ... if replicas are started again, so that another death costs little
@@ -68,6 +72,7 @@ class ReplicaSet(FailureState):
         self._router = RequestRouter(capacities)
         self._ledger = self._router.ledger
         self._operations = Operations(self)
+        self.traces = ReplicaTraces(self)
         self._in_lockstep = in_lockstep
         self._on_close = on_close
         self._on_loss = on_loss
@@ -136,12 +141,14 @@ class ReplicaSet(FailureState):
         self._router.admit(number, capacity)
         self._causes.pop(number, None)
         self._operations.admitted(number, activity)
+        self.traces.admitted(number)
 
     def retire(self, number: int) -> ReplicaClient:
         """Take a replica out, and return it still running. Its requests go on at the others."""
         replica = self._live.pop(number)
         requests = self._router.remove(number)
         self._operations.lost(number)
+        self.traces.lost(number, replica)
         self._requeue(requests, None)
         return replica
 
@@ -153,6 +160,7 @@ class ReplicaSet(FailureState):
         replica.abandon()
         requests = self._router.remove(number)
         self._operations.lost(number)
+        self.traces.lost(number, replica)
         self._causes[number] = str(error)
         if self._on_loss is None and (self._in_lockstep or not self._live):
             self._fail(replica)
@@ -230,6 +238,9 @@ class ReplicaSet(FailureState):
     def live_numbers(self) -> Collection[int]:
         return self._live.keys()
 
+    def live_replica(self, number: int) -> ReplicaClient | None:
+        return self._live.get(number)
+
     def send_order(self, number: int, order: EngineOrder) -> None:
         """Send an order to a replica. If it loses its KV cache by that, the router forgets its prefixes."""
         if number not in self._live:  # it was lost together with another one
@@ -240,6 +251,27 @@ class ReplicaSet(FailureState):
             self._live[number].send_order(order)
         except EngineError as error:
             self.lose(number, error)
+
+    # --- traces --------------------------------------------------------------------------------------------------
+
+    def begin_trace(self, limit: int) -> None:
+        """Have all replicas record, as `TracedClient` says; those that are started again or added later too."""
+        self.traces.begin(limit)
+
+    def take_trace(self) -> list[TraceEvents]:
+        return self.traces.take()
+
+    def end_trace(self) -> list[TraceEvents]:
+        self.traces.end()
+        deadline = time.monotonic() + _TRACE_S
+        while not self.traces.has_ended and time.monotonic() < deadline and self._failure is None:
+            self._run_once(_SLICE_S)
+        return self.traces.take()
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """Those who are told of all requests that are added. Others may be added and removed."""
+        return self._requests.recorders
 
     def abort_all(self) -> None:
         self.abort(list(self._requests))
@@ -359,6 +391,7 @@ class ReplicaSet(FailureState):
         except EngineError as error:
             self.lose(number, error)
             return
+        self.traces.collect(number, self._live[number])
         for answer in self._live[number].answers():
             self._operations.take_answer(number, answer)
         for update in updates:

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,8 +38,24 @@ class OperationTotal:
             self.waited_for[rank] = self.waited_for.get(rank, 0) + waited_ns
 
 
-# The times that a library has measured itself, by operation. Counts and bytes in them are not read.
-Times = Callable[[], Mapping[str, OperationTotal]]
+class Times(Protocol):
+    """The times that a library has measured itself. Counts and bytes in them are not read."""
+
+    def all(self) -> Mapping[str, OperationTotal]:
+        """Return the times of each operation that was called."""
+
+    def of(self, operation: str) -> OperationTotal:
+        """Return the times of one operation."""
+
+
+class OperationWatch(Protocol):
+    """Is told of each operation of a communicator while it runs, for a trace. All calls come from the rank's thread."""
+
+    def began(self, operation: str, sent_bytes: int) -> None:
+        """An operation begins, or goes on after it was begun earlier, with no bytes."""
+
+    def ended(self, operation: str) -> None:
+        """The operation has ended. It may be the forming of the group, whose beginning is not told."""
 
 
 @dataclass(slots=True)
@@ -53,7 +69,8 @@ class Progress:
     number: int = 0  # of the current operation, or of the last one
     count: int = 0  # operations begun so far
     totals: dict[str, OperationTotal] = field(default_factory=lambda: defaultdict(OperationTotal))  # by operation
-    _times: Times = dict  # of the library that measures the operations, if one does
+    watch: OperationWatch | None = None
+    _times: Times | None = None  # of the library that measures the operations, if one does
 
     def begin(self, operation: str, sent_bytes: int = 0) -> None:
         """Count a new operation and show it as the current one. Does what `during` does, but measures no time."""
@@ -62,9 +79,13 @@ class Progress:
         total.count += 1
         total.sent_bytes += sent_bytes
         self.operation, self.number = operation, self.count
+        if self.watch is not None:
+            self.watch.began(operation, sent_bytes)
 
     def end(self) -> None:
         """Show that the current operation has ended. After an error it stays, since it shows where the rank stopped."""
+        if self.watch is not None:
+            self.watch.ended(self.operation)
         self.operation = ""
 
     @contextmanager
@@ -86,6 +107,8 @@ class Progress:
         """Show an operation that was begun earlier as the current one until the block ends, and add this time to it."""
         begun = time.perf_counter_ns()
         self.operation, self.number = operation, number
+        if self.watch is not None:
+            self.watch.began(operation, 0)
         yield
         if timed:
             self.totals[operation].add_time(time.perf_counter_ns() - begun)
@@ -100,15 +123,28 @@ class Progress:
 
     def take_times(self, times: Times) -> None:
         """Take the times of operations from a library from now on. Those of an earlier one stay in the totals."""
-        for operation, total in self._times().items():
+        for operation, total in self._measured().items():
             self.totals[operation].add_times_of(total)
         self._times = times
+
+    def _measured(self) -> Mapping[str, OperationTotal]:
+        """Return the times that the library has measured."""
+        return {} if self._times is None else self._times.all()
 
     def read_totals(self) -> dict[str, OperationTotal]:
         """Return a copy of the totals, with the times that a library has measured."""
         found = copy.deepcopy(dict(self.totals))
-        for operation, total in self._times().items():
+        for operation, total in self._measured().items():
             found.setdefault(operation, OperationTotal()).add_times_of(total)
+        return found
+
+    def read_times(self, operation: str) -> OperationTotal:
+        """Return the times of one operation, as in `read_totals`. The object may change with the next operation."""
+        if self._times is None:
+            return self.totals[operation]
+        found = OperationTotal()
+        found.add_times_of(self.totals[operation])
+        found.add_times_of(self._times.of(operation))
         return found
 
     def __str__(self) -> str:

@@ -185,17 +185,24 @@ class _Attachment:
     def __del__(self) -> None:
         self._library.detach(self.context)
 
-    def times(self) -> dict[str, OperationTotal]:
+    def all(self) -> dict[str, OperationTotal]:
         """Return the times of each operation that was called."""
-        found = {}
+        found = {operation: self._read(code) for code, operation in enumerate(_OPERATIONS)}
+        return {operation: total for operation, total in found.items() if total is not None}
+
+    def of(self, operation: str) -> OperationTotal:
+        """Return the times of one operation."""
+        return self._read(_OPERATIONS.index(operation)) or OperationTotal()
+
+    def _read(self, code: int) -> OperationTotal | None:
+        """Return the times of the operation with this code; None if it was not called."""
         numbers = (_LONG * (3 + self._ranks))()
-        for code, operation in enumerate(_OPERATIONS):
-            self._library.totals(self.context, code, numbers)
-            count, ns, waited_ns, *waited_for = numbers
-            if count:
-                waits = {rank: waited for rank, waited in enumerate(waited_for) if waited}
-                found[operation] = OperationTotal(ns=ns, waited_ns=waited_ns, waited_for=waits)
-        return found
+        self._library.totals(self.context, code, numbers)
+        count, ns, waited_ns, *waited_for = numbers
+        if not count:
+            return None
+        waits = {rank: waited for rank, waited in enumerate(waited_for) if waited}
+        return OperationTotal(ns=ns, waited_ns=waited_ns, waited_for=waits)
 
 
 class SharedMemoryComm:
@@ -250,7 +257,7 @@ class SharedMemoryComm:
         if not self._context:
             raise CommError("the shared memory is that of another group")
         self._attachment = _Attachment(library, self._context, self.size)
-        self.progress.take_times(self._attachment.times)
+        self.progress.take_times(self._attachment)
 
     def _watch(self, process: int) -> int:
         """Return a descriptor that tells of the end of a process, or -1."""

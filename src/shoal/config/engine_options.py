@@ -166,6 +166,22 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """Traces"""
+
+    trace: str | None = option(
+        None,
+        "write a trace of steps, layers, communication and requests for ui.perfetto.dev, packed if the name ends in "
+        ".gz; a folder: only between start_profile and stop_profile",
+        metavar="FILE",
+        local=True,
+    )
+    trace_events: int = option(
+        2_000_000, "events after which a trace ends; each takes 120 bytes", minimum=1, local=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class CacheOptions:
     """KV cache"""
 
@@ -326,6 +342,7 @@ class EngineOptions:
     model: str | None  # None: the bundled one
     model_options: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    tracing: TraceOptions = field(default_factory=TraceOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     nodes: NodeOptions = field(default_factory=NodeOptions)
@@ -372,6 +389,7 @@ def agreed(options: EngineOptions) -> dict[str, str]:
 SECTIONS: dict[str, type] = {
     "model_options": ModelOptions,
     "parallel": ParallelOptions,
+    "tracing": TraceOptions,
     "cache": CacheOptions,
     "scheduler": SchedulerOptions,
     "nodes": NodeOptions,

@@ -305,7 +305,7 @@ LACKING: Mapping[str, str] = {
     # What is logged and measured
     "otlp_traces_endpoint": NOT_YET,
     "collect_detailed_traces": NOT_YET,
-    "profiler_config": "use `shoal bench` for an engine; docs/metrics.md lists what a server measures",
+    "profiler_config": "use --trace FOLDER for the traces of /start_profile and LLM.start_profile",
     **dict.fromkeys(
         ("show_hidden_metrics_for_version", "kv_cache_metrics", "kv_cache_metrics_sample", "enable_mfu_metrics",
          "enable_layerwise_nvtx_tracing", "enable_logging_iteration_details", "aggregate_engine_logging",

@@ -99,6 +99,7 @@ def build_engine(
         make_drafter=make_drafters(plan.speculative),
         lockstep=lockstep,
         memory_timeout=plan.timeouts.start_s,
+        replica=plan.layout.replica,
         on_close=on_close,
     )
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
 from shoal.engine.engine_stats import RankCounts, StepCounts, describe_engine
+from shoal.engine.engine_trace import EngineTrace
 from shoal.engine.rank_deaths import RankDeaths, describe_replacement
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.scheduler import Scheduler
@@ -19,6 +20,7 @@ from shoal.protocols import Executor, Grammars, Lockstep, Policy
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
 from shoal.wire.ranks import StepMask, StepPlan, StepResult, decode_rank_stats
+from shoal.wire.trace import TraceEvents
 
 log = get_logger("engine")
 
@@ -60,6 +62,7 @@ class EngineCore:
         make_drafter: Callable[[], Drafter | None] = lambda: None,
         lockstep: Lockstep | None = None,
         memory_timeout: float = 600.0,
+        replica: int = 0,
         on_close: Callable[[EngineError | None], object] = lambda _: None,
     ) -> None:
         """Make the engine of ranks that have started.
@@ -69,6 +72,7 @@ class EngineCore:
             grammars: follows outputs that must obey a grammar; None: requests with a grammar are refused.
             lockstep: if given, the engine launches as many steps as the other replicas do.
             memory_timeout: seconds that ranks have to free memory, or to allocate it again.
+            replica: the number of this engine among the replicas, for traces.
             on_close: is called once, when the engine is closed, with its failure if it has failed.
         """
         self._executor = executor
@@ -103,6 +107,8 @@ class EngineCore:
         self._deaths = RankDeaths(clock)
         self._ranks = RankCounts()
         self._trouble = ""  # why ranks were replaced the last time
+        self._replica = replica
+        self._trace: EngineTrace | None = None  # not None: a trace is recorded
 
     def add(self, request: EngineRequest) -> None:
         self._check_open()
@@ -112,7 +118,7 @@ class EngineCore:
         self._scheduler.abort(seqs)
 
     def drop(self) -> None:
-        """End all requests and discard their updates.
+        """End all requests and the trace, and discard their updates.
 
         Raises:
             EngineError: the engine has failed.
@@ -120,6 +126,7 @@ class EngineCore:
         self._scheduler.abort(self._scheduler.unfinished)
         while self.busy:
             self.updates(_DROP_SLICE_S)
+        self.end_trace()
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_open()
@@ -201,18 +208,26 @@ class EngineCore:
     def _launch(self) -> None:
         behind = self._is_behind  # needed even if no plan may be launched: it raises if another replica has failed
         while self._scheduler.num_in_flight < self._max_in_flight:
-            begun = time.perf_counter_ns()
+            begun = time.monotonic_ns()
             plan = self._scheduler.schedule(allow_empty=behind, only_empty=not self._activity.runs)
             if plan is not None:
-                self._executor.launch(plan)
-                self._counts.note_plan(plan)
-                if self._lockstep is not None:
-                    self._lockstep.launched(self._steps_launched)
-                self._send_mask(plan)
-            self._schedule_ns += time.perf_counter_ns() - begun
+                if self._trace is not None:
+                    self._trace.scheduled(plan, begun)
+                self._launch_plan(plan)
+            self._schedule_ns += time.monotonic_ns() - begun
             if plan is None:
                 return
             behind = self._is_behind
+
+    def _launch_plan(self, plan: StepPlan) -> None:
+        begun = time.monotonic_ns()
+        self._executor.launch(plan)
+        self._counts.note_plan(plan)
+        if self._lockstep is not None:
+            self._lockstep.launched(self._steps_launched)
+        self._send_mask(plan)
+        if self._trace is not None:
+            self._trace.launched(plan, begun)
 
     def _take_verdicts(self, timeout: float) -> None:
         """Take in verdicts. Wait up to `timeout` seconds if one is expected."""
@@ -232,9 +247,11 @@ class EngineCore:
         self._executor.mask(StepMask(plan.incarnation, plan.step, bits, words))
 
     def _apply(self, result: StepResult) -> None:
-        begun = time.perf_counter_ns()
+        begun = time.monotonic_ns()
         self._scheduler.apply(result)
-        self._schedule_ns += time.perf_counter_ns() - begun
+        self._schedule_ns += time.monotonic_ns() - begun
+        if self._trace is not None:
+            self._trace.applied(result, begun)
         self._counts.note_result(result)
         self._deaths.note_work()
 
@@ -255,6 +272,8 @@ class EngineCore:
             self._fail(RankFailed(f"{error}; {why_not}"), error)
         self._trouble = describe_replacement(error)
         log.warning("%s", self._trouble)
+        if self._trace is not None:
+            self._trace.note(self._trouble)
         try:
             self._incarnation = self._begin_incarnation(error)
             self._scheduler.start_anew(self._incarnation)
@@ -342,13 +361,19 @@ class EngineCore:
         While ranks are being replaced, the statistics of ranks are those that they gave last.
         """
         self._check_open()
-        if not self._executor.reforming:
-            try:
-                ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
-                self._ranks.note([decode_rank_stats(answer) for answer in ranks])
-            except RanksDied as error:
-                self._replace_ranks(error)
+        if answers := self._ask_ranks("stats"):
+            self._ranks.note([decode_rank_stats(answer) for answer in answers])
         return self.snapshot()
+
+    def _ask_ranks(self, verb: str, payload: bytes = b"") -> list[bytes]:
+        """Have all ranks answer a question, and return the answers; none if ranks are being replaced."""
+        if self._executor.reforming:
+            return []
+        try:
+            return self._executor.call(verb, payload, timeout=_STATS_TIMEOUT_S)
+        except RanksDied as error:
+            self._replace_ranks(error)
+            return []
 
     def check(self) -> None:
         """Check the ranks while the engine is idle. If some have died, their replacement begins, and `busy` is True.
@@ -375,6 +400,20 @@ class EngineCore:
             trouble=self._trouble if self._executor.reforming else "",
         )
 
+    # --- traces --------------------------------------------------------------------------------------------------
+
+    def begin_trace(self, limit: int) -> None:
+        self._check_open()
+        self._trace = EngineTrace(self._ask_ranks, self._replica, limit)
+
+    def take_trace(self) -> list[TraceEvents]:
+        return [] if self._trace is None else self._trace.take(ask=self._is_open)
+
+    def end_trace(self, *, ask: bool = True) -> list[TraceEvents]:
+        """End the recording, as `TracedClient` says. `ask`: False if the ranks are not to be asked any more."""
+        trace, self._trace = self._trace, None
+        return [] if trace is None else [trace.end(ask=ask and self._is_open)]
+
     def close(self) -> None:
         first, self._closed = not self._closed, True
         self._executor.close()
@@ -382,6 +421,10 @@ class EngineCore:
             self._grammars.close()
         if first:
             self._on_close(self._failure)
+
+    @property
+    def _is_open(self) -> bool:
+        return self._failure is None and not self._closed
 
     def _check_open(self) -> None:
         if self._failure is not None:

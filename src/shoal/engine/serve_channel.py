@@ -27,6 +27,7 @@ from shoal.wire.engine import (
     to_engine,
 )
 from shoal.wire.plan import EnginePlan, ReplicaPlace
+from shoal.wire.trace import SetTracing, TraceEvents
 
 _IDLE_S = 3600.0
 _CHECK_PERIOD_S = 1.0  # how often idle ranks are checked
@@ -102,6 +103,16 @@ def serve_client(
         ChannelClosed: the client is gone.
         EngineError: the engine has failed.
     """
+    try:
+        _serve_messages(channel, engine, lockstep, supervisor)
+    except EngineError:
+        _send_trace(channel, engine.end_trace(ask=False))  # what was recorded before the failure
+        raise
+
+
+def _serve_messages(
+    channel: Channel, engine: EngineCore, lockstep: LockstepMember | None, supervisor: Channel | None
+) -> None:
     sources: list[Any] = [each for each in (channel, lockstep, supervisor) if each is not None]
     reporter = _Reporter([channel] if supervisor is None else [channel, supervisor], engine)
     while True:
@@ -123,6 +134,12 @@ def serve_client(
             lockstep.clear()
         if engine.busy and (updates := engine.updates(_POLL_S)):
             channel.send(encode(Updates(tuple(updates))))
+        _send_trace(channel, engine.take_trace())
+
+
+def _send_trace(channel: Channel, recorded: Sequence[TraceEvents]) -> None:
+    for events in recorded:
+        channel.send(encode(events))
 
 
 class _Reporter:
@@ -170,6 +187,10 @@ def _handle_message(channel: Channel, engine: EngineCore, message: ToEngine) -> 
             engine.abort(message.seqs)
         case StatsQuery():
             channel.send(encode(engine.stats()))
+        case SetTracing(limit=0):
+            _send_trace(channel, engine.end_trace())
+        case SetTracing():
+            engine.begin_trace(message.limit)
         case SetActivity() | ResetPrefixCache():
             reply = _execute(engine, message)
             if engine.busy and (updates := engine.updates(0)):  # tokens are sent before the reply

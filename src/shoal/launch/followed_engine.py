@@ -16,6 +16,7 @@ from shoal.wire.base import WireError
 from shoal.wire.calls import FOLLOWERS_DOOR, CallAnswer, EngineReady, LeaderFailed, to_follower
 from shoal.wire.credentials import Credentials
 from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
+from shoal.wire.trace import TraceEvents
 
 T = TypeVar("T")
 _POLL_S = 0.5
@@ -155,6 +156,15 @@ class FollowedEngine:
         raise self._elsewhere()
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
+        raise self._elsewhere()
+
+    def begin_trace(self, limit: int) -> None:
+        raise self._elsewhere()
+
+    def take_trace(self) -> list[TraceEvents]:
+        raise self._elsewhere()
+
+    def end_trace(self) -> list[TraceEvents]:
         raise self._elsewhere()
 
     def _elsewhere(self) -> ConfigError:

@@ -37,6 +37,7 @@ from shoal.text.grammar_checker import GrammarChecker
 from shoal.text.grammar_host import grammar_pool
 from shoal.text.prompts import PromptReader
 from shoal.text.tokenizer import Tokenizer, open_other_tokenizer, open_tokenizer
+from shoal.trace.target import TraceTarget
 from shoal.values import shown
 from shoal.wire.base import replace_fields
 from shoal.wire.hosts import HostReport
@@ -227,6 +228,11 @@ def log_plan(plan: EnginePlan) -> None:
         log.warning("%s", warning)
 
 
+def trace_target(options: EngineOptions, manual_place: ReplicaPlace | None) -> TraceTarget:
+    """Return where this process writes traces. A replica that was started by hand has files of its own."""
+    return TraceTarget.of(options.tracing.trace, None if manual_place is None else manual_place.rank)
+
+
 def name_of(model: object) -> str | None:
     """Return the name of a model, from a value that a user gave for it.
 
@@ -269,6 +275,9 @@ def open_model(
     if online:
         refuse_manual_place(options)
     manual_place = _read_manual_place(options)
+    leads = not options.nodes.node_rank and (job is None or not job.place.rank)
+    if options.tracing.trace is not None and leads:
+        trace_target(options, manual_place).check()
     place = manual_place or Deployment.of(options, None if job is None else job.key).place
     planner = plan_host(options, place, files, online=online)
     plan = planner.first_plan

@@ -14,10 +14,11 @@ from typing import Any
 
 from shoal.cluster.fleet_connections import FleetConnection, FleetMessage
 from shoal.cluster.fleet_server import FleetServer
+from shoal.cluster.fleet_trace import FleetTrace
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ClosedError, EngineError, RequestError, ShoalError
 from shoal.launch.early_failure import told_to_other_hosts
-from shoal.launch.open_model import OpenModel, name_of, open_model
+from shoal.launch.open_model import OpenModel, name_of, open_model, trace_target
 from shoal.launch.start_fleet import start_fleet
 from shoal.llm.comm_profile import print_profile
 from shoal.llm.outputs import PromptOutputs
@@ -36,6 +37,7 @@ from shoal.values import shown
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import Abort, Finish, RefusalKind, SeqUpdate, Updates
 from shoal.wire.fleet import ContextLength, FleetStatus, fleet_status_decoder
+from shoal.wire.trace import TraceSummary, trace_summary_decoder
 
 log = get_logger("requests")
 
@@ -100,7 +102,7 @@ class AsyncLLM(PauseAndSleep):
         self._closed = False
         self._fleet_server: FleetServer | None = None
         if connect is None:
-            self._fleet_server = FleetServer(start_fleet(model, recorder), verbs)
+            self._fleet_server = _start_fleet_server(model, recorder, verbs)
             connect = self._fleet_server.open
         self._connection = connect(self._deliver)
 
@@ -205,6 +207,7 @@ class AsyncLLM(PauseAndSleep):
         replica: int | None = None,
         timeout: float | None = None,
         arrival: float | None = None,
+        name: str = "",
     ) -> RequestStream:
         """Begin a request, and return the stream of its outputs.
 
@@ -213,6 +216,7 @@ class AsyncLLM(PauseAndSleep):
             replica: the number of the only replica that may run it; None: any.
             timeout: seconds from the arrival after which an unfinished request ends with an `Overdue`.
             arrival: when the request arrived, in `time.monotonic()`; None: now.
+            name: what the client knows it by, for traces; "": its number.
 
         Raises:
             RequestError: `priority` or `replica` is out of range.
@@ -241,6 +245,7 @@ class AsyncLLM(PauseAndSleep):
                 replica=-1 if replica is None else replica,
                 arrival=arrival,
                 deadline=deadline,
+                name=name,
             )
             for request in self._requests.build(job, first)
         ]
@@ -280,7 +285,7 @@ class AsyncLLM(PauseAndSleep):
         params = sampling_params or self.default_sampling_params()
         job = await asyncio.to_thread(self.prepare, prompt, params)
         await self.check_grammar(job)
-        stream = self.stream(job, priority=priority, replica=data_parallel_rank)
+        stream = self.stream(job, priority=priority, replica=data_parallel_rank, name=request_id or "")
         async for output in self._outputs(stream, request_id):
             yield output
 
@@ -301,7 +306,7 @@ class AsyncLLM(PauseAndSleep):
         params = sampling_params or self.default_sampling_params()
         job = await asyncio.to_thread(self.prepare_chat, messages, params, **template)
         await self.check_grammar(job)
-        stream = self.stream(job, priority=priority, replica=data_parallel_rank)
+        stream = self.stream(job, priority=priority, replica=data_parallel_rank, name=request_id or "")
         async for output in self._outputs(stream, request_id):
             yield output
 
@@ -393,6 +398,24 @@ class AsyncLLM(PauseAndSleep):
                 return await asyncio.wrap_future(self._connection.ask(verb, payload))
         except TimeoutError:
             raise EngineError(f"the fleet has not answered {verb!r} within {ANSWER_S:g} s") from None
+
+    async def start_profile(self) -> None:
+        """Begin a trace. It is written to a file of this host: see `--trace`.
+
+        Raises:
+            UserError: a trace is recorded already, or its file cannot be written.
+            EngineError: the fleet has failed.
+        """
+        await self.ask("start_profile")
+
+    async def stop_profile(self) -> TraceSummary:
+        """End the trace, and return where it is.
+
+        Raises:
+            UserError: no trace is recorded.
+            EngineError: the fleet has failed.
+        """
+        return trace_summary_decoder.decode(await self.ask("stop_profile", patient=True))
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, and wait up to `timeout` seconds for the others. Return True if all have ended."""
@@ -507,3 +530,16 @@ class AsyncLLM(PauseAndSleep):
             stream.fail(EngineError("failed to make the text of an output; see the log of the server for the reason"))
         if update.finish is not None:
             self._streams.pop(seq, None)
+
+
+def _start_fleet_server(
+    model: OpenModel, recorder: Recorder | None, verbs: Mapping[str, Callable[[bytes], bytes]] | None
+) -> FleetServer:
+    fleet = start_fleet(model, recorder)
+    try:
+        target = trace_target(model.options, model.manual_place)
+        trace = FleetTrace(fleet, target, model.options.tracing.trace_events, model.name)
+    except BaseException:
+        fleet.close()
+        raise
+    return FleetServer(fleet, verbs, trace=trace)

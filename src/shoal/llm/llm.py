@@ -12,13 +12,15 @@ from shoal.activity import AWAKE, Activity
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ClosedError, ConfigError, EngineError, ReplicasFailed, RequestError
 from shoal.launch.early_failure import told_to_other_hosts
-from shoal.launch.open_model import OpenModel, name_of, open_model
+from shoal.launch.followed_engine import FollowedEngine
+from shoal.launch.open_model import OpenModel, name_of, open_model, trace_target
 from shoal.launch.programs import start_program
 from shoal.launch.shared_calls import Call
 from shoal.llm.beam_search import beam_search
 from shoal.llm.comm_profile import print_profile, replicas_of
 from shoal.llm.offline import OfflineRunner
 from shoal.llm.shared_engine import SharedEngine
+from shoal.llm.tracing import Tracing
 from shoal.log import get_logger
 from shoal.outputs import BeamSearchOutput, RequestOutput
 from shoal.params import BeamSearchParams, Message, Prompt, SamplingParams
@@ -61,12 +63,12 @@ class LLM:
             with told_to_other_hosts(given):
                 model = open_model(name_of(model), given)
         self._model = model
-        self._client, self._calls = start_program(self._model)
+        client, self._calls = start_program(self._model)
         self._activity = AWAKE
-        self._shared = SharedEngine(self._client)
+        self._shared = SharedEngine(client)
         self._finalizer = weakref.finalize(self, self._shared.close)
         self._calls_finalizer = weakref.finalize(self, self._calls.close)
-        self._first_stats = self._client.stats()
+        self._first_stats = client.stats()
         self._max_model_len = self._first_stats.max_model_len
         self._reader = self._model.reader(self._max_model_len)
         self._grammars = self._model.grammar_checker()
@@ -79,6 +81,14 @@ class LLM:
             seed=self.options.model_options.seed,
             replicas=self.options.parallel.data_parallel_size,
         )
+        self._tracing = Tracing(
+            self._shared,
+            trace_target(self.options, self._model.manual_place),
+            self.options.tracing.trace_events,
+            self._model.name,
+        )
+        if not isinstance(client, FollowedEngine):  # the process that leads has the engine, and writes the trace
+            self._tracing.begin_if_file()
 
     @property
     def options(self) -> EngineOptions:
@@ -305,12 +315,12 @@ class LLM:
         return not self._activity.runs
 
     def _become(self, activity: Activity) -> None:
-        with self._shared.turn():
+        with self._shared.turn() as client:
             if self._activity.runs and not activity.runs:
-                stats = self._client.stats()
+                stats = client.stats()
                 if unfinished := stats.running + stats.waiting:
                     raise RequestError(f"{unfinished} requests are not finished: iterate over all their outputs first")
-            self._client.set_activity(activity)
+            client.set_activity(activity)
             self._activity = activity
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
@@ -325,11 +335,30 @@ class LLM:
         """
 
         def run() -> None:
-            with self._shared.turn():
-                self._client.reset_prefix_cache(running=reset_running_requests)
+            with self._shared.turn() as client:
+                client.reset_prefix_cache(running=reset_running_requests)
 
         self._calls.make(Call("reset_prefix_cache", {"reset_running_requests": reset_running_requests}), run)
         return True
+
+    # --- traces ----------------------------------------------------------------------------------------------------
+
+    def start_profile(self) -> None:
+        """Begin a trace. The option `trace` says where its file will be.
+
+        Raises:
+            ConfigError: a trace is recorded already, or its file cannot be written.
+            EngineError: the engine failed.
+        """
+        self._calls.make(Call("start_profile", {}), self._tracing.start)
+
+    def stop_profile(self) -> None:
+        """End the trace. The log says where its file is.
+
+        Raises:
+            ConfigError: no trace is recorded.
+        """
+        self._calls.make(Call("stop_profile", {}), self._tracing.stop)
 
     @property
     def engine(self) -> EngineClient:
@@ -338,7 +367,7 @@ class LLM:
         It is for one thread, while no other call of this LLM is running.
         """
         self._shared.check()
-        return self._client
+        return self._shared.client
 
     @property
     def vocab_size(self) -> int:

@@ -49,6 +49,7 @@ class RequestBuilder:
             grammar=job.grammar,
             cache_salt=_digest(job.cache_salt),
             outputs=max(job.outputs, params.n),
+            name=str(job.index),
         )
         others = [
             replace_fields(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from shoal.errors import ClosedError
 from shoal.process.forks import Owner
 from shoal.process.interrupts import interrupts
-from shoal.protocols import EngineClient
+from shoal.protocols import Engine
 from shoal.wire.engine import EngineStats
 
 _CLOSE_S = 5.0  # how long `close` waits for the thread whose turn it is, before it closes the engine under it
@@ -67,14 +67,14 @@ class FairLock:
 class SharedEngine:
     """An engine for several threads. Every use of it goes through `turn`."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: Engine) -> None:
         self.client = client
         self._owner = Owner("LLM")
         self._lock = FairLock()
         self._closed = False
 
     @contextmanager
-    def turn(self) -> Iterator[EngineClient]:
+    def turn(self) -> Iterator[Engine]:
         """Give the engine to the calling thread until the block ends.
 
         Meanwhile no other thread can use it, and a KeyboardInterrupt is held back, so the block should be short. A

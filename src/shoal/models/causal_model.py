@@ -1,10 +1,30 @@
 """The interface of a rank's stage of a model, for all implementations of models."""
 
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from shoal.kernels.base import KVCache, PagedBatch
+
+T = TypeVar("T")
+
+
+class LayerWatch(Protocol):
+    """Is told when each layer of a stage begins and ends, for a trace."""
+
+    def began(self) -> None: ...
+
+    def ended(self, layer: int) -> None:
+        """`layer`: the number of the layer within the stage."""
+
+
+def watched(layers: Iterable[T], watch: LayerWatch) -> Iterator[T]:
+    """Yield the layers one by one. A layer begins when it is given out, and ends when the next one is asked for."""
+    for number, layer in enumerate(layers):
+        watch.began()
+        yield layer
+        watch.ended(number)
 
 
 class CausalModel(Protocol):
@@ -22,6 +42,9 @@ class CausalModel(Protocol):
         Returns:
             On the last stage the input of `logits`, [m, width]; on others the residual stream [n, hidden].
         """
+
+    def watch_layers(self, watch: LayerWatch | None) -> None:
+        """Tell `watch` of each layer from now on; None: nobody."""
 
     def join(self) -> None:
         """Take part, without tokens, in the exchange between replicas that share experts, for one step."""

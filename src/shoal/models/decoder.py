@@ -1,6 +1,6 @@
 """The decoder: one implementation for all families of models, built from a spec and a rank's weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, No
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
 from shoal.kernels.linear_weights import LinearWeights
+from shoal.models.causal_model import LayerWatch, watched
 from shoal.models.checkpoint.loader import Weights
 from shoal.models.layers.decoder_layer import (
     MLP,
@@ -61,6 +62,17 @@ class Decoder:
         self.logit_softcap = logit_softcap
         self.dispatch = dispatch
         self.kernels = kernels
+        self._watch: LayerWatch | None = None
+
+    def watch_layers(self, watch: LayerWatch | None) -> None:
+        self._watch = watch
+
+    @property
+    def is_watched(self) -> bool:
+        return self._watch is not None
+
+    def _each_layer(self) -> Iterable[Layer]:
+        return self.layers if self._watch is None else watched(self.layers, self._watch)
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
         """Compute one step (see `CausalModel.hidden`). The last stage returns [m, embedding width]."""
@@ -85,14 +97,14 @@ class Decoder:
         self, x: Tensor, residual: Tensor, batch: PagedBatch, caches: list[KVCache]
     ) -> tuple[Tensor, Tensor]:
         """Compute all layers. Of arguments and of results the sum, x + residual, is the residual stream."""
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self._each_layer(), caches, strict=True):
             x, residual = layer(x, residual, batch, cache)
         return x, residual
 
     def join(self) -> None:
         """Take part in a step without tokens (see `CausalModel.join`). Only mixtures of experts have work."""
         self.dispatch.begin_step(0)
-        for layer in self.layers:
+        for layer in self._each_layer():
             layer.join()
 
     def logits(self, hidden: Tensor) -> Tensor:

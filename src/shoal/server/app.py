@@ -15,7 +15,7 @@ from shoal.server.http.event_streams import ClientDisconnected
 from shoal.server.http.limits import add_limits
 from shoal.server.http.methods import CommonMethods
 from shoal.server.http.request_ids import RequestIds
-from shoal.server.operations import comm_costs, health, pause_and_sleep, scaling, status
+from shoal.server.operations import comm_costs, health, pause_and_sleep, profiling, scaling, status
 from shoal.server.operations.dashboard import routes as dashboard
 from shoal.server.operations.metrics_page import add_metrics
 from shoal.server.settings import ServerSettings
@@ -24,7 +24,7 @@ from shoal.server.settings import ServerSettings
 def make_app(llm: Backend, settings: ServerSettings) -> FastAPI:
     """Return an application with all endpoints of `shoal serve`. It neither starts nor closes the model."""
     app = openai_app(llm, settings)
-    for endpoints in (health, status, comm_costs, scaling, pause_and_sleep):
+    for endpoints in (health, status, comm_costs, scaling, pause_and_sleep, profiling):
         app.include_router(endpoints.routes(llm))
     app.include_router(dashboard.routes())
     add_limits(app, settings)

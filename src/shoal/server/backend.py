@@ -71,9 +71,18 @@ class Backend(Protocol):
     async def check_grammar(self, job: Job) -> None: ...
 
     def stream(
-        self, job: Job, *, priority: int = 0, replica: int | None = None, timeout: float | None = None
+        self,
+        job: Job,
+        *,
+        priority: int = 0,
+        replica: int | None = None,
+        timeout: float | None = None,
+        name: str = "",
     ) -> TokenStream:
-        """Begin a request. A caller that neither iterates to the end nor calls `wait` must call `close`."""
+        """Begin a request. A caller that neither iterates to the end nor calls `wait` must call `close`.
+
+        `name`: what the client knows it by, for traces.
+        """
 
     # --- the fleet -----------------------------------------------------------------------------------------------
 
@@ -86,8 +95,11 @@ class Backend(Protocol):
 
     async def operate(self, wanted: Operation) -> bytes: ...
 
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
-        """Send a request to the process that has the fleet, and return the answer. Each verb has a handler there."""
+    async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
+        """Send a request to the process that has the fleet, and return the answer. Each verb has a handler there.
+
+        `patient`: wait for the answer without a deadline.
+        """
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, and wait up to `timeout` seconds for the others. Return True if all have ended."""

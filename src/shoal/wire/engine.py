@@ -11,6 +11,7 @@ from shoal.wire.base import Ids, Stop, Wire, replace_fields
 from shoal.wire.plan import EnginePlan
 from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
 from shoal.wire.tokens import num_tokens
+from shoal.wire.trace import SetTracing, TraceEvents
 from shoal.wire.traffic import Traffic
 
 
@@ -52,6 +53,7 @@ class EngineRequest(Wire, frozen=True):
     arrival: float = 0.0  # time.monotonic() of the client's host when the request arrived; 0: the time when it is added
     replica: int = -1  # the only replica that may run it; -1: any
     outputs: int = 1  # outputs that the client asked for at once, this one included: all are accepted, or none
+    name: str = ""  # the name that its client knows it by, for traces
 
     @property
     def num_tokens(self) -> int:
@@ -234,9 +236,9 @@ class ControlReply(Wire, frozen=True):
     user_error: bool = False  # True: the sender of the order or call can correct the error
 
 
-ToEngine = EnginePlan | NoPlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | EngineOrder
+ToEngine = EnginePlan | NoPlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | EngineOrder | SetTracing
 
-FromEngine = Updates | EngineStats | EngineFailure | Snapshot | ControlReply | NodesAwaited
+FromEngine = Updates | EngineStats | EngineFailure | Snapshot | ControlReply | NodesAwaited | TraceEvents
 
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 

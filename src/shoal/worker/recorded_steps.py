@@ -22,6 +22,10 @@ _GARBAGE = 0xFF  # a NaN in all floating-point types
 class LayeredModel(Protocol):
     """A model whose layers are apart from what is before and after them."""
 
+    @property
+    def is_watched(self) -> bool:
+        """True if somebody is told of each layer."""
+
     def embed(self, inputs: Tensor, batch: PagedBatch) -> Tensor:
         """Return the residual stream before the first layer: [n, hidden]."""
 
@@ -67,7 +71,7 @@ class RecordedSteps:
     def hidden(self, inputs: Tensor, batch: PagedBatch, rows: Tensor | None) -> Tensor:
         """Do the same as `CausalModel.hidden`."""
         count = len(batch.query_lens)
-        if self._layers is None or not 0 < batch.num_single == count <= MOST_TOKENS:
+        if self._layers is None or self._layers.is_watched or not 0 < batch.num_single == count <= MOST_TOKENS:
             return self._model.hidden(inputs, batch, self._caches, rows)
         layers, residual = self._layers, self._layers.embed(inputs, batch)
         step = self._recordings.get(count) or self._record(layers, residual, batch)

@@ -14,6 +14,7 @@ from shoal.log import get_logger
 from shoal.parallel.mesh import Mesh, make_mesh
 from shoal.parallel.pipeline import Pipeline
 from shoal.parallel.topology import Topology
+from shoal.trace.clocks import now
 from shoal.wire.base import WIRE_VERSION, encode
 from shoal.wire.ranks import (
     Capacity,
@@ -26,6 +27,7 @@ from shoal.wire.ranks import (
     StepPlan,
     StepResult,
 )
+from shoal.wire.trace import END, TRACE
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.free_memory import release_memory, trim_heap
@@ -34,6 +36,7 @@ from shoal.worker.made_up_steps import made_up_steps
 from shoal.worker.measured_traffic import measured_traffic
 from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.rank_model import RankModel
+from shoal.worker.rank_trace import RankTrace
 from shoal.worker.runner import Runner
 
 log = get_logger("worker")
@@ -82,6 +85,7 @@ class Worker:
         self._num_blocks = setup.num_blocks
         self._loads = 0  # how many times it has read its weights
         self._busy_ns = 0  # time spent on steps by earlier runners
+        self._trace: RankTrace | None = None  # not None: it records what it does
         self._verbs: dict[str, Callable[[bytes], bytes]] = {
             "connect": lambda _: b"",  # the constructor has connected
             "load": self._load,
@@ -89,6 +93,7 @@ class Worker:
             "allocate": self._allocate,
             "warm_up": self._warm_up,
             "stats": self._stats,
+            TRACE: self._record,
             "sleep": self._sleep,
             "wake_up": self._wake_up,
         }
@@ -113,6 +118,8 @@ class Worker:
         self._drop_runner()
         self._pipeline.drop_pending()
         self.mesh = self._make_mesh()
+        if self._trace is not None:
+            self._trace.watch(self.mesh)
 
     def _drop_runner(self) -> None:
         if self._runner is not None:
@@ -161,7 +168,7 @@ class Worker:
         """
         self._num_handled += 1
         self._handling = True
-        answer = self._answer(message)
+        answer = self._answer(message) if self._trace is None else self._trace.timed(message, self._answer)
         self._handling = False  # not reached after an error, so that `doing` says where the rank stopped
         return answer
 
@@ -261,6 +268,8 @@ class Worker:
         self._kv = [each.allocate(num_blocks, self.device) for each in self._models]
 
     def _make_runner(self) -> None:
+        if self._trace is not None:
+            self._trace.watch_layers(self._models)
         setup, model = self.setup, self._model
         scratch = self._num_blocks * setup.plan.block_size
         sizes = setup.plan.max_num_seqs, setup.plan.max_model_len, setup.plan.block_size
@@ -353,3 +362,17 @@ class Worker:
             stage_wait_us=self._pipeline.waited_ns // 1000,
         )
         return encode(stats)
+
+    def _record(self, payload: bytes) -> bytes:
+        """Record what the rank does from now on, or no longer. Return the events so far, as `TrackEvents`."""
+        asked = now()
+        if self._trace is None:
+            self._trace = RankTrace(self.setup)
+            self._trace.watch(self.mesh)
+            if self._loaded:
+                self._trace.watch_layers(self._models)
+        events = self._trace.take(asked)
+        if payload == END:
+            self._trace.unwatch(self.mesh, self._models)
+            self._trace = None
+        return encode(events)

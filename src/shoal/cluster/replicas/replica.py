@@ -10,6 +10,7 @@ from shoal.activity import Activity
 from shoal.cluster.replicas.engine_thread import ThreadHost
 from shoal.cluster.replicas.failure_state import FailureState
 from shoal.errors import EngineError, UserError
+from shoal.trace.trace_inbox import TraceInbox
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, WireError, encode
@@ -33,6 +34,7 @@ from shoal.wire.engine import (
     reset_outcome_decoder,
 )
 from shoal.wire.plan import EnginePlan, ReplicaPlace
+from shoal.wire.trace import SetTracing, TraceEvents
 
 _SLICE_S = 0.5  # how long one wait for an answer takes
 _STOP_CHECK_S = 3.0  # after so long without a message, check whether the process was stopped
@@ -95,6 +97,7 @@ class Replica(FailureState):
         self._stats: list[EngineStats] = []
         self._answers: list[ControlReply] = []
         self._order_ids = itertools.count()
+        self._trace = TraceInbox()
         self.snapshot: EngineStats | None = None  # the latest stats that the engine sent without being asked
         self._failure_raised = True  # `_fail` raises it; False: the next call does
         self._started = False
@@ -184,6 +187,31 @@ class Replica(FailureState):
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         return reset_outcome_decoder.decode(self._await_answer(ResetPrefixCache(next(self._order_ids), running)))
+
+    def begin_trace(self, limit: int) -> None:
+        self._trace = TraceInbox(self._trace)
+        self._send(encode(SetTracing(limit)))
+
+    def take_trace(self) -> list[TraceEvents]:
+        return self._trace.take()
+
+    def end_trace(self) -> list[TraceEvents]:
+        self.tell_trace_end()
+        deadline = time.monotonic() + self._answer_timeout
+        while self._trace.recording and time.monotonic() < deadline:
+            self._check_open()
+            self._receive(_SLICE_S)
+        return self._trace.take()
+
+    def tell_trace_end(self) -> bool:
+        """Tell the engine to end its trace. Return whether `take_trace` will return a message that it has ended.
+
+        Raises:
+            EngineError: the engine has failed.
+        """
+        if self._trace.recording:
+            self._send(encode(SetTracing(0)))
+        return self._trace.recording
 
     def _await_answer(self, order: EngineOrder) -> bytes:
         """Send an order, and return the answer.
@@ -289,6 +317,8 @@ class Replica(FailureState):
                     self.snapshot = message.stats
                 case ControlReply():
                     self._answers.append(message)
+                case TraceEvents():
+                    self._trace.add(message)
                 case NodesAwaited():
                     self._on_nodes_awaited(message)
                 case EngineFailure():

@@ -7,7 +7,7 @@ from typing import Protocol
 from shoal.cluster.replicas.replica import close_all
 from shoal.errors import EngineError
 from shoal.log import get_logger
-from shoal.protocols import EngineClient
+from shoal.protocols import EngineClient, TracedClient
 from shoal.transport.channel import Channel, wait
 from shoal.wire.engine import ControlReply, EngineOrder, EngineStats
 
@@ -16,7 +16,7 @@ log = get_logger("replicas")
 _SLICE_S = 0.5  # how often the deadline is checked
 
 
-class ReplicaClient(EngineClient, Protocol):
+class ReplicaClient(EngineClient, TracedClient, Protocol):
     """One of several replicas. `Replica` is the implementation."""
 
     name: str
@@ -35,6 +35,9 @@ class ReplicaClient(EngineClient, Protocol):
 
     def answers(self) -> list[ControlReply]:
         """Return the answers to orders that came with the last `updates`."""
+
+    def tell_trace_end(self) -> bool:
+        """Tell the engine to end its trace. Return whether `take_trace` will return a message that it has ended."""
 
     @property
     def has_ended(self) -> bool: ...

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from shoal.errors import CheckpointError, EngineError
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, PagedBatch
 from shoal.kernels.linear import make_linear
 from shoal.lazy import load
+from shoal.models.causal_model import LayerWatch
 from shoal.models.checkpoint.loader import Weights
 from shoal.models.manifest import Cut, Piece, Shard
 from shoal.models.transformers.cut_plan import (
@@ -73,10 +75,19 @@ class TransformersModel:
     """
 
     def __init__(
-        self, backbone: nn.Module, causal: nn.Module, stage: Stage, stream: ResidualStream, context: Context
+        self,
+        backbone: nn.Module,
+        causal: nn.Module,
+        stage: Stage,
+        stream: ResidualStream,
+        context: Context,
+        layers: Sequence[nn.Module] = (),
     ) -> None:
+        """`layers`: those of the stage, if they are in one list."""
         set_context(backbone, context)
         self.backbone = backbone
+        self._layers = layers
+        self._hooks: list[RemovableHandle] = []  # those that tell of layers
         self._causal = causal
         self._stage = stage
         self._stream = stream
@@ -96,6 +107,15 @@ class TransformersModel:
             return left[0]
         hidden: Tensor = out[0][0]
         return hidden if rows is None else hidden[rows]
+
+    def watch_layers(self, watch: LayerWatch | None) -> None:
+        """Tell `watch` of each layer, if the layers of the module are in one list."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if watch is not None:
+            for number, layer in enumerate(self._layers):
+                self._hooks += _tell(layer, watch, number)
 
     def join(self) -> None:
         """Do nothing: such a model exchanges nothing with other replicas."""
@@ -134,12 +154,21 @@ def build_transformers_model(
     _replace_linear_layers(model, spec, shard, tp, weights, device)
     _replace_embedding_and_head(model, spec, shard, tp, weights, device)
     _load_other_tensors(model, spec, weights, device)
+    layers = [model.get_submodule(f"{spec.layers}.{i}") for i in shard.stage.layers] if spec.layers else []
     backbone = model.get_submodule(spec.backbone)
     set_module(model, spec.backbone, PassThroughBackbone())
     heads = HeadLayout(len(shard.heads.q_range), len(shard.heads.kv_ids), spec.head_dim, shard.heads.q_to_kv)
     params = tuple(AttentionParams(layer.scale, layer.window, layer.softcap) for layer in spec.attention)
     context = Context(heads, params, kernels, shard.stage.layers.start)
-    return TransformersModel(backbone, model, shard.stage, stream, context)
+    return TransformersModel(backbone, model, shard.stage, stream, context, layers)
+
+
+def _tell(layer: nn.Module, watch: LayerWatch, number: int) -> list[RemovableHandle]:
+    """Let a module tell of its beginning and its end."""
+    return [
+        layer.register_forward_pre_hook(lambda *_: watch.began()),
+        layer.register_forward_hook(lambda *_: watch.ended(number)),
+    ]
 
 
 def _replace_linear_layers(

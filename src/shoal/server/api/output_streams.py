@@ -11,6 +11,7 @@ from shoal.outputs import RequestOutput
 from shoal.server.api.request_schemas import GenerationFields
 from shoal.server.api.service import RequestPlacement, Service
 from shoal.server.backend import Backend, TokenStream
+from shoal.server.http import request_ids
 from shoal.text.prompts import Job
 
 _OUTPUTS_IN_A_ROW = 64  # outputs that begin before other requests are served; a prompt with more begins as a whole
@@ -39,7 +40,10 @@ async def begin(service: Service, jobs: Sequence[Job], place: RequestPlacement) 
         async with service.large_requests if outputs > _OUTPUTS_IN_A_ROW else nullcontext():
             for number, job in enumerate(jobs, 1):
                 own = replace(job, outputs=outputs)
-                streams.append(service.llm.stream(own, priority=place.priority, replica=place.replica))
+                stream = service.llm.stream(
+                    own, priority=place.priority, replica=place.replica, name=request_ids.current.get()
+                )
+                streams.append(stream)
                 if number * job.params.n % _OUTPUTS_IN_A_ROW == 0:
                     await asyncio.sleep(0)
     except BaseException:
