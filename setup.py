@@ -36,7 +36,12 @@ _LIBRARIES = [
     ),
     _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h"], []),
     # Products are rounded before they are added, so that the results are those of PyTorch.
-    _Library("kernels._int8", ["csrc/int8_linear.cpp"], ["csrc/common.h", "csrc/chunks.h"], ["-ffp-contract=off"]),
+    _Library(
+        "kernels._quantized",
+        ["csrc/quantized.cpp", "csrc/int8_linear.cpp", "csrc/int4_linear.cpp", "csrc/int4_quantize.cpp"],
+        ["csrc/common.h", "csrc/chunks.h", "csrc/integer_rows.h"],
+        ["-ffp-contract=off"],
+    ),
     _Library("comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
 ]
 
