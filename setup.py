@@ -30,13 +30,24 @@ class _Library:
 _LIBRARIES = [
     _Library(
         "kernels._native",
-        ["csrc/rows.cpp", "csrc/attention.cpp", "csrc/attention_tiles.cpp", "csrc/attention_avx512.cpp", "csrc/replay.cpp"],
+        [
+            "csrc/rows.cpp",
+            "csrc/attention.cpp",
+            "csrc/attention_tiles.cpp",
+            "csrc/attention_avx512.cpp",
+            "csrc/replay.cpp",
+        ],
         ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h", "csrc/attention_tiles.h", "csrc/attention_unit.h"],
         ["-fno-signed-zeros"],
     ),
     _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
     # Products are rounded before they are added, so that the results are those of PyTorch.
-    _Library("kernels._int8", ["csrc/int8_linear.cpp"], ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h"], ["-ffp-contract=off"]),
+    _Library(
+        "kernels._quantized",
+        ["csrc/quantized.cpp", "csrc/int8_linear.cpp", "csrc/int4_linear.cpp", "csrc/int4_quantize.cpp"],
+        ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h", "csrc/integer_rows.h"],
+        ["-ffp-contract=off"],
+    ),
     _Library("comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
 ]
 

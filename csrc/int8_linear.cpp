@@ -1,4 +1,4 @@
-// The linear layers of shoal.kernels.int8_linear, in the library _int8: products of int8 numbers, summed in int32.
+// The linear layers of shoal.kernels.int8_linear, in the library _quantized: products of int8 numbers, summed in int32.
 //
 // A row x is quantized as it comes: its largest absolute value becomes 127, so the row has one scale. An output is
 //
@@ -16,41 +16,11 @@
 // The last panel may have fewer blocks. Absent outputs and inputs are zeros. The codes of x are stored with 128 added, as
 // unsigned bytes; `offsets`, 128 times the sum of an output's codes, is what this adds to each sum.
 
-#include "chunks.h"
-#include "replay.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HAS_VNNI 1
-#include <immintrin.h>
-#else
-#define HAS_VNNI 0
-#endif
+#include "integer_rows.h"
 
 namespace {
 
-constexpr int32_t kAbiVersion = 2;
-
-enum Level : int32_t { kPortable = 0, kVnni = 1 };
-
-constexpr int64_t kBlock = kLanes;                 // outputs
-constexpr int64_t kPanelBlocks = 4;                // blocks
-constexpr int64_t kPanel = kPanelBlocks * kBlock;  // outputs
-constexpr int64_t kStep = 4;                       // inputs
-constexpr int64_t kStepBytes = kBlock * kStep;     // of a block
-constexpr int64_t kRowAlignment = 64;              // the bytes of a quantized row are a multiple of this
-constexpr int64_t kMaxRows = 6;                    // that a tile has; 6 x 4 sums, 4 weights and a row fill 32 registers
-constexpr int64_t kRowsPerPiece = 96;              // whose codes stay in a core's cache while it goes through a panel
-constexpr int64_t kProductsPerThread = 1 << 17;    // less takes longer to hand to a thread than to compute
-constexpr int64_t kNumbersPerThread = 1 << 15;     // the same, for quantizing rows
-constexpr uint8_t kZero = 128;                     // the code of 0
-
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef int16_t Shorts __attribute__((vector_size(64)));
-typedef uint16_t UnsignedShorts __attribute__((vector_size(64)));
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr uint8_t kZero = 128;  // the code of 0
 
 // A layer as Python describes it (shoal.kernels.int8_linear). Offsets, scales and bias have a number for each output of
 // all blocks; there may be no bias.
@@ -71,43 +41,14 @@ struct Layer {
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantizing rows.
 
-// 16 consecutive elements of a row as float32, in order. Elements from `left` on are 0.
-ALWAYS_INLINE Floats in_order(const float* p, int64_t left) {
-    if (left >= kLanes) return load_floats(p);
-    float padded[kLanes] = {};
-    std::memcpy(padded, p, left * sizeof(float));
-    return load_floats(padded);
-}
-ALWAYS_INLINE Floats in_order(const BFloat16* p, int64_t left) {
-    Halves bits = {};
-    std::memcpy(&bits, p, left >= kLanes ? sizeof bits : left * sizeof(BFloat16));
-    return (Floats)(__builtin_convertvector(bits, Words) << 16);
-}
-
 // Writes the codes of a row and returns its scale. A row with an infinite or undefined number has the scale NaN, which
 // makes all outputs NaN.
 template <class T>
 ALWAYS_INLINE float quantize_row(const T* x, int64_t size, uint8_t* codes, int64_t row_bytes) {
-    constexpr float kSmallest = 7.888609052e-31f;     // 2^-100: the row's inverse scale stays finite
-    constexpr float kRoundToInteger = 12582912.0f;    // 1.5 * 2^23
-    Words largest = {};  // the bits of floats without their sign are ordered like the floats; those of NaN are last
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const Words bits = (Words)in_order(x + i, size - i) & 0x7fffffffu;
-        largest = larger(bits, largest);
-    }
-    uint32_t most = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) most = std::max(most, largest[lane]);
-    float top;
-    std::memcpy(&top, &most, sizeof top);
-    const bool finite = most < 0x7f800000u;
-    top = finite ? std::max(top, kSmallest) : std::numeric_limits<float>::quiet_NaN();
+    const float top = largest_of(x, size);
     const float inverse = 127.0f / top;
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const Floats shifted = in_order(x + i, size - i) * inverse + kRoundToInteger;
-        const Words code = (Words)shifted - (Words)splat(kRoundToInteger) + uint32_t{kZero};
-        const Bytes bytes = __builtin_convertvector(code, Bytes);
-        std::memcpy(codes + i, &bytes, sizeof bytes);
-    }
+    for (int64_t i = 0; i < size; i += kLanes)
+        store_bytes(codes + i, nearest(in_order(x + i, size - i) * inverse) + uint32_t{kZero});
     const int64_t written = ceil_div(size, kLanes) * kLanes;
     std::memset(codes + written, kZero, row_bytes - written);
     return top / 127.0f;
@@ -122,8 +63,8 @@ using Tile = void (*)(const uint8_t* rows, int64_t row_bytes, const int8_t* pane
 
 #if HAS_VNNI
 template <int kRows, int kBlocks>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void vnni_tile(
-    const uint8_t* rows, int64_t row_bytes, const int8_t* panel, const int32_t* offsets, int64_t steps, int32_t* sums) {
+VNNI_CODE void vnni_tile(const uint8_t* rows, int64_t row_bytes, const int8_t* panel, const int32_t* offsets,
+                         int64_t steps, int32_t* sums) {
     __m512i total[kRows][kBlocks];
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b) {
@@ -178,13 +119,6 @@ void portable_tile(const uint8_t* rows, int64_t row_bytes, const int8_t* panel, 
     for (int r = 0; r < kRows; ++r) portable_row(rows + r * row_bytes, panel, kBlocks, steps, sums + r * kPanel);
 }
 
-#define TILES_OF(tile, rows) {tile<rows, 1>, tile<rows, 2>, tile<rows, 3>, tile<rows, 4>}
-#define TILES(tile)                                                                                            \
-    {                                                                                                          \
-        TILES_OF(tile, 1), TILES_OF(tile, 2), TILES_OF(tile, 3), TILES_OF(tile, 4), TILES_OF(tile, 5),         \
-            TILES_OF(tile, 6)                                                                                  \
-    }
-
 constexpr Tile kTiles[][kMaxRows][kPanelBlocks] = {
     TILES(portable_tile),
 #if HAS_VNNI
@@ -194,14 +128,6 @@ constexpr Tile kTiles[][kMaxRows][kPanelBlocks] = {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to outputs.
-
-ALWAYS_INLINE void store_in_order(float* p, Floats x, int64_t left) {
-    std::memcpy(p, &x, left >= kLanes ? sizeof x : left * sizeof(float));
-}
-ALWAYS_INLINE void store_in_order(BFloat16* p, Floats x, int64_t left) {
-    const Halves bits = __builtin_convertvector(bfloat16_bits(x) >> 16, Halves);
-    std::memcpy(p, &bits, left >= kLanes ? sizeof bits : left * sizeof(BFloat16));
-}
 
 // The outputs from `first` on of one row: those of one panel. `out` is the whole row.
 template <class T>
@@ -266,19 +192,6 @@ void multiply(const Layer& layer, const T* x, int64_t rows, uint8_t* codes, floa
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The C interface.
-
-EXPORT int32_t shoal_int8_abi_version() { return kAbiVersion; }
-
-// The best level of this CPU.
-EXPORT int32_t shoal_int8_level() {
-#if HAS_VNNI
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni"))
-        return kVnni;
-#endif
-    return kPortable;
-}
 
 // codes: [outputs, inputs]; packed: blocks * steps * 64 bytes; offsets: a number for each output of all blocks.
 EXPORT void shoal_int8_pack(const int8_t* codes, int64_t outputs, int64_t inputs, int8_t* packed, int32_t* offsets,

@@ -1,29 +1,27 @@
 """Tests of linear layers with int8 weights: both implementations give the same bits, those of exact arithmetic."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels import int8_linear as module
-from shoal.kernels.int8_linear import NativeInt8Linear, TorchInt8Linear, load_int8, make_int8_linear
+from shoal.kernels.int8_linear import NativeInt8Linear, TorchInt8Linear
 from shoal.kernels.linear import Linear, make_linear
-from shoal.kernels.linear_weights import LinearWeights, quantize_rows, quantize_weight
-from shoal.kernels.weight_format import INT8, WeightFormat, packed_size, padded_outputs
+from shoal.kernels.linear_weights import LinearWeights, quantize_int8, quantize_rows
+from shoal.kernels.quantized_library import load_quantized
+from shoal.kernels.weight_format import INT8, padded_outputs
 from support.example_counts import examples
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-LIBRARY, WHY = load_int8()
+LIBRARY, WHY = load_quantized()
 LEVELS = () if LIBRARY is None else LIBRARY.levels
 needs_native = pytest.mark.skipif(LIBRARY is None, reason=WHY)
 
 
 def random_layer(outputs: int, inputs: int, dtype: torch.dtype, bias: bool) -> tuple[LinearWeights, Tensor | None]:
     weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
-    return quantize_weight(weight), torch.randn(outputs).to(dtype) if bias else None
+    return quantize_int8(weight), torch.randn(outputs).to(dtype) if bias else None
 
 
 def natives(weight: LinearWeights, bias: Tensor | None) -> list[NativeInt8Linear]:
@@ -93,7 +91,7 @@ def test_the_largest_sums(dtype: torch.dtype) -> None:
     inputs = 1 << 17
     assert INT8.takes((2, inputs))
     assert not INT8.takes((2, inputs + 1))
-    weight = quantize_weight(torch.stack([torch.ones(inputs), -torch.ones(inputs)]))
+    weight = quantize_int8(torch.stack([torch.ones(inputs), -torch.ones(inputs)]))
     x = torch.ones(2, inputs, dtype=dtype) * 0.5
     wanted = exact(weight, None, x)
     assert wanted[0, 0] > 0 > wanted[0, 1]
@@ -104,7 +102,7 @@ def test_the_largest_sums(dtype: torch.dtype) -> None:
 def test_numbers_that_are_not_finite_spoil_their_row_only(dtype: torch.dtype) -> None:
     weight, bias = random_layer(40, 70, dtype, bias=True)
     x = torch.randn(5, 70).to(dtype)
-    before = make_int8_linear(weight, bias)(x)
+    before = make_linear(weight, bias)(x)
     x[1, 3], x[3, 69] = torch.nan, -torch.inf
     linears: list[Linear] = [*(natives(weight, bias) if LIBRARY else ()), TorchInt8Linear(weight, bias)]
     for linear in linears:
@@ -117,9 +115,9 @@ def test_numbers_that_are_not_finite_spoil_their_row_only(dtype: torch.dtype) ->
 def test_rows_of_zeros(dtype: torch.dtype) -> None:
     weight, bias = random_layer(9, 20, dtype, bias=True)
     assert bias is not None
-    assert torch.equal(make_int8_linear(weight, bias)(torch.zeros(3, 20, dtype=dtype)), bias.expand(3, 9))
-    nothing = quantize_weight(torch.zeros(9, 20, dtype=dtype))
-    assert torch.equal(make_int8_linear(nothing, None)(torch.ones(3, 20, dtype=dtype)), torch.zeros(3, 9, dtype=dtype))
+    assert torch.equal(make_linear(weight, bias)(torch.zeros(3, 20, dtype=dtype)), bias.expand(3, 9))
+    nothing = quantize_int8(torch.zeros(9, 20, dtype=dtype))
+    assert torch.equal(make_linear(nothing, None)(torch.ones(3, 20, dtype=dtype)), torch.zeros(3, 9, dtype=dtype))
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -127,7 +125,7 @@ def test_rows_of_zeros(dtype: torch.dtype) -> None:
 def test_codes_are_the_nearest(rows: int, columns: int, exponent: int, seed: int) -> None:
     """The error of a number is half a code at most, and the largest number of each row has the largest code."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    weight = quantize_weight(x)
+    weight = quantize_int8(x)
     scales = weight.scales
     # The inverse of the scale and the product with it are rounded: codes of up to 127 move by less than 127 * 2^-23.
     assert ((weight.dequantized() - x).abs() <= scales * (0.5 + 127 * 2.0**-22)).all()
@@ -140,7 +138,7 @@ def test_the_error_is_that_of_the_codes(dtype: torch.dtype) -> None:
     """An output differs from that of the plain weight by at most half a code for each number of both factors."""
     inputs = 333
     plain, x = (torch.randn(50, inputs) / inputs**0.5).to(dtype), torch.randn(20, inputs).to(dtype)
-    weight = quantize_weight(plain)
+    weight = quantize_int8(plain)
     out = make_linear(weight, None)(x).double()
     wanted = x.double() @ plain.double().T
     of_rows, of_outputs = x.double().abs().amax(1, keepdim=True) / 254, weight.scales.double().T / 2
@@ -150,21 +148,10 @@ def test_the_error_is_that_of_the_codes(dtype: torch.dtype) -> None:
     assert float((out - wanted).norm() / wanted.norm()) < 0.02  # 1 / 127 for each factor, and more is an error
 
 
-def test_groups_and_zeros_are_dequantized() -> None:
-    codes = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int8)
-    scales = torch.tensor([[1.0, 10.0], [0.5, 2.0]])
-    zeros = torch.tensor([[1, 3], [5, 0]], dtype=torch.int8)
-    weight = LinearWeights(WeightFormat("grouped", 8, group=2), codes, scales, zeros)
-    assert weight.dequantized().tolist() == [[0.0, 1.0, 0.0, 10.0], [0.0, 0.5, 14.0, 16.0]]
-    assert weight.format.unit == 2
-    with pytest.raises(ValueError, match="no kernel for weights in WeightFormat"):
-        make_linear(weight, None)
-
-
 def test_the_weight_and_rows_in_other_layouts() -> None:
     """The weight may change after it was packed, and rows need not be contiguous."""
     weight, _ = random_layer(32, 48, torch.float32, bias=False)
-    linear, x = make_int8_linear(weight, None), torch.randn(4, 48)
+    linear, x = make_linear(weight, None), torch.randn(4, 48)
     before = linear(x)
     wide = torch.zeros(4, 96)
     wide[:, ::2] = x
@@ -176,34 +163,7 @@ def test_the_weight_and_rows_in_other_layouts() -> None:
 
 
 def test_the_bytes_of_a_weight() -> None:
-    assert INT8.weight_bytes((64, 1024)) == packed_size(64, 1024) + 8 * 64 == 64 * 1024 + 8 * 64
-    assert INT8.weight_bytes((65, 1023)) == packed_size(65, 1023) + 8 * padded_outputs(65) == 80 * 1024 + 8 * 80
+    assert INT8.weight_bytes((64, 1024)) == INT8.packed_bytes((64, 1024)) + 8 * 64 == 64 * 1024 + 8 * 64
+    assert INT8.weight_bytes((65, 1023)) == INT8.packed_bytes((65, 1023)) + 8 * padded_outputs(65) == 80 * 1024 + 8 * 80
     assert (INT8.row_bytes(64), INT8.row_bytes(65)) == (68, 132)
     assert [INT8.takes(shape) for shape in ((1, 16), (1, 15), (0, 64), (64,), (64, 0))] == [True] + [False] * 4
-
-
-def test_without_the_library_pytorch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    weight, bias = random_layer(20, 30, torch.float32, bias=True)
-    x = torch.randn(3, 30)
-    wanted = make_int8_linear(weight, bias)(x)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "int8_linear.py"))
-    load_int8.cache_clear()
-    try:
-        assert load_int8() == (None, "PyTorch: _int8 is not built")
-        linear = make_int8_linear(weight, bias)
-        assert isinstance(linear, TorchInt8Linear)
-        assert torch.equal(linear(x), wanted)
-    finally:
-        load_int8.cache_clear()
-
-
-@needs_native
-def test_a_stale_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ABI_VERSION", module.ABI_VERSION + 1)
-    load_int8.cache_clear()
-    try:
-        library, reason = load_int8()
-    finally:
-        load_int8.cache_clear()
-    assert library is None
-    assert "stale" in reason

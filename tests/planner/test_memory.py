@@ -136,31 +136,36 @@ def test_a_step_takes_no_more_than_planned(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama3", "opt_350m", "mixtral", "deepseek_v3"])
-def test_a_step_with_int8_weights_takes_no_more_than_planned(
-    checkpoint: Checkpoint, name: str, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [("llama3", "int8"), ("opt_350m", "int8"), ("mixtral", "int8"), ("deepseek_v3", "int8"), ("mixtral", "int4-g32")],
+)
+def test_a_step_with_quantized_weights_takes_no_more_than_planned(
+    checkpoint: Checkpoint, name: str, quantization: str, dtype: torch.dtype
 ) -> None:
     folder = checkpoint(name)
     for shard in make_shards(read_spec(folder), 2):
-        found = measured(folder, shard, dtype, 250, 250, 1, "int8")
-        plan = planned(folder, shard, dtype, StepSize(250, 1), "int8")
+        found = measured(folder, shard, dtype, 250, 250, 1, quantization)
+        plan = planned(folder, shard, dtype, StepSize(250, 1), quantization)
         assert found <= plan.activations + 250 * plan.context_token
 
 
-@pytest.mark.parametrize("name", ["llama3", "mixtral"])
-def test_loading_int8_weights_holds_one_plain_matrix_at_a_time(checkpoint: Checkpoint, name: str) -> None:
+@pytest.mark.parametrize(("name", "wanted"), [("llama3", "int8"), ("mixtral", "int8"), ("llama3", "int4")])
+def test_loading_quantized_weights_holds_one_plain_matrix_at_a_time(
+    checkpoint: Checkpoint, name: str, wanted: str
+) -> None:
     """Beside the weights there are at most one matrix as it is stored, two more of its size in float32 while it is
     quantized, and a copy of its codes. Together these are less than the plain weights alone."""
     folder = checkpoint(name)
     spec, stored = read_spec(folder), open_checkpoint(folder)
-    params = params_of(spec, stored.shapes, "int8")
+    params = params_of(spec, stored.shapes, wanted)
     (shard,) = make_shards(spec, 1)
     weights = CheckpointWeights(stored, params, shard, torch.float32)
     tp = Axis("tp", 0, 1, LocalComm())
     with PeakOfLiveTensors() as mode:
         build_decoder(spec, shard, tp, weights, reference.ReferenceKernels(), torch.device("cpu"), 8)
     kept, plain = (
-        planned(folder, shard, torch.float32, StepSize(1, 1), quantization).weights for quantization in ("int8", "")
+        planned(folder, shard, torch.float32, StepSize(1, 1), quantization).weights for quantization in (wanted, "")
     )
     largest = max(shard.param_size(param) for param in params)
     tables = 2 * 4 * 8 * spec.head_dim  # of rotary angles

@@ -120,6 +120,7 @@ def check_cache(recorded: KVCache, plain: KVCache) -> None:
         *[(name, torch.bfloat16, "") for name in sorted(MAKERS)],
         *[(name, torch.float32, "") for name in ("gpt2", "llama_6_2", "phi3")],
         *[(name, torch.bfloat16, "int8") for name in ("gemma3", "llama", "mixtral")],
+        *[(name, torch.bfloat16, "int4") for name in ("llama", "qwen2")],
     ],
 )
 def test_recorded_steps_have_the_same_bits(

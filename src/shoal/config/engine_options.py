@@ -14,6 +14,7 @@ from shoal.config.option import Option, nearest, option
 from shoal.config.option_forms import (
     Cores,
     Placement,
+    Quantization,
     SpeculativeConfig,
     parse_cores,
     parse_overrides,
@@ -39,7 +40,6 @@ All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
 CommBackend = Literal["auto", "shm", "gloo", "nccl"]
 SchedulingPolicy = Literal["priority", "fcfs"]
 ModelImpl = Literal["auto", "shoal", "transformers"]
-Quantization = Literal["int8"]
 GenerationConfig = Literal["auto", "vllm"]
 
 
@@ -57,9 +57,10 @@ class ModelOptions:
     )
     quantization: Quantization | None = option(
         None,
-        "int8: keep the weights of linear layers in 8 bits, made while any checkpoint is loaded; on CPUs",
+        "keep the weights of linear layers in 8 or 4 bits, made while any checkpoint is loaded; on CPUs. int4 has a "
+        "scale for each 128 inputs, int4-g32 for each 32, which is more exact and slower",
         parse=parse_quantization,
-        metavar="int8",
+        metavar="int8|int4|int4-g32|int4-g64|int4-g128",
         short="-q",
     )
     max_model_len: int | None = option(

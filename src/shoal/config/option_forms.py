@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from shoal.config.option import nearest
 from shoal.errors import ConfigError
@@ -23,6 +23,8 @@ _FORMATS_OF_VLLM = (
     "modelopt_mixed", "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8", "nvfp4", "online", "petit_nvfp4", "ptpc_fp8",
     "quark", "rtn", "torchao",
 )  # fmt: skip
+
+Quantization = Literal["int8", "int4", "int4-g32", "int4-g64", "int4-g128"]
 
 Placement = str | tuple[tuple[str, tuple[int, ...]], ...]  # a rule, or for each host its name and its ranks
 
@@ -72,21 +74,22 @@ def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, 
 
 
 def parse_quantization(value: Any, flag: str) -> str:
-    """Read the name of a format of weights.
+    """Read the name of a way to keep weights in fewer bits.
 
     Raises:
         ConfigError: the value is something else; vLLM's formats are refused by name.
     """
-    if value == "int8":
-        return "int8"
+    known = get_args(Quantization)
+    if value in known:
+        return str(value)
     if value in _INT8_OF_VLLM:
         raise ConfigError(f"{flag} {value} is vLLM's name: use {flag} int8, which also keeps experts in 8 bits")
     if value in _FORMATS_OF_VLLM:
         raise ConfigError(
-            f"{flag} {value}: Shoal does not have this format of vLLM's yet: use {flag} int8, or leave it out; whether "
-            "a checkpoint is quantized is read from its config.json"
+            f"{flag} {value}: Shoal does not have this format of vLLM's yet: use {flag} int8 or int4, or leave it out; "
+            "whether a checkpoint is quantized is read from its config.json"
         )
-    raise ConfigError(f"{flag} takes int8, got {shown(value)}")
+    raise ConfigError(f"{flag} takes {', '.join(known[:-1])} or {known[-1]}, got {shown(value)}")
 
 
 def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:

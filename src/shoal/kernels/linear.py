@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.kernels.int8_linear import Int8Linear, make_int8_linear
 from shoal.kernels.linear_weights import LinearWeights
 from shoal.kernels.native_calls import compute
+from shoal.kernels.quantized import QuantizedLinear, make_quantized_linear
 
 _SINGLE_ROW_INPUTS = 1024  # up to these oneDNN adds the bfloat16 products of a single row as it does for more rows
 
@@ -61,14 +61,14 @@ class PackedLinear:
         return out
 
 
-def make_linear(weight: Tensor | LinearWeights, bias: Tensor | None) -> PackedLinear | PlainLinear | Int8Linear:
-    """Return a packed linear layer if oneDNN supports the weight, an int8 one if the weight is int8, else a plain one.
+def make_linear(weight: Tensor | LinearWeights, bias: Tensor | None) -> PackedLinear | PlainLinear | QuantizedLinear:
+    """Return a packed linear layer if oneDNN supports the weight, that of its format if it has one, else a plain one.
 
     weight: [out_features, in_features], either of which may be 0; bias: [out_features]. The caller should drop the
     weight: if it was packed there are two copies of it.
     """
     if isinstance(weight, LinearWeights):
-        return make_int8_linear(weight, bias)
+        return make_quantized_linear(weight, bias)
     return PackedLinear(weight, bias) if _can_pack(weight) else PlainLinear(weight, bias)
 
 

@@ -16,25 +16,26 @@ _NUMBERS_AT_A_TIME = 1 << 20  # that are converted to float32 together
 class LinearWeights:
     """A rank's weight of a linear layer, [outputs, inputs], in a format of fewer bits.
 
-    Number (o, i) is (codes[o, i] - zeros[o, g]) * scales[o, g], where g is the group of the input i.
+    Number (o, i) is (codes[o, i] - zeros[o, g]) * scales[o, g], where g is the group of the input i. Groups are counted
+    from the first input that the rank has; the last one may be smaller than the others.
     """
 
     format: WeightFormat
-    codes: Tensor  # int8 [outputs, inputs]
+    codes: Tensor  # int8 [outputs, inputs]; from 0 to 15 if the format has 4 bits
     scales: Tensor  # float32 [outputs, groups]
     zeros: Tensor | None = None  # int8 [outputs, groups]; None: all are 0
 
     def dequantized(self) -> Tensor:
         """Return the numbers, float32 [outputs, inputs]."""
-        outputs, inputs = self.codes.shape
-        groups = self.scales.shape[1]
-        codes = self.codes.float().view(outputs, groups, inputs // groups)
+        inputs = self.codes.shape[1]
+        group_of = torch.arange(inputs) // (self.format.group or inputs)
+        codes = self.codes.float()
         if self.zeros is not None:
-            codes = codes - self.zeros.float().unsqueeze(2)
-        return (codes * self.scales.unsqueeze(2)).view(outputs, inputs)
+            codes -= self.zeros.float()[:, group_of]
+        return codes * self.scales[:, group_of]
 
 
-def quantize_weight(weight: Tensor) -> LinearWeights:
+def quantize_int8(weight: Tensor) -> LinearWeights:
     """Return a weight, [outputs, inputs], as int8: the largest number of each output becomes 127 or -127.
 
     It is converted part by part, so that no copy in float32 exists.

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from shoal.errors import CheckpointError
-from shoal.kernels.weight_format import FORMATS
+from shoal.kernels.weight_format import QUANTIZATIONS
 from shoal.models import manifest
 from shoal.models.manifest import Param, Shard
 from shoal.models.registry import read_config, read_spec, tensor_names
@@ -55,14 +55,14 @@ def params_of(spec: ModelSpec, available: Collection[str] = (), quantization: st
     """Return the manifest, with the names in a checkpoint that has the tensors `available`, or with the usual names.
 
     Args:
-        quantization: the name of the format in which weights of linear layers are kept; "": they stay as they are.
+        quantization: the value of `--quantization`; "": weights stay as they are.
     """
     if isinstance(spec, FallbackSpec):
         params = fallback_spec.make_manifest(spec, available)
     else:
         params = manifest.make_manifest(spec, tensor_names(spec, available))
     if quantization:
-        params = manifest.quantized(params, FORMATS[quantization])
+        params = manifest.quantized(params, QUANTIZATIONS[quantization])
     return _read_embedding_from_head(params, head_name(spec, available), available) if spec.tie_embeddings else params
 
 

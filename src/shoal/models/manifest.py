@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Literal
 
 from shoal.errors import CheckpointError
-from shoal.kernels.weight_format import WeightFormat
+from shoal.kernels.weight_format import Quantization, WeightFormat
 from shoal.models.spec import ExpertNames, LatentSpec, ModelSpec, MoESpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 from shoal.parallel.stages import Stage
@@ -231,9 +231,14 @@ def _latent_ranges(latent: LatentSpec | None, heads: range) -> dict[Cut, range]:
     return {cut: range(heads.start * width, heads.stop * width) for cut, width in widths.items()}
 
 
-def quantized(params: Iterable[Param], kept_in: WeightFormat) -> tuple[Param, ...]:
-    """Return the parameters, where those that may be quantized are kept in this format."""
-    return tuple(dataclasses.replace(param, format=kept_in) if param.quantizable else param for param in params)
+def quantized(params: Iterable[Param], wanted: Quantization) -> tuple[Param, ...]:
+    """Return the parameters, where those that may be quantized are kept in the formats that are wanted."""
+    return tuple(
+        dataclasses.replace(param, format=wanted.head if param.name == "head" else wanted.layers)
+        if param.quantizable
+        else param
+        for param in params
+    )
 
 
 def make_manifest(spec: ModelSpec, names: TensorNames) -> tuple[Param, ...]:

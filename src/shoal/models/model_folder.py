@@ -47,7 +47,7 @@ def open_model(
         wanted: the value of `--model-impl`.
         weights: False for dummy weights; then no weights are read.
         state: the state of the files when they were first read; "" if they were not read before.
-        quantization: the format in which weights of linear layers are kept (`params_of`).
+        quantization: how weights of linear layers are kept (`params_of`).
 
     Raises:
         CheckpointError: the weights are missing or malformed, do not match config.json, or are no longer in `state`.

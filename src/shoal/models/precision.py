@@ -6,8 +6,9 @@
 | bfloat16 | bfloat16 | bfloat16 | float32 | float32 |
 | float16 | float16 | float16 | float32 | float32 |
 
-With `--quantization int8` the weights of linear layers are int8 with float32 scales, and a linear layer rounds each row
-of its activations to int8. Sums are int32, and the product with the scales is float32. All other types stay.
+With `--quantization` the weights of linear layers are int8 or 4-bit integers with float32 scales, and a linear layer
+rounds each row of its activations to int8. Sums are int32 (with 4 bits: those of a group of inputs), and products with
+scales and sums of groups are float32. All other types stay.
 
 Norms have weights of the same type as all others, but those of `rms_wide` (kernels.base.Norm) are always float32.
 

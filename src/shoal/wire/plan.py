@@ -85,7 +85,7 @@ class ModelPlan(Wire, frozen=True):
     implementation: Literal["shoal", "transformers"] = "shoal"
     overrides: str = "{}"  # a JSON object; its fields replace those of config.json
     file_state: str = ""  # state of the model's files when the plan was made; "": it is not compared
-    quantization: str = ""  # the format in which ranks keep the weights of linear layers; "": as they are
+    quantization: str = ""  # the value of `--quantization`, or ""
 
 
 class RankPlan(Wire, frozen=True):

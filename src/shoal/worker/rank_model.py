@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from shoal.errors import EngineError
-from shoal.kernels.int8_linear import load_int8
 from shoal.kernels.linear import make_linear
+from shoal.kernels.quantized_library import load_quantized
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
 from shoal.models.causal_model import CausalModel
@@ -123,7 +123,7 @@ class RankModel:
         """The names of the implementations of its linear layers."""
         some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._device)
         plain = type(make_linear(some, None)).__name__
-        return f"{self._plan.quantization} ({load_int8()[1]}), {plain}" if self._plan.quantization else plain
+        return f"{self._plan.quantization} ({load_quantized()[1]}), {plain}" if self._plan.quantization else plain
 
     def dispatch_on(self, device: torch.device) -> Dispatch:
         """Return the exchange of tokens between the ranks that share experts."""

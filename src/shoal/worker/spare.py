@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.kernels.int8_linear import load_int8
+from shoal.kernels.quantized_library import load_quantized
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
 from shoal.models.implementation import read_model
@@ -26,6 +26,6 @@ def prepare(order: PrepareSpare) -> None:
     torch.set_num_threads(1)
     make_kernels(order.device, PRECISION[order.dtype].activations)
     load_sampling()
-    load_int8()
+    load_quantized()
     for model in order.models:
         read_model(Path(model.folder), model.implementation, json.loads(model.overrides))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError
-from shoal.kernels.linear_weights import LinearWeights, quantize_weight
+from shoal.kernels.linear_weights import LinearWeights
+from shoal.kernels.quantized import quantize_weight
 from shoal.kernels.weight_format import WeightFormat
 from shoal.models.checkpoint.checkpoint import Checkpoint, TensorEntry
 from shoal.models.checkpoint.stored_file import StoredFile, split_into_reads
@@ -43,7 +44,8 @@ class Weights(Protocol):
     def linear(self, name: str, device: torch.device) -> Tensor | LinearWeights:
         """Return the rank's share of the weight of a linear layer on a device, in the format of the manifest.
 
-        Weights that are quantized here are those of a rank's own slice: a scale counts no numbers of other ranks.
+        Weights that are quantized here are those of a rank's own slice: a scale counts no numbers of other ranks, and
+        groups of inputs begin with the first input of the slice.
         """
 
     def optional(self, name: str) -> Tensor | None:
@@ -153,7 +155,7 @@ class CheckpointWeights:
 
 def _in_format(whole: Tensor, kept_in: WeightFormat | None, device: torch.device) -> Tensor | LinearWeights:
     """Return a weight in a format, or on the device as it is."""
-    return whole.to(device) if kept_in is None else quantize_weight(whole)
+    return whole.to(device) if kept_in is None else quantize_weight(whole, kept_in)
 
 
 def _stored(name: str, entry: TensorEntry) -> Tensor:

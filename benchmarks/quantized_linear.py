@@ -1,10 +1,11 @@
-"""Measure int8 linear layers at the shapes of a layer of Qwen3-0.6B: ours, oneDNN's, and packed bfloat16. Prints JSON.
+"""Measure quantized linear layers at the shapes of a layer of Qwen3-0.6B, beside oneDNN's int8 and packed bfloat16.
 
-    python benchmarks/int8_linear.py [--threads N] [--seconds S]
+    python benchmarks/quantized_linear.py [--threads N] [--seconds S]
 
-Times are medians in microseconds for the four linear layers of a decoder layer, one after the other. Several layers are
-used in turn, as in a model, so that weights come from memory and not from the processor's cache. Implementations are
-measured in turn, so that other load on the machine affects all of them.
+Prints JSON. Times are medians in microseconds for the four linear layers of a decoder layer, one after the other; with
+one thread they are those of the processor. Several layers are used in turn, as in a model, so that weights come from
+memory and not from the processor's cache. Implementations are measured in turn, so that other load on the machine
+affects all of them.
 
 oneDNN's operation (`qlinear_pointwise`) has one scale for all rows. To have a scale for each row, as ours, it is given
 the codes of quantized rows and returns float32; PyTorch quantizes the rows before it and multiplies by their scales
@@ -20,9 +21,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shoal.kernels.int8_linear import NativeInt8Linear, TorchInt8Linear, load_int8
+from shoal.kernels.int4_linear import NativeInt4Linear
+from shoal.kernels.int8_linear import NativeInt8Linear, TorchInt8Linear
 from shoal.kernels.linear import make_linear
-from shoal.kernels.linear_weights import LinearWeights, quantize_rows, quantize_weight
+from shoal.kernels.linear_weights import LinearWeights, quantize_int8, quantize_rows
+from shoal.kernels.quantized import quantize_weight
+from shoal.kernels.quantized_library import load_quantized
+from shoal.kernels.weight_format import INT4
 
 SHAPES = {"qkv": (4096, 1024), "out": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
 LAYERS = 8  # more than the processor's cache holds
@@ -52,24 +57,29 @@ class OneDnnInt8Linear:
 
 def implementations() -> dict[str, Callable[[Tensor], Linear]]:
     """Return for each implementation how to make a layer from a bfloat16 weight."""
-    library, _ = load_int8()
+    library, _ = load_quantized()
     found: dict[str, Callable[[Tensor], Linear]] = {"bf16": lambda weight: make_linear(weight, None)}
     if library is not None:
         for level in library.levels:
             found[f"int8 {level}"] = lambda weight, level=level: NativeInt8Linear(  # type: ignore[misc]
-                quantize_weight(weight), None, library, level
+                quantize_int8(weight), None, library, level
             )
-    found["int8 oneDNN"] = lambda weight: OneDnnInt8Linear(quantize_weight(weight))
-    found["int8 _int_mm"] = lambda weight: TorchInt8Linear(quantize_weight(weight), None)
+            for group, kept_in in INT4.items():
+                found[f"int4 {group} {level}"] = lambda weight, level=level, kept_in=kept_in: NativeInt4Linear(  # type: ignore[misc]
+                    quantize_weight(weight, kept_in), None, library, level
+                )
+    found["int8 oneDNN"] = lambda weight: OneDnnInt8Linear(quantize_int8(weight))
+    found["int8 _int_mm"] = lambda weight: TorchInt8Linear(quantize_int8(weight), None)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times linear layers with int8 weights.")
+    parser = argparse.ArgumentParser(description="Times linear layers with quantized weights.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="for each number of rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
     weights = [[torch.randn(shape).bfloat16() for shape in SHAPES.values()] for _ in range(LAYERS)]
     made = {name: [[make(weight) for weight in layer] for layer in weights] for name, make in implementations().items()}
     numbers = sum(outputs * inputs for outputs, inputs in SHAPES.values())
@@ -80,11 +90,11 @@ def main() -> None:
         end, i = time.perf_counter() + options.seconds, -1
         while time.perf_counter() < end or i < MIN_CALLS:
             for name, layers in made.items():
-                start = time.perf_counter()
+                start = clock()
                 for linear, x in zip(layers[i % LAYERS], inputs, strict=True):
                     linear(x)
                 if i >= 0:  # the first turn warms up
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(clock() - start)
             i += 1
         us = {name: statistics.median(taken) * 1e6 for name, taken in times.items()}
         results.append(

@@ -1,8 +1,8 @@
-"""Compare a model with and without `--quantization int8`: speed on one core, and memory. Prints JSON.
+"""Compare a model with and without `--quantization`: speed on one core, and memory. Prints JSON.
 
-    python benchmarks/int8_model.py [MODEL] [--rounds N]
+    python benchmarks/quantized_model.py [MODEL] [--rounds N] [--formats FORMAT ...]
 
-The default model has made-up weights with the sizes of Qwen3-0.6B. Each side runs in a process of its own, in turn,
+The default model has made-up weights with the sizes of Qwen3-0.6B. Each format runs in a process of its own, in turn,
 with one thread. Seconds are those of the processor, so that other programs on the machine disturb little. A decode rate
 comes from the difference between outputs of 17 tokens and of one.
 """
@@ -58,15 +58,16 @@ def measure(model: str, quantization: str | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compares a model with and without int8 weights.")
+    parser = argparse.ArgumentParser(description="Compares a model with and without quantized weights.")
     parser.add_argument("model", nargs="?", default="shape:qwen3-0.6b")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=["plain", "int8"], help=argparse.SUPPRESS)  # for the processes of a comparison
+    parser.add_argument("--formats", nargs="+", default=["plain", "int8", "int4", "int4-g32"])
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # for the processes of a comparison
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.model, "int8" if options.one == "int8" else None)))
+        print(json.dumps(measure(options.model, None if options.one == "plain" else options.one)))
         return
-    runs: dict[str, list[dict[str, float]]] = {"plain": [], "int8": []}
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.formats}
     for _ in range(options.rounds):
         for kind, found in runs.items():
             command = [sys.executable, __file__, options.model, "--one", kind]

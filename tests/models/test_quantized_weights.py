@@ -1,4 +1,4 @@
-"""Loading weights as int8: which parameters, from every type, and in every cut."""
+"""Loading weights in fewer bits: which parameters, from every type, and in every cut."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoal.kernels.linear_weights import LinearWeights, quantize_weight
+from shoal.kernels.linear_weights import LinearWeights
+from shoal.kernels.quantized import quantize_weight
+from shoal.kernels.weight_format import INT4, INT8
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights
 from shoal.models.implementation import params_of, read_model, shards_of
@@ -21,10 +23,10 @@ Checkpoint = Callable[[str], Path]
 CPU = torch.device("cpu")
 
 
-def matrices(folder: Path, shard: Shard) -> dict[str, Tensor | LinearWeights]:
+def matrices(folder: Path, shard: Shard, quantization: str = "int8") -> dict[str, Tensor | LinearWeights]:
     """Return all parameters that are asked for as weights of linear layers, as a rank loads them."""
     spec, stored = read_model(folder, "auto"), open_checkpoint(folder)
-    params = params_of(spec, stored.shapes, "int8")
+    params = params_of(spec, stored.shapes, quantization)
     weights = CheckpointWeights(stored, params, shard, torch.float32)
     return {
         param.name: weights.linear(param.name, CPU)
@@ -74,7 +76,7 @@ def test_every_type_of_checkpoint(checkpoint: Checkpoint, tmp_path: Path, dtype:
     (shard,) = shards_of(read_spec(tmp_path), 1)
     found = matrices(tmp_path, shard)["layers.1.down.weight"]
     assert isinstance(found, LinearWeights)
-    wanted = quantize_weight(tensors["model.layers.1.mlp.down_proj.weight"])
+    wanted = quantize_weight(tensors["model.layers.1.mlp.down_proj.weight"], INT8)
     assert torch.equal(found.codes, wanted.codes)
     assert torch.equal(found.scales, wanted.scales)
 
@@ -84,8 +86,8 @@ def test_each_rank_quantizes_its_own_slice(checkpoint: Checkpoint, tp: int, spli
     """Slices of outputs have the codes of the whole; slices of inputs have scales of their own, which are no larger."""
     folder = checkpoint("llama")
     whole = load_file(folder / "model.safetensors")
-    up = quantize_weight(whole["model.layers.0.mlp.up_proj.weight"])
-    down = quantize_weight(whole["model.layers.0.mlp.down_proj.weight"])
+    up = quantize_weight(whole["model.layers.0.mlp.up_proj.weight"], INT8)
+    down = quantize_weight(whole["model.layers.0.mlp.down_proj.weight"], INT8)
     for shard in shards_of(read_spec(folder), tp, split):
         found, span = matrices(folder, shard), shard.ranges[Cut.MLP]
         columns = slice(span.start, span.stop)
@@ -95,16 +97,54 @@ def test_each_rank_quantizes_its_own_slice(checkpoint: Checkpoint, tp: int, spli
         assert torch.equal(mine.codes[len(span) :], up.codes[columns])
         assert torch.equal(mine.scales[len(span) :], up.scales[columns])
         assert (other.scales <= down.scales).all()
-        assert torch.equal(other.codes, quantize_weight(whole["model.layers.0.mlp.down_proj.weight"][:, columns]).codes)
+        part = quantize_weight(whole["model.layers.0.mlp.down_proj.weight"][:, columns], INT8)
+        assert torch.equal(other.codes, part.codes)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
+def test_the_head_stays_in_8_bits(checkpoint: Checkpoint, name: str) -> None:
+    """All other linear layers, those of experts too, have 4."""
+    (shard,) = shards_of(read_spec(checkpoint(name)), 1)
+    found = matrices(checkpoint(name), shard, "int4-g32")
+    formats = {name: weight.format for name, weight in found.items() if isinstance(weight, LinearWeights)}
+    assert formats.pop("head") is INT8
+    assert set(formats.values()) == {INT4[32]}
+    assert formats.keys() | {"head"} == {
+        name for name, weight in matrices(checkpoint(name), shard).items() if isinstance(weight, LinearWeights)
+    }
+
+
+@pytest.mark.parametrize(("tp", "split"), [(2, None), (3, None), (2, (1, 1)), (2, (3, 1))])
+def test_groups_of_a_rank(checkpoint: Checkpoint, tp: int, split: tuple[int, ...] | None) -> None:
+    """Slices of outputs have the codes of the whole, and so have slices of inputs that begin where a group does.
+
+    Another rank's first group begins with its first input.
+    """
+    folder = checkpoint("llama")
+    whole = load_file(folder / "model.safetensors")
+    up, down = whole["model.layers.0.mlp.up_proj.weight"], whole["model.layers.0.mlp.down_proj.weight"]
+    aligned = 0
+    for shard in shards_of(read_spec(folder), tp, split):
+        found, span = matrices(folder, shard, "int4-g32"), shard.ranges[Cut.MLP]
+        columns = slice(span.start, span.stop)
+        mine, other = found["layers.0.gate_up.weight"], found["layers.0.down.weight"]
+        assert isinstance(mine, LinearWeights)
+        assert isinstance(other, LinearWeights)
+        assert torch.equal(mine.codes[len(span) :], quantize_weight(up, INT4[32]).codes[columns])
+        assert torch.equal(other.codes, quantize_weight(down[:, columns], INT4[32]).codes)
+        if span.start % 32 == 0 and span.stop % 32 == 0:
+            aligned += 1
+            assert torch.equal(other.codes, quantize_weight(down, INT4[32]).codes[:, columns])
+    assert aligned or split != (1, 1)
 
 
 def test_made_up_weights(checkpoint: Checkpoint) -> None:
     spec = read_spec(checkpoint("llama"))
     (shard,) = shards_of(spec, 1)
-    weights = DummyWeights(params_of(spec, quantization="int8"), shard, torch.float32, 0)
+    weights = DummyWeights(params_of(spec, quantization="int4"), shard, torch.float32, 0)
     found = weights.linear("layers.0.qkv.weight", CPU)
     assert isinstance(found, LinearWeights)
-    assert torch.equal(found.codes, quantize_weight(weights.tensor("layers.0.qkv.weight")).codes)
+    assert torch.equal(found.codes, quantize_weight(weights.tensor("layers.0.qkv.weight"), INT4[128]).codes)
 
 
 def test_a_checkpoint_in_fp8(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests of `--quantization int8`: its tokens are those of dequantized weights, in every layout."""
+"""Tests of `--quantization`: its tokens are those of dequantized weights, in every layout."""
 
 import statistics
 import sys
@@ -14,7 +14,7 @@ from shoal import LLM, RequestOutput, SamplingParams
 from shoal.models.implementation import shards_of
 from shoal.models.manifest import Cut
 from shoal.models.registry import read_spec
-from support.int8_reference import Int8Reference
+from support.quantized_reference import QuantizedReference
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import demo_text
@@ -39,22 +39,25 @@ def cuts_of(folder: Path, tp: int, split: tuple[int, ...] | None) -> dict[str, l
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "options"),
+    ("name", "quantization", "tp", "options"),
     [
-        ("llama3", 1, {}),
-        ("llama3", 2, {}),
-        ("llama3", 2, {"model_impl": "transformers"}),
-        ("qwen3", 2, {"pipeline_parallel_size": 2}),
-        ("opt", 3, {"tensor_parallel_split": (1, 3, 2)}),
+        ("llama3", "int8", 1, {}),
+        ("llama3", "int8", 2, {}),
+        ("llama3", "int8", 2, {"model_impl": "transformers"}),
+        ("qwen3", "int8", 2, {"pipeline_parallel_size": 2}),
+        ("opt", "int8", 3, {"tensor_parallel_split": (1, 3, 2)}),
+        ("llama3", "int4", 1, {}),
+        ("qwen3", "int4-g32", 2, {"model_impl": "transformers"}),
+        ("opt", "int4-g64", 3, {"tensor_parallel_split": (1, 3, 2)}),
     ],
 )
 def test_tokens_are_those_of_dequantized_weights(
-    checkpoint: Checkpoint, name: str, tp: int, options: dict[str, Any]
+    checkpoint: Checkpoint, name: str, quantization: str, tp: int, options: dict[str, Any]
 ) -> None:
     """The reference has the scales that ranks have: each makes those of its own slices."""
     folder = checkpoint(name)
-    reference = Int8Reference(folder, cuts_of(folder, tp, options.get("tensor_parallel_split")))
-    outputs = generate(folder, PROMPTS, steps=12, tensor_parallel_size=tp, quantization="int8", **options)
+    reference = QuantizedReference(folder, cuts_of(folder, tp, options.get("tensor_parallel_split")), quantization)
+    outputs = generate(folder, PROMPTS, steps=12, tensor_parallel_size=tp, quantization=quantization, **options)
     errors = []
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         tokens = output.outputs[0].token_ids
@@ -74,23 +77,29 @@ def logprobs_of(outputs: list[RequestOutput]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("llama3", "bfloat16"), ("mixtral", "float32"), ("deepseek_v3", "bfloat16")]
+    ("name", "dtype", "quantization"),
+    [
+        ("llama3", "bfloat16", "int8"),
+        ("mixtral", "float32", "int8"),
+        ("deepseek_v3", "bfloat16", "int8"),
+        ("mixtral", "bfloat16", "int4"),
+    ],
 )
 @pytest.mark.parametrize("layout", [{"pipeline_parallel_size": 3}, {"data_parallel_size": 2}])
 def test_layouts_that_add_nothing_over_ranks_give_the_same_bits(
-    checkpoint: Checkpoint, name: str, dtype: str, layout: dict[str, Any]
+    checkpoint: Checkpoint, name: str, dtype: str, quantization: str, layout: dict[str, Any]
 ) -> None:
-    options: dict[str, Any] = {"steps": 8, "dtype": dtype, "quantization": "int8"}
+    options: dict[str, Any] = {"steps": 8, "dtype": dtype, "quantization": quantization}
     alone = generate(checkpoint(name), PROMPTS, **options)
     found = generate(checkpoint(name), PROMPTS, **options, **layout)
     assert [each.outputs[0].token_ids for each in found] == [each.outputs[0].token_ids for each in alone]
     assert logprobs_of(found) == logprobs_of(alone)
 
 
-def test_int8_changes_numbers(checkpoint: Checkpoint) -> None:
-    outputs = [generate(checkpoint("llama3"), PROMPTS, steps=1, quantization=each) for each in (None, "int8")]
-    plain, small = map(logprobs_of, outputs)
-    assert plain != small
+def test_quantization_changes_numbers(checkpoint: Checkpoint) -> None:
+    formats = (None, "int8", "int4", "int4-g32")
+    outputs = [generate(checkpoint("llama3"), PROMPTS, steps=1, quantization=each) for each in formats]
+    assert len({tuple(logprobs_of(each)) for each in outputs}) == len(formats)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
@@ -119,25 +128,27 @@ def test_float16(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("model", [None, "bundled:moe"])
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (3, 2)])
-def test_the_bundled_models_give_the_same_answers(model: str | None, tp: int, pp: int) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "tp", "pp"), [("int8", 1, 1), ("int8", 2, 1), ("int8", 3, 2), ("int4", 1, 1), ("int4", 3, 2)]
+)
+def test_the_bundled_models_give_the_same_answers(model: str | None, quantization: str, tp: int, pp: int) -> None:
     layout = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
     backend = "uni" if tp * pp == 1 else "threads"
-    found = answers(model, quantization="int8", distributed_executor_backend=backend, **layout)
+    found = answers(model, quantization=quantization, distributed_executor_backend=backend, **layout)
     assert found == list(QUESTIONS.values())
 
 
 def test_accuracy_falls_by_less_than_one_percent() -> None:
-    """benchmarks/int8_accuracy.py asks more questions of more kinds."""
+    """benchmarks/quantized_accuracy.py asks more questions of more kinds."""
     sums = sorted(demo_text.held_out_additions())[::2]
     greedy = SamplingParams(temperature=0, max_tokens=6)
     shares = []
-    for quantization in (None, "int8"):
+    for quantization in (None, "int8", "int4"):
         with LLM(None, quantization=quantization, kv_cache_memory_bytes="64MiB") as llm:
             outputs = llm.generate([f"{a} + {b} =" for a, b in sums], greedy, use_tqdm=False)
         right = [output.outputs[0].text == f" {a + b}" for output, (a, b) in zip(outputs, sums, strict=True)]
         shares.append(100 * sum(right) / len(sums))
-    assert shares[1] >= shares[0] - 1
+    assert min(shares) >= shares[0] - 1
     assert shares[0] > 95
 
 

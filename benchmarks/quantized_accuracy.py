@@ -1,10 +1,10 @@
-"""Measure what int8 weights cost in accuracy, with the bundled models and their questions. Prints JSON.
+"""Measure what weights in fewer bits cost in accuracy, with the bundled models and their questions. Prints JSON.
 
-    python benchmarks/int8_accuracy.py [--model bundled:moe] [--questions N]
+    python benchmarks/quantized_accuracy.py [--model bundled:moe] [--questions N] [FORMAT ...]
 
-Every model answers all additions that its training text lacks, and N questions of each other kind, with the weights as
-they are stored and with `--quantization int8`. `right` is the share of exact answers in percent. `logprob_error` is the
-mean difference, in nats, between both in the log-probability of a token of a right answer, without its sign.
+The model answers all additions that its training text lacks, and N questions of each other kind, with the weights as
+they are stored and with each value of `--quantization`. `right` is the share of exact answers in percent.
+`logprob_error` is the mean difference in the log-probability of a token of a right answer, in nats, without its sign.
 """
 
 import argparse
@@ -53,17 +53,22 @@ def answer(model: str | None, questions: Questions, quantization: str | None) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures the accuracy of int8 weights with the bundled models.")
+    parser = argparse.ArgumentParser(description="Measures the accuracy of quantized weights with the bundled models.")
+    parser.add_argument("formats", nargs="*", metavar="FORMAT", default=["int8", "int4", "int4-g64", "int4-g32"])
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--questions", type=int, default=400, help="of each kind but the additions")
     options = parser.parse_args()
     questions = make_questions(options.questions)
     model = None if options.model == "bundled" else options.model
     plain, before = answer(model, questions, None)
-    small, after = answer(model, questions, "int8")
-    error = statistics.mean(abs(a - b) for a, b in zip(before, after, strict=True))
-    right = {kind: {"stored": round(plain[kind], 2), "int8": round(small[kind], 2)} for kind in questions}
-    print(json.dumps({"model": options.model, "right": right, "logprob_error": round(error, 5)}, indent=2))
+    right = {kind: {"stored": round(plain[kind], 2)} for kind in questions}
+    errors = {}
+    for name in options.formats:
+        small, after = answer(model, questions, name)
+        for kind in questions:
+            right[kind][name] = round(small[kind], 2)
+        errors[name] = round(statistics.mean(abs(a - b) for a, b in zip(before, after, strict=True)), 5)
+    print(json.dumps({"model": options.model, "right": right, "logprob_error": errors}, indent=2))
 
 
 if __name__ == "__main__":
