@@ -37,6 +37,7 @@ _LIBRARIES = [
     _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h"], []),
     # Products are rounded before they are added, so that the results are those of PyTorch.
     _Library("kernels._int8", ["csrc/int8_linear.cpp"], ["csrc/common.h", "csrc/chunks.h"], ["-ffp-contract=off"]),
+    _Library("kernels._bf16", ["csrc/bf16_linear.cpp"], ["csrc/bf16_tiles.h", "csrc/common.h"], []),
     _Library("comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
 ]
 

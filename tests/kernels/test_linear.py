@@ -43,15 +43,16 @@ def cancelling(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> tupl
     return torch.cat([x, -x], 1)[:, order].to(dtype), torch.cat([weight, weight], 1)[:, order].to(dtype)
 
 
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="the sums of oneDNN's AMX kernels were not measured")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("inputs", "outputs"), [*SHAPES, (1026, 64), (3072, 48)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> None:
     x, weight = cancelling(600, outputs, inputs, dtype)
     linear = make_linear(weight, torch.randn(outputs).to(dtype) if bias else None)
-    if not isinstance(linear, PackedLinear):
+    if isinstance(linear, PlainLinear):
         pytest.skip(f"{dtype} is not packed here")
+    if isinstance(linear, PackedLinear) and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        pytest.skip("sums of oneDNN's AMX kernels depend on the number of rows")
     together = linear(x)
     counts = (1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64, 65, 127, 128, 129, 300)
     assert [rows for rows in counts if not torch.equal(linear(x[:rows]), together[:rows])] == []

@@ -1,0 +1,192 @@
+// The linear layers of shoal.kernels.bf16_linear, in the library _bf16: products of bfloat16 numbers, summed in float32.
+//
+// The weight is packed for instructions that multiply pairs of inputs, vdpbf16ps of AVX-512 BF16 and tdpbf16ps of AMX:
+//
+//     packed[panel][step][block][pair][output in block][2]    16 pairs of a step; 16 outputs of a block; 2 blocks of a panel
+//
+// The last panel may have one block. Absent outputs and inputs are zeros. A block of a step, 1 KiB, is a tile of AMX.
+//
+// The products of an output are added in the order of the steps, and within a step as the instructions do it. Work is
+// divided by rows and panels only. Where the steps of a row are not computed in one go, its sums are kept in float32, so
+// nothing is rounded in between. So a row has the same bits in any batch and with any number of threads.
+
+#include "bf16_tiles.h"
+
+#include <vector>
+
+namespace {
+
+constexpr int32_t kAbiVersion = 1;
+
+enum Level : int32_t { kNone = 0, kAvx512 = 1, kAmx = 2 };
+
+constexpr int64_t kProductsPerThread = 1 << 18;  // less takes longer to hand to a thread than to compute
+constexpr int64_t kPiecesPerThread = 8;          // so that threads end at about the same time
+constexpr int64_t kAhead = 8192;                 // bytes
+constexpr int64_t kStepsAtATime = 32;          // of a panel, 64 KiB of weights, for which there are many rows
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A layer as Python describes it (shoal.kernels.bf16_linear). The bias has a number for each output of all panels, or
+// there is none.
+struct Layer {
+    const uint16_t* packed;
+    const float* bias;
+    int64_t steps, outputs;
+    int32_t level;
+
+    int64_t blocks() const { return ceil_div(outputs, kBlock); }
+    int64_t panels() const { return ceil_div(outputs, kPanel); }
+};
+
+#if HAS_BF16
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing.
+
+// A block of a step: the transposed matrix of 16 rows of 16 pairs. In each round, rows exchange the squares beside the
+// diagonal: first of one pair, then of 2 x 2, 4 x 4 and 8 x 8.
+TARGET_AVX512 void transpose(const uint16_t* const* rows, uint16_t* target) {
+    Words a[kPairs];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPairs; ++i) std::memcpy(&a[i], rows[i], sizeof a[i]);
+#define EXCHANGE(distance, low, high)                                                       \
+    _Pragma("GCC unroll 16") for (int i = 0; i < kPairs; ++i) {                             \
+        if (i & (distance)) continue;                                                       \
+        const Words upper = a[i], lower = a[i + (distance)];                                \
+        a[i] = __builtin_shufflevector(upper, lower, UNPACK low);                           \
+        a[i + (distance)] = __builtin_shufflevector(upper, lower, UNPACK high);             \
+    }
+#define UNPACK(...) __VA_ARGS__
+    EXCHANGE(1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+             (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+    EXCHANGE(2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+             (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    EXCHANGE(4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+             (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    EXCHANGE(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+             (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#undef EXCHANGE
+#undef UNPACK
+#pragma GCC unroll 16
+    for (int i = 0; i < kPairs; ++i) std::memcpy(target + i * 2 * kBlock, &a[i], sizeof a[i]);
+}
+
+// Asks for pages of 2 MiB, which are read about a tenth faster. It must be called before the memory is first written.
+void use_large_pages(void* memory, int64_t bytes) {
+    constexpr uintptr_t kPage = 2 << 20;
+    const auto start = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+    const auto end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+    if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+}
+
+// weight: [outputs, inputs]; `first` is the first output of the block; `distance`: from a step to the next in `packed`.
+void pack_block(const uint16_t* weight, int64_t outputs, int64_t inputs, int64_t first, uint16_t* packed,
+                int64_t distance) {
+    const uint16_t* rows[kBlock];
+    const int64_t present = std::min(kBlock, outputs - first);
+    for (int64_t step = 0; step * kStep < inputs; ++step, packed += distance) {
+        const int64_t left = inputs - step * kStep;
+        for (int64_t o = 0; o < present; ++o) rows[o] = weight + (first + o) * inputs + step * kStep;
+        alignas(64) uint16_t padded[kBlock][kStep];
+        if (present < kBlock || left < kStep) {
+            std::memset(padded, 0, sizeof padded);
+            for (int64_t o = 0; o < present; ++o)
+                std::memcpy(padded[o], rows[o], std::min(left, kStep) * sizeof(uint16_t));
+            for (int64_t o = 0; o < kBlock; ++o) rows[o] = padded[o];
+        }
+        transpose(rows, packed);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The division of work among threads.
+
+// Adds one panel times the rows of a chunk to sums: [rows][kPanel].
+template <class Tiles>
+void multiply_panel(Tiles& tiles, const Layer& layer, int64_t panel, int64_t rows, float* sums) {
+    const int64_t blocks = std::min(kPanelBlocks, layer.blocks() - panel * kPanelBlocks);
+    const uint16_t* weights = layer.packed + panel * kPanel * layer.steps * kStep;
+    // The weights of many rows are multiplied part by part, and while a part is, the next one is prefetched.
+    const int64_t turns = ceil_div(rows, Tiles::kRows), part = turns == 1 ? layer.steps : kStepsAtATime;
+    const int64_t bytes_of_step = blocks * kBlockStep * sizeof(uint16_t), ahead_bytes = ceil_div(bytes_of_step, turns);
+    for (int64_t step = 0; step < layer.steps; step += part) {
+        const int64_t steps = std::min(part, layer.steps - step);
+        const uint16_t* numbers = weights + step * blocks * kBlockStep;
+        const char* ahead = reinterpret_cast<const char*>(numbers) + (turns == 1 ? kAhead : steps * bytes_of_step);
+        for (int64_t row = 0; row < rows; row += Tiles::kRows, ahead += steps * ahead_bytes)
+            tiles.add(row, std::min(Tiles::kRows, rows - row), {numbers, blocks, step, steps, ahead, ahead_bytes}, sums);
+    }
+}
+
+template <class Tiles>
+void multiply(const Layer& layer, const uint16_t* x, int64_t rows, uint16_t* out, int64_t threads) {
+    const int64_t inputs = layer.steps * kStep, panels = layer.panels(), turns = ceil_div(rows, Tiles::kRows);
+    threads = std::max<int64_t>(1, std::min(threads, rows * inputs * layer.outputs / kProductsPerThread));
+    // The rows of a chunk stay in a core's second cache while it goes through panels.
+    const int64_t most = std::min(Tiles::kChunkBytes / std::max<int64_t>(inputs, 1) / 2, kMaxRows) / Tiles::kRows;
+    const int64_t chunks = ceil_div(turns, std::max<int64_t>(most, 1));
+    const int64_t groups = std::min(panels, threads == 1 ? 1 : ceil_div(threads * kPiecesPerThread, chunks));
+    std::vector<typename Tiles::Scratch> scratch(threads);
+    in_parallel(chunks * groups, threads, [&](int64_t piece, int64_t worker) {
+        const int64_t chunk = piece / groups, group = piece % groups;
+        const int64_t start = turns * chunk / chunks * Tiles::kRows;
+        const int64_t count = std::min(rows, turns * (chunk + 1) / chunks * Tiles::kRows) - start;
+        alignas(64) float sums[kPanelsAtATime][kMaxRows * kPanel];
+        Tiles tiles(x + start * inputs, count, inputs, scratch[worker]);
+        const int64_t end = panels * (group + 1) / groups;
+        for (int64_t panel = panels * group / groups; panel < end; panel += kPanelsAtATime) {
+            const int64_t first = panel * kPanel;
+            for (int64_t p = panel; p < std::min(end, panel + kPanelsAtATime); ++p)
+                multiply_panel(tiles, layer, p, count, sums[p - panel]);
+            finish(sums, count, layer.bias ? layer.bias + first : nullptr, out + start * layer.outputs + first,
+                   layer.outputs, std::min(std::min(end, panel + kPanelsAtATime) * kPanel, layer.outputs) - first);
+        }
+    });
+}
+
+#endif
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The C interface.
+
+EXPORT int32_t shoal_bf16_abi_version() { return kAbiVersion; }
+
+// The best level of this CPU.
+EXPORT int32_t shoal_bf16_level() {
+#if HAS_BF16
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512bf16"))
+        return kNone;
+    return amx_is_allowed() ? kAmx : kAvx512;
+#else
+    return kNone;
+#endif
+}
+
+// weight: [outputs, inputs]; packed: blocks * steps * 1 KiB.
+EXPORT void shoal_bf16_pack(const uint16_t* weight, int64_t outputs, int64_t inputs, uint16_t* packed, int64_t threads) {
+#if HAS_BF16
+    const int64_t steps = ceil_div(inputs, kStep), blocks = ceil_div(outputs, kBlock);
+    use_large_pages(packed, blocks * steps * kBlockStep * static_cast<int64_t>(sizeof(uint16_t)));
+    in_parallel(blocks, threads, [&](int64_t block, int64_t) {
+        const int64_t panel = block / kPanelBlocks, before = panel * kPanelBlocks;
+        const int64_t count = std::min(kPanelBlocks, blocks - before);
+        pack_block(weight, outputs, inputs, block * kBlock,
+                   packed + before * steps * kBlockStep + (block - before) * kBlockStep, count * kBlockStep);
+    });
+#endif
+}
+
+// x: [rows, steps * 32] and out: [rows, outputs], contiguous.
+EXPORT void shoal_bf16_linear(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int64_t threads) {
+#if HAS_BF16
+    if (layer->level == kAmx)
+        multiply<AmxTiles>(*layer, x, rows, out, threads);
+    else
+        multiply<Avx512Tiles>(*layer, x, rows, out, threads);
+#endif
+}

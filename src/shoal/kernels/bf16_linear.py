@@ -1,0 +1,119 @@
+"""Linear layers in bfloat16 for CPUs with AVX-512 BF16 or AMX, in C++ (`csrc/bf16_linear.cpp`), called through ctypes.
+
+A row's result has the same bits in any batch and with any number of threads.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal.native_library import open_library
+
+ABI_VERSION = 1
+NO_INSTRUCTIONS = "the CPU has no AVX-512 BF16"
+
+_LEVELS = ("none", "avx512_bf16", "amx_bf16")  # the instructions that are used, by their number in C++
+_OUTPUTS_OF_BLOCK, _OUTPUTS_OF_PANEL, _INPUTS_OF_STEP = 16, 32, 32  # as in csrc/bf16_tiles.h
+
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: dict[str, list[Any]] = {
+    "shoal_bf16_pack": [_POINTER, _LONG, _LONG, _POINTER, _LONG],
+    "shoal_bf16_linear": [_POINTER, _POINTER, _LONG, _POINTER, _LONG],
+}
+
+
+class _Layer(ctypes.Structure):
+    """A layer as C++ reads it."""
+
+    _fields_ = (
+        ("packed", _POINTER),
+        ("bias", _POINTER),
+        ("steps", _LONG),
+        ("outputs", _LONG),
+        ("level", _INT),
+    )
+
+
+class Bf16Library:
+    """The library of the C++ implementation; `load_bf16` opens it. Threads may share one object.
+
+    `levels` are the sets of instructions that this CPU can run, the fastest last.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.pack = _function(library, "shoal_bf16_pack")
+        self.multiply = _function(library, "shoal_bf16_linear")
+        self.levels = _LEVELS[1 : int(library.shoal_bf16_level()) + 1]
+
+
+class NativeBf16Linear:
+    """A linear layer with a packed copy of its weight. It keeps no reference to the weight that is passed in.
+
+    Sums are in float32, with subnormal numbers taken as 0, and rounded once.
+
+    Args:
+        weight: bfloat16 [outputs, inputs].
+        bias: bfloat16 [outputs].
+        library: the implementation.
+        level: the instructions to use, one of the library's levels.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, library: Bf16Library, level: str) -> None:
+        outputs, inputs = weight.shape
+        self._outputs, self._inputs = outputs, inputs
+        steps = -(-inputs // _INPUTS_OF_STEP)
+        self._padding = steps * _INPUTS_OF_STEP - inputs
+        self._packed = weight.new_empty(_multiple(outputs, _OUTPUTS_OF_BLOCK) * steps * _INPUTS_OF_STEP)
+        panels = _multiple(outputs, _OUTPUTS_OF_PANEL)
+        self._bias = None if bias is None else F.pad(bias.float(), (0, panels - outputs))
+        weight = weight.contiguous()
+        library.pack(weight.data_ptr(), outputs, inputs, self._packed.data_ptr(), _threads())
+        self._multiply = library.multiply
+        self._layer = _Layer(
+            self._packed.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            steps,
+            outputs,
+            _LEVELS.index(level),
+        )
+        self._address = ctypes.addressof(self._layer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.bfloat16 or x.shape[1] != self._inputs:
+            raise ValueError(f"{list(x.shape)} in {x.dtype} for a linear layer with {self._inputs} bfloat16 inputs")
+        x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
+        rows = x.shape[0]
+        out = x.new_empty((rows, self._outputs))
+        if rows:
+            self._multiply(self._address, x.data_ptr(), rows, out.data_ptr(), _threads())
+        return out
+
+
+@cache
+def load_bf16() -> tuple[Bf16Library | None, str]:
+    """Return the library, or None, and a few words: the instructions that it uses, or why it cannot be used."""
+    library, reason = open_library(Path(__file__).parent, "_bf16", "shoal_bf16_abi_version", ABI_VERSION)
+    if library is None:
+        return None, reason
+    found = Bf16Library(library)
+    return (found, found.levels[-1]) if found.levels else (None, NO_INSTRUCTIONS)
+
+
+def _function(library: ctypes.CDLL, name: str) -> Callable[..., Any]:
+    function = library[name]
+    function.argtypes = _SIGNATURES[name]
+    function.restype = None
+    return function
+
+
+def _multiple(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+_threads = torch.get_num_threads
