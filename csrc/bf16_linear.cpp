@@ -23,7 +23,7 @@ enum Level : int32_t { kNone = 0, kAvx512 = 1, kAmx = 2 };
 constexpr int64_t kProductsPerThread = 1 << 18;  // less takes longer to hand to a thread than to compute
 constexpr int64_t kPiecesPerThread = 8;          // so that threads end at about the same time
 constexpr int64_t kAhead = 8192;                 // bytes
-constexpr int64_t kStepsAtATime = 32;          // of a panel, 64 KiB of weights, for which there are many rows
+constexpr int64_t kStepsAtATime = 32;          // 1,024 inputs: 512 KiB of kMaxRows rows, and 64 KiB of a panel's weights
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -37,6 +37,10 @@ struct Layer {
 
     int64_t blocks() const { return ceil_div(outputs, kBlock); }
     int64_t panels() const { return ceil_div(outputs, kPanel); }
+    int64_t blocks_of(int64_t panel) const { return std::min(kPanelBlocks, blocks() - panel * kPanelBlocks); }
+    const uint16_t* weights(int64_t panel, int64_t step) const {
+        return packed + (panel * steps * kPanelBlocks + step * blocks_of(panel)) * kBlockStep;
+    }
 };
 
 #if HAS_BF16
@@ -102,46 +106,75 @@ void pack_block(const uint16_t* weight, int64_t outputs, int64_t inputs, int64_t
 // ---------------------------------------------------------------------------------------------------------------------
 // The division of work among threads.
 
-// Adds one panel times the rows of a chunk to sums: [rows][kPanel].
+// The outputs of the panels from `first` to `end`, at most kPanelsAtATime, for the rows of a chunk. out: of its first row.
 template <class Tiles>
-void multiply_panel(Tiles& tiles, const Layer& layer, int64_t panel, int64_t rows, float* sums) {
-    const int64_t blocks = std::min(kPanelBlocks, layer.blocks() - panel * kPanelBlocks);
-    const uint16_t* weights = layer.packed + panel * kPanel * layer.steps * kStep;
-    // The weights of many rows are multiplied part by part, and while a part is, the next one is prefetched.
-    const int64_t turns = ceil_div(rows, Tiles::kRows), part = turns == 1 ? layer.steps : kStepsAtATime;
-    const int64_t bytes_of_step = blocks * kBlockStep * sizeof(uint16_t), ahead_bytes = ceil_div(bytes_of_step, turns);
+void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows, uint16_t* out) {
+    alignas(64) float sums[kPanelsAtATime][kMaxRows * kPanel];
+    const int64_t turns = ceil_div(rows, Tiles::kRows);
+    // Many rows go through all panels with some of their inputs, which stay in a core's second cache meanwhile.
+    const int64_t part = turns == 1 ? layer.steps : kStepsAtATime;
     for (int64_t step = 0; step < layer.steps; step += part) {
         const int64_t steps = std::min(part, layer.steps - step);
-        const uint16_t* numbers = weights + step * blocks * kBlockStep;
-        const char* ahead = reinterpret_cast<const char*>(numbers) + (turns == 1 ? kAhead : steps * bytes_of_step);
-        for (int64_t row = 0; row < rows; row += Tiles::kRows, ahead += steps * ahead_bytes)
-            tiles.add(row, std::min(Tiles::kRows, rows - row), {numbers, blocks, step, steps, ahead, ahead_bytes}, sums);
+        for (int64_t panel = first; panel < end; ++panel) {
+            const int64_t blocks = layer.blocks_of(panel), bytes_of_step = blocks * kBlockStep * sizeof(uint16_t);
+            const uint16_t* numbers = layer.weights(panel, step);
+            // While these weights are multiplied, those that follow are prefetched: a share by the rows of each turn.
+            const uint16_t* next = panel + 1 < end              ? layer.weights(panel + 1, step)
+                                   : step + part < layer.steps ? layer.weights(first, step + part)
+                                                               : layer.weights(end, 0);
+            const char* ahead = turns == 1 ? reinterpret_cast<const char*>(numbers) + kAhead
+                                           : reinterpret_cast<const char*>(next);
+            const int64_t ahead_bytes = ceil_div(bytes_of_step, turns);
+            for (int64_t turn = 0; turn < turns; ++turn, ahead += steps * ahead_bytes) {
+                const int64_t row = Tiles::first_row(turn, turns, rows);
+                tiles.add(row, Tiles::first_row(turn + 1, turns, rows) - row,
+                          {numbers, blocks, step, steps, ahead, ahead_bytes}, sums[panel - first]);
+            }
+        }
     }
+    finish(sums, rows, layer.bias ? layer.bias + first * kPanel : nullptr, out + first * kPanel, layer.outputs,
+           std::min(end * kPanel, layer.outputs) - first * kPanel);
 }
 
+// The rows of one layer, which are cut into chunks, and its panels, which are cut into groups.
+struct Task {
+    const Layer& layer;
+    const uint16_t* x;
+    uint16_t* out;
+    int64_t rows, turns, chunks, first_piece;
+};
+
+// `layers` of one shape; the first counts[0] rows of x belong to the first one, and so on.
 template <class Tiles>
-void multiply(const Layer& layer, const uint16_t* x, int64_t rows, uint16_t* out, int64_t threads) {
-    const int64_t inputs = layer.steps * kStep, panels = layer.panels(), turns = ceil_div(rows, Tiles::kRows);
-    threads = std::max<int64_t>(1, std::min(threads, rows * inputs * layer.outputs / kProductsPerThread));
-    // The rows of a chunk stay in a core's second cache while it goes through panels.
-    const int64_t most = std::min(Tiles::kChunkBytes / std::max<int64_t>(inputs, 1) / 2, kMaxRows) / Tiles::kRows;
-    const int64_t chunks = ceil_div(turns, std::max<int64_t>(most, 1));
+void multiply(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x, uint16_t* out,
+              int64_t threads) {
+    const int64_t inputs = layers[0]->steps * kStep, outputs = layers[0]->outputs, panels = layers[0]->panels();
+    std::vector<Task> tasks;
+    int64_t rows = 0, chunks = 0;
+    for (int64_t i = 0; i < number; rows += counts[i++]) {
+        if (counts[i] == 0) continue;
+        const int64_t turns = ceil_div(counts[i], Tiles::kRows);
+        tasks.push_back({*layers[i], x + rows * inputs, out + rows * outputs, counts[i], turns,
+                         ceil_div(turns, Tiles::most_rows(inputs) / Tiles::kRows), 0});
+        chunks += tasks.back().chunks;
+    }
+    threads = std::max<int64_t>(1, std::min(threads, rows * inputs * outputs / kProductsPerThread));
     const int64_t groups = std::min(panels, threads == 1 ? 1 : ceil_div(threads * kPiecesPerThread, chunks));
+    int64_t pieces = 0;
+    for (Task& task : tasks) task.first_piece = pieces, pieces += task.chunks * groups;
+    const bool reused = panels * chunks >= threads * kPanelsAtATime;  // a worker takes that many with the same rows
     std::vector<typename Tiles::Scratch> scratch(threads);
-    in_parallel(chunks * groups, threads, [&](int64_t piece, int64_t worker) {
-        const int64_t chunk = piece / groups, group = piece % groups;
-        const int64_t start = turns * chunk / chunks * Tiles::kRows;
-        const int64_t count = std::min(rows, turns * (chunk + 1) / chunks * Tiles::kRows) - start;
-        alignas(64) float sums[kPanelsAtATime][kMaxRows * kPanel];
-        Tiles tiles(x + start * inputs, count, inputs, scratch[worker]);
+    in_parallel(pieces, threads, [&](int64_t piece, int64_t worker) {
+        const auto after = [](int64_t number, const Task& task) { return number < task.first_piece; };
+        const Task& task = *std::prev(std::upper_bound(tasks.begin(), tasks.end(), piece, after));
+        const int64_t chunk = (piece - task.first_piece) / groups, group = (piece - task.first_piece) % groups;
+        const int64_t start = task.turns * chunk / task.chunks * Tiles::kRows;
+        const int64_t count = std::min(task.rows, task.turns * (chunk + 1) / task.chunks * Tiles::kRows) - start;
+        Tiles tiles(task.x + start * inputs, count, inputs, reused ? &scratch[worker] : nullptr);
         const int64_t end = panels * (group + 1) / groups;
-        for (int64_t panel = panels * group / groups; panel < end; panel += kPanelsAtATime) {
-            const int64_t first = panel * kPanel;
-            for (int64_t p = panel; p < std::min(end, panel + kPanelsAtATime); ++p)
-                multiply_panel(tiles, layer, p, count, sums[p - panel]);
-            finish(sums, count, layer.bias ? layer.bias + first : nullptr, out + start * layer.outputs + first,
-                   layer.outputs, std::min(std::min(end, panel + kPanelsAtATime) * kPanel, layer.outputs) - first);
-        }
+        for (int64_t panel = panels * group / groups; panel < end; panel += kPanelsAtATime)
+            multiply_panels(tiles, task.layer, panel, std::min(end, panel + kPanelsAtATime), count,
+                            task.out + start * outputs);
     });
 }
 
@@ -181,12 +214,19 @@ EXPORT void shoal_bf16_pack(const uint16_t* weight, int64_t outputs, int64_t inp
 #endif
 }
 
+// layers: of one shape and level. x: [sum of counts, steps * 32] and out: [sum of counts, outputs], contiguous; the first
+// counts[0] rows belong to the first layer, and so on.
+EXPORT void shoal_bf16_group(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
+                             uint16_t* out, int64_t threads) {
+#if HAS_BF16
+    if (layers[0]->level == kAmx)
+        multiply<AmxTiles>(layers, counts, number, x, out, threads);
+    else
+        multiply<Avx512Tiles>(layers, counts, number, x, out, threads);
+#endif
+}
+
 // x: [rows, steps * 32] and out: [rows, outputs], contiguous.
 EXPORT void shoal_bf16_linear(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int64_t threads) {
-#if HAS_BF16
-    if (layer->level == kAmx)
-        multiply<AmxTiles>(*layer, x, rows, out, threads);
-    else
-        multiply<Avx512Tiles>(*layer, x, rows, out, threads);
-#endif
+    shoal_bf16_group(&layer, &rows, 1, x, out, threads);
 }

@@ -87,10 +87,13 @@ TARGET_AVX512 void avx512_tile(const uint16_t* x, int64_t stride, const Weights&
 class Avx512Tiles {
   public:
     static constexpr int64_t kRows = 12;
-    static constexpr int64_t kChunkBytes = 512 << 10;
     struct Scratch {};
 
-    Avx512Tiles(const uint16_t* x, int64_t, int64_t inputs, Scratch&) : x(x), inputs(inputs) {}
+    // All turns have about as many rows: the sums of a few rows alone would wait for each other.
+    static int64_t first_row(int64_t turn, int64_t turns, int64_t rows) { return rows * turn / turns; }
+    static int64_t most_rows(int64_t) { return kMaxRows; }
+
+    Avx512Tiles(const uint16_t* x, int64_t, int64_t inputs, Scratch*) : x(x), inputs(inputs) {}
 
     void add(int64_t row, int64_t count, const Weights& weights, float* sums) {
         using Tile = void (*)(const uint16_t*, int64_t, const Weights&, float*);
@@ -171,7 +174,13 @@ TARGET_AMX void amx_tile(const Rows& rows, const Weights& weights, float* sums) 
 class AmxTiles {
   public:
     static constexpr int64_t kRows = 2 * kTileRows;
-    static constexpr int64_t kChunkBytes = 1 << 20;
+
+    // A tile takes as long with fewer rows.
+    static int64_t first_row(int64_t turn, int64_t, int64_t rows) { return std::min(turn * kRows, rows); }
+    static int64_t most_rows(int64_t inputs) {
+        constexpr int64_t kMostBytes = 8 << 20;  // of the copy below
+        return std::max(kRows, std::min(kMaxRows, kMostBytes / 2 / std::max<int64_t>(inputs, 1)));
+    }
 
     // A copy of the rows of a chunk, which a worker keeps for its next panels.
     struct Scratch {
@@ -180,24 +189,12 @@ class AmxTiles {
         int64_t size = 0;
     };
 
-    // A tile of rows as they are in memory is 16 cache lines far apart. So rows that are read more than once, with many
-    // others, are copied tile by tile: [kRows rows][step][row][input]. Without memory for that they are read in place.
-    AmxTiles(const uint16_t* x, int64_t rows, int64_t inputs, Scratch& scratch) : x{x, inputs, kStep}, inputs(inputs) {
-        if (rows <= kRows) return;
-        if (scratch.of != x) {
-            const int64_t size = (rows + kRows - 1) / kRows * kRows * inputs;
-            if (size > scratch.size) {
-                scratch.copy.reset(new (std::nothrow) uint16_t[size]);
-                scratch.of = nullptr;
-                scratch.size = scratch.copy ? size : 0;
-                if (!scratch.copy) return;
-            }
-            copy_tiles(x, rows, inputs, scratch.copy.get());
-            scratch.of = x;
-        }
-        this->x = {scratch.copy.get(), kStep, kRows * kStep};
+    // A tile of rows as they are in memory is 16 cache lines far apart. So many rows that a worker uses again are copied
+    // tile by tile: [kRows rows][step][row][input]. Without scratch, or memory for it, they are read in place.
+    AmxTiles(const uint16_t* x, int64_t rows, int64_t inputs, Scratch* scratch) : x{x, inputs, kStep}, inputs(inputs) {
+        if (rows > kRows && scratch && copied(x, rows, inputs, *scratch))
+            this->x = {scratch->copy.get(), kStep, kRows * kStep};
     }
-
     TARGET_AMX ~AmxTiles() {
         if (configured) _tile_release();
     }
@@ -215,6 +212,20 @@ class AmxTiles {
     Rows x;
     int64_t inputs;
     int64_t configured = 0;  // rows
+
+    static bool copied(const uint16_t* x, int64_t rows, int64_t inputs, Scratch& scratch) {
+        if (scratch.of == x) return true;
+        const int64_t size = (rows + kRows - 1) / kRows * kRows * inputs;
+        if (size > scratch.size) {
+            scratch.copy.reset(new (std::nothrow) uint16_t[size]);
+            scratch.of = nullptr;
+            scratch.size = scratch.copy ? size : 0;
+            if (!scratch.copy) return false;
+        }
+        copy_tiles(x, rows, inputs, scratch.copy.get());
+        scratch.of = x;
+        return true;
+    }
 
     TARGET_AVX512 static void copy_tiles(const uint16_t* x, int64_t rows, int64_t inputs, uint16_t* copy) {
         for (int64_t row = 0; row < rows; ++row, x += inputs) {

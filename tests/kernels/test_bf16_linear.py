@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.common import threads
 from kernels.test_linear import cancelling
 from shoal.kernels import bf16_linear as module
-from shoal.kernels.bf16_linear import NativeBf16Linear, load_bf16
+from shoal.kernels.bf16_linear import NativeBf16Group, NativeBf16Linear, load_bf16
 from shoal.kernels.linear import PackedLinear, PlainLinear, make_head_linear, make_linear
 from support.example_counts import examples
 
@@ -42,7 +42,7 @@ def within_bounds(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 @needs_native
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     rows=st.integers(0, 110),
     outputs=st.integers(1, 150),
@@ -168,6 +168,51 @@ def test_a_weight_has_one_packed_copy() -> None:
         linear = natives(torch.zeros(shape).bfloat16())[0]
         held = [value for value in vars(linear).values() if isinstance(value, Tensor)]
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 2 * size
+
+
+@needs_native
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=6),
+    outputs=st.integers(1, 150),
+    inputs=st.integers(1, 100),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_a_group_gives_the_rows_of_its_layers(
+    counts: list[int], outputs: int, inputs: int, count: int, seed: int
+) -> None:
+    """Each row has the bits that its layer alone gives it, with any number of threads."""
+    torch.manual_seed(seed)
+    made = [natives(torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16()) for _ in counts]
+    x = torch.randn(sum(counts), inputs).bfloat16()
+    for layers in zip(*made, strict=True):
+        with threads(count):
+            out = NativeBf16Group(layers)(x, counts)
+        parts = zip(layers, out.split(counts), x.split(counts), strict=True)
+        assert out.shape == (sum(counts), outputs)
+        assert all(torch.equal(part, layer(rows)) for layer, part, rows in parts)
+
+
+@needs_native
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_group_with_more_work_than_one_thread_takes(count: int) -> None:
+    counts = [3, 0, 300, 1, 40]
+    for level in range(len(LEVELS)):
+        layers = [natives(torch.randn(600, 320).bfloat16())[level] for _ in counts]
+        x = torch.randn(sum(counts), 320).bfloat16()
+        with threads(count):
+            out = NativeBf16Group(layers)(x, counts)
+        assert torch.equal(out, torch.cat([layer(rows) for layer, rows in zip(layers, x.split(counts), strict=True)]))
+
+
+@needs_native
+def test_a_group_refuses_counts_that_do_not_fit() -> None:
+    group = NativeBf16Group([natives(torch.zeros(4, 8).bfloat16())[0] for _ in range(3)])
+    with pytest.raises(ValueError, match="5 rows in 3 parts of 6 for 3 layers"):
+        group(torch.zeros(5, 8).bfloat16(), [1, 2, 3])
+    with pytest.raises(ValueError, match="5 rows in 2 parts of 5 for 3 layers"):
+        group(torch.zeros(5, 8).bfloat16(), [2, 3])
 
 
 @needs_native

@@ -6,6 +6,7 @@ from shoal.kernels.linear import (
     PackedLinear,
     PlainHeadLinear,
     PlainLinear,
+    make_grouped_linear,
     make_head_linear,
     make_linear,
 )
@@ -103,6 +104,16 @@ def test_rows_of_heads_have_the_same_bits_in_any_batch(dtype: torch.dtype) -> No
     together = linear(x)
     for rows in (1, 2, 7, 16, 65):
         assert torch.equal(linear(x[:rows]), together[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("counts", [[2, 0, 5], [0, 0, 0], [0, 9, 0]])
+def test_a_group_of_layers(dtype: torch.dtype, counts: list[int]) -> None:
+    """The first rows are those of the first layer, and so on."""
+    layers = [make_linear(torch.randn(24, 40).to(dtype), None) for _ in counts]
+    x = torch.randn(sum(counts), 40).to(dtype)
+    wanted = [layer(rows) for layer, rows in zip(layers, x.split(counts), strict=True)]
+    assert torch.equal(make_grouped_linear(layers)(x, counts), torch.cat(wanted))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])

@@ -4,7 +4,7 @@ A row's result has the same bits in any batch and with any number of threads.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
     "shoal_bf16_pack": [_POINTER, _LONG, _LONG, _POINTER, _LONG],
     "shoal_bf16_linear": [_POINTER, _POINTER, _LONG, _POINTER, _LONG],
+    "shoal_bf16_group": [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG],
 }
 
 
@@ -49,6 +50,7 @@ class Bf16Library:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.pack = _function(library, "shoal_bf16_pack")
         self.multiply = _function(library, "shoal_bf16_linear")
+        self.multiply_group = _function(library, "shoal_bf16_group")
         self.levels = _LEVELS[1 : int(library.shoal_bf16_level()) + 1]
 
 
@@ -66,7 +68,8 @@ class NativeBf16Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, library: Bf16Library, level: str) -> None:
         outputs, inputs = weight.shape
-        self._outputs, self._inputs = outputs, inputs
+        self.outputs, self.inputs = outputs, inputs
+        self.library = library
         steps = -(-inputs // _INPUTS_OF_STEP)
         self._padding = steps * _INPUTS_OF_STEP - inputs
         self._packed = weight.new_empty(_multiple(outputs, _OUTPUTS_OF_BLOCK) * steps * _INPUTS_OF_STEP)
@@ -74,7 +77,6 @@ class NativeBf16Linear:
         self._bias = None if bias is None else F.pad(bias.float(), (0, panels - outputs))
         weight = weight.contiguous()
         library.pack(weight.data_ptr(), outputs, inputs, self._packed.data_ptr(), _threads())
-        self._multiply = library.multiply
         self._layer = _Layer(
             self._packed.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
@@ -82,16 +84,45 @@ class NativeBf16Linear:
             outputs,
             _LEVELS.index(level),
         )
-        self._address = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.bfloat16 or x.shape[1] != self._inputs:
-            raise ValueError(f"{list(x.shape)} in {x.dtype} for a linear layer with {self._inputs} bfloat16 inputs")
-        x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
+        x = self.padded(x)
         rows = x.shape[0]
-        out = x.new_empty((rows, self._outputs))
+        out = x.new_empty((rows, self.outputs))
         if rows:
-            self._multiply(self._address, x.data_ptr(), rows, out.data_ptr(), _threads())
+            self.library.multiply(self.address, x.data_ptr(), rows, out.data_ptr(), _threads())
+        return out
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Return rows as C++ reads them: contiguous, and with as many inputs as the packed weight.
+
+        Raises:
+            ValueError: they have another type or number of inputs.
+        """
+        if x.dtype is not torch.bfloat16 or x.shape[1] != self.inputs:
+            raise ValueError(f"{list(x.shape)} in {x.dtype} for a linear layer with {self.inputs} bfloat16 inputs")
+        return F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
+
+
+class NativeBf16Group:
+    """Layers of one shape that are computed in one call, each with rows of its own."""
+
+    def __init__(self, layers: Sequence[NativeBf16Linear]) -> None:
+        self._layers = layers
+        self._addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+
+    def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        first = self._layers[0]
+        x = first.padded(x)
+        out = x.new_empty((x.shape[0], first.outputs))
+        if len(counts) != len(self._layers) or sum(counts) != len(x):
+            raise ValueError(f"{len(x)} rows in {len(counts)} parts of {sum(counts)} for {len(self._layers)} layers")
+        if len(x):
+            of_layers = (ctypes.c_int64 * len(counts))(*counts)
+            first.library.multiply_group(
+                self._addresses, of_layers, len(counts), x.data_ptr(), out.data_ptr(), _threads()
+            )
         return out
 
 

@@ -3,7 +3,7 @@
 In bfloat16 our own code multiplies them on CPUs with AVX-512 BF16, oneDNN on others. In float32 it is oneDNN.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.kernels.bf16_linear import NativeBf16Linear, load_bf16
+from shoal.kernels.bf16_linear import NativeBf16Group, NativeBf16Linear, load_bf16
 from shoal.kernels.int8_linear import Int8Linear, make_int8_linear
 from shoal.kernels.linear_weights import LinearWeights
 
@@ -91,6 +91,32 @@ def _packing_of(weight: Tensor) -> Callable[[Tensor, Tensor | None], PackedLayer
             return partial(NativeBf16Linear, library=native, level=native.levels[-1])
         return PackedLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
     return PackedLinear if weight.dtype == torch.float32 and torch.backends.mkldnn.is_available() else None
+
+
+class GroupedLinear(Protocol):
+    """Linear layers of one shape, each with rows of its own."""
+
+    def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """x: [n, in_features], of which the first `counts[0]` rows are the first layer's. Gives [n, out_features]."""
+
+
+class LoopedLinears:
+    """Linear layers that are called one after the other."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self._layers = layers
+
+    def __call__(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        groups = zip(self._layers, x.split(list(counts)), counts, strict=True)
+        parts = [layer(rows) for layer, rows, count in groups if count]
+        return torch.cat(parts or [self._layers[0](x)])
+
+
+def make_grouped_linear(layers: Sequence[Linear]) -> GroupedLinear:
+    """Return the layers as a group: computed in one call if they are our own in bfloat16, else one by one."""
+    native = [layer for layer in layers if isinstance(layer, NativeBf16Linear)]
+    one_shape = len({(layer.inputs, layer.outputs) for layer in native}) == 1
+    return NativeBf16Group(native) if len(native) == len(layers) and one_shape else LoopedLinears(layers)
 
 
 class HeadLinear(Protocol):
