@@ -1,6 +1,6 @@
 """Measure bfloat16 linear layers at the shapes of Qwen3-0.6B: ours and oneDNN's. Prints JSON.
 
-    python benchmarks/linear.py [--threads N ...] [--rows N ...] [--seconds S] [--head]
+    python benchmarks/linear.py [--threads N ...] [--rows N ...] [--levels L ...] [--seconds S] [--head]
 
 Times are in microseconds for the four linear layers of a decoder layer, one after the other, or with --head for the
 output head: the median, and the shortest tenth, which other load on the machine affects least. With one thread they are
@@ -32,13 +32,13 @@ MIN_CALLS = 5
 MakeLinear = Callable[[Tensor], Linear]
 
 
-def implementations() -> dict[str, MakeLinear]:
-    """Return for each implementation how to make a layer from a weight."""
+def implementations(levels: list[str] | None) -> dict[str, MakeLinear]:
+    """Return for each implementation how to make a layer from a weight; levels: of ours, None for all."""
     library, why = load_bf16()
     if library is None:
         raise SystemExit(f"no native implementation: {why}")
     found: dict[str, MakeLinear] = {"oneDNN": lambda weight: PackedLinear(weight, None)}
-    for level in library.levels:
+    for level in levels or library.levels:
         found[level] = lambda weight, level=level: NativeBf16Linear(weight, None, library, level)  # type: ignore[misc]
     return found
 
@@ -64,11 +64,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each number of threads and rows")
+    parser.add_argument(
+        "--levels", nargs="+", help="instructions that our code uses, such as avx512_bf16; default: all"
+    )
     parser.add_argument("--head", action="store_true", help="measure the output head")
     options = parser.parse_args()
     shapes, count = (HEAD, 1) if options.head else (LAYER, LAYERS)
     weights = [[torch.randn(shape).bfloat16() for shape in shapes.values()] for _ in range(count)]
-    made = {name: [[make(weight) for weight in layer] for layer in weights] for name, make in implementations().items()}
+    makers = implementations(options.levels)
+    made = {name: [[make(weight) for weight in layer] for layer in weights] for name, make in makers.items()}
     numbers = sum(outputs * inputs for outputs, inputs in shapes.values())
     results = []
     for threads in options.threads:

@@ -1,14 +1,15 @@
-// The linear layers of shoal.kernels.bf16_linear, in the library _bf16: products of bfloat16 numbers, summed in float32.
+// The linear layers of shoal.kernels.bf16_linear, in the library _bf16: products of bfloat16, summed in float32.
 //
 // The weight is packed for instructions that multiply pairs of inputs, vdpbf16ps of AVX-512 BF16 and tdpbf16ps of AMX:
 //
-//     packed[panel][step][block][pair][output in block][2]    16 pairs of a step; 16 outputs of a block; 2 blocks of a panel
+//     packed[panel][step][block][pair][output in block][2]    16 pairs of a step; 16 outputs of a block; 2 blocks of
+//                                                             a panel
 //
 // The last panel may have one block. Absent outputs and inputs are zeros. A block of a step, 1 KiB, is a tile of AMX.
 //
 // The products of an output are added in the order of the steps, and within a step as the instructions do it. Work is
-// divided by rows and panels only. Where the steps of a row are not computed in one go, its sums are kept in float32, so
-// nothing is rounded in between. So a row has the same bits in any batch and with any number of threads.
+// divided by rows and panels only. Where the steps of a row are not computed in one go, its sums are kept in float32,
+// so nothing is rounded in between. So a row has the same bits in any batch and with any number of threads.
 
 #include "bf16_tiles.h"
 
@@ -22,8 +23,9 @@ enum Level : int32_t { kNone = 0, kAvx512 = 1, kAmx = 2 };
 
 constexpr int64_t kProductsPerThread = 1 << 18;  // less takes longer to hand to a thread than to compute
 constexpr int64_t kPiecesPerThread = 8;          // so that threads end at about the same time
+constexpr int64_t kStreamedBytes = 1 << 20;      // of results, about what a core's second cache holds
 constexpr int64_t kAhead = 8192;                 // bytes
-constexpr int64_t kStepsAtATime = 32;          // 1,024 inputs: 512 KiB of kMaxRows rows, and 64 KiB of a panel's weights
+constexpr int64_t kStepsAtATime = 32;            // of kMaxRows rows 512 KiB, of a panel's weights 64 KiB
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -106,9 +108,10 @@ void pack_block(const uint16_t* weight, int64_t outputs, int64_t inputs, int64_t
 // ---------------------------------------------------------------------------------------------------------------------
 // The division of work among threads.
 
-// The outputs of the panels from `first` to `end`, at most kPanelsAtATime, for the rows of a chunk. out: of its first row.
+// The outputs of the panels from `first` to `end`, at most kPanelsAtATime, for the rows of a chunk.
 template <class Tiles>
-void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows, uint16_t* out) {
+void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows,
+                     const Output& out) {
     alignas(64) float sums[kPanelsAtATime][kMaxRows * kPanel];
     const int64_t turns = ceil_div(rows, Tiles::kRows);
     // Many rows go through all panels with some of their inputs, which stay in a core's second cache meanwhile.
@@ -132,8 +135,7 @@ void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t en
             }
         }
     }
-    finish(sums, rows, layer.bias ? layer.bias + first * kPanel : nullptr, out + first * kPanel, layer.outputs,
-           std::min(end * kPanel, layer.outputs) - first * kPanel);
+    finish(sums, rows, layer.bias, out, first * kPanel, std::min(end * kPanel, layer.outputs));
 }
 
 // The rows of one layer, which are cut into chunks, and its panels, which are cut into groups.
@@ -162,6 +164,7 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
     const int64_t groups = std::min(panels, threads == 1 ? 1 : ceil_div(threads * kPiecesPerThread, chunks));
     int64_t pieces = 0;
     for (Task& task : tasks) task.first_piece = pieces, pieces += task.chunks * groups;
+    const bool streamed = rows * outputs * static_cast<int64_t>(sizeof(uint16_t)) >= kStreamedBytes;
     const bool reused = panels * chunks >= threads * kPanelsAtATime;  // a worker takes that many with the same rows
     std::vector<typename Tiles::Scratch> scratch(threads);
     in_parallel(pieces, threads, [&](int64_t piece, int64_t worker) {
@@ -170,11 +173,11 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
         const int64_t chunk = (piece - task.first_piece) / groups, group = (piece - task.first_piece) % groups;
         const int64_t start = task.turns * chunk / task.chunks * Tiles::kRows;
         const int64_t count = std::min(task.rows, task.turns * (chunk + 1) / task.chunks * Tiles::kRows) - start;
+        const Output of_chunk{task.out + start * outputs, outputs, streamed};
         Tiles tiles(task.x + start * inputs, count, inputs, reused ? &scratch[worker] : nullptr);
         const int64_t end = panels * (group + 1) / groups;
         for (int64_t panel = panels * group / groups; panel < end; panel += kPanelsAtATime)
-            multiply_panels(tiles, task.layer, panel, std::min(end, panel + kPanelsAtATime), count,
-                            task.out + start * outputs);
+            multiply_panels(tiles, task.layer, panel, std::min(end, panel + kPanelsAtATime), count, of_chunk);
     });
 }
 
@@ -201,7 +204,8 @@ EXPORT int32_t shoal_bf16_level() {
 }
 
 // weight: [outputs, inputs]; packed: blocks * steps * 1 KiB.
-EXPORT void shoal_bf16_pack(const uint16_t* weight, int64_t outputs, int64_t inputs, uint16_t* packed, int64_t threads) {
+EXPORT void shoal_bf16_pack(const uint16_t* weight, int64_t outputs, int64_t inputs, uint16_t* packed,
+                            int64_t threads) {
 #if HAS_BF16
     const int64_t steps = ceil_div(inputs, kStep), blocks = ceil_div(outputs, kBlock);
     use_large_pages(packed, blocks * steps * kBlockStep * static_cast<int64_t>(sizeof(uint16_t)));
@@ -214,8 +218,8 @@ EXPORT void shoal_bf16_pack(const uint16_t* weight, int64_t outputs, int64_t inp
 #endif
 }
 
-// layers: of one shape and level. x: [sum of counts, steps * 32] and out: [sum of counts, outputs], contiguous; the first
-// counts[0] rows belong to the first layer, and so on.
+// layers: of one shape and level. x: [sum of counts, steps * 32] and out: [sum of counts, outputs], contiguous; the
+// first counts[0] rows belong to the first layer, and so on.
 EXPORT void shoal_bf16_group(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
                              uint16_t* out, int64_t threads) {
 #if HAS_BF16

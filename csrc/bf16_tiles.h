@@ -1,9 +1,10 @@
 // Products of bfloat16 numbers, a few rows times the outputs of a panel at a time, with AVX-512 BF16 or with AMX.
 //
-// A class of tiles is made for a chunk of rows. Its `add` multiplies the rows from `row` on, at most kRows, by the weights
-// of some steps, and adds the products to sums, [rows of the chunk][kPanel] in float32, which begin at 0 with the first
-// step. While it does so it prefetches the weights that will be multiplied later: they come from memory, and neither the
-// processor's own prefetching nor its execution out of order looks far enough ahead to use its whole bandwidth.
+// A class of tiles is made for a chunk of rows. Its `add` multiplies the rows from `row` on, at most kRows, by the
+// weights of some steps, and adds the products to sums, [rows of the chunk][kPanel] in float32, which begin at 0 with the
+// first step. While it does so it prefetches the weights that will be multiplied later: they come from memory, and
+// neither the processor's own prefetching nor its execution out of order looks far enough ahead to use its bandwidth.
+// Subnormal numbers count as 0.
 
 #pragma once
 
@@ -189,8 +190,8 @@ class AmxTiles {
         int64_t size = 0;
     };
 
-    // A tile of rows as they are in memory is 16 cache lines far apart. So many rows that a worker uses again are copied
-    // tile by tile: [kRows rows][step][row][input]. Without scratch, or memory for it, they are read in place.
+    // A tile of rows as they are in memory is 16 cache lines far apart. So many rows that a worker uses again are
+    // copied tile by tile: [kRows rows][step][row][input]. Without scratch, or memory for it, they are read in place.
     AmxTiles(const uint16_t* x, int64_t rows, int64_t inputs, Scratch* scratch) : x{x, inputs, kStep}, inputs(inputs) {
         if (rows > kRows && scratch && copied(x, rows, inputs, *scratch))
             this->x = {scratch->copy.get(), kStep, kRows * kStep};
@@ -230,7 +231,8 @@ class AmxTiles {
     TARGET_AVX512 static void copy_tiles(const uint16_t* x, int64_t rows, int64_t inputs, uint16_t* copy) {
         for (int64_t row = 0; row < rows; ++row, x += inputs) {
             uint16_t* target = copy + row / kRows * kRows * inputs + row % kRows * kStep;
-            for (int64_t i = 0; i < inputs; i += kStep) _mm512_storeu_si512(target + i * kRows, _mm512_loadu_si512(x + i));
+            for (int64_t i = 0; i < inputs; i += kStep)
+                _mm512_storeu_si512(target + i * kRows, _mm512_loadu_si512(x + i));
         }
     }
 
@@ -255,22 +257,34 @@ class AmxTiles {
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to outputs, with one rounding.
 
-// Some panels: sums of the rows of each, and `count` outputs together. out: the first of the first row; `distance`: from a
-// row to the next; bias: of the first output, or null. All outputs of a row are written one after the other, since rows
-// are so far apart that each takes another page, and few of them fit into the cache at a time.
+// Where a chunk's rows of results are: of all outputs, `distance` numbers apart.
+struct Output {
+    uint16_t* first;
+    int64_t distance;
+    bool streamed;  // past the caches: what they do not hold would be read from memory before it is written
+};
+
+// Some panels: sums of the rows of each, and the outputs from `first` to `end`; bias: of all outputs, or null. All
+// outputs of a row are written one after the other, since rows are so far apart that each takes another page, and few of
+// them fit into the cache at a time.
 TARGET_AVX512 void finish(const float (&sums)[kPanelsAtATime][kMaxRows * kPanel], int64_t rows, const float* bias,
-                          uint16_t* out, int64_t distance, int64_t count) {
-    for (int64_t row = 0; row < rows; ++row, out += distance)
-        for (int64_t first = 0; first < count; first += kPanel) {
-            const float* of_row = sums[first / kPanel] + row * kPanel;
+                          const Output& out, int64_t first, int64_t end) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t o = first; o < end; o += kPanel) {
+            const float* of_row = sums[(o - first) / kPanel] + row * kPanel;
             __m512 low = _mm512_load_ps(of_row), high = _mm512_load_ps(of_row + kBlock);
             if (bias) {
-                low = _mm512_add_ps(low, _mm512_loadu_ps(bias + first));
-                high = _mm512_add_ps(high, _mm512_loadu_ps(bias + first + kBlock));
+                low = _mm512_add_ps(low, _mm512_loadu_ps(bias + o));
+                high = _mm512_add_ps(high, _mm512_loadu_ps(bias + o + kBlock));
             }
-            const __mmask32 present = count - first < kPanel ? (1u << (count - first)) - 1 : ~0u;
-            _mm512_mask_storeu_epi16(out + first, present, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            uint16_t* target = out.first + row * out.distance + o;
+            if (out.streamed && end - o >= kPanel && reinterpret_cast<uintptr_t>(target) % sizeof numbers == 0)
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(target), numbers);
+            else
+                _mm512_mask_storeu_epi16(target, end - o < kPanel ? (1u << (end - o)) - 1 : ~0u, numbers);
         }
+    if (out.streamed) _mm_sfence();  // before another thread reads them
 }
 
 #endif
