@@ -1,7 +1,7 @@
 // Products of bfloat16 numbers, a few rows times the outputs of a panel at a time, with AVX-512 BF16 or with AMX.
 //
 // A class of tiles is made for a chunk of rows. Its `add` multiplies the rows from `row` on, at most kRows, by the
-// weights of some steps, and adds the products to sums, [rows of the chunk][kPanel] in float32, which begin at 0 with the
+// weights of some steps, and adds the products to sums, [rows of the chunk][kPanel] in float32, which begin at 0 in the
 // first step. While it does so it prefetches the weights that will be multiplied later: they come from memory, and
 // neither the processor's own prefetching nor its execution out of order looks far enough ahead to use its bandwidth.
 // Subnormal numbers count as 0.
@@ -265,7 +265,7 @@ struct Output {
 };
 
 // Some panels: sums of the rows of each, and the outputs from `first` to `end`; bias: of all outputs, or null. All
-// outputs of a row are written one after the other, since rows are so far apart that each takes another page, and few of
+// outputs of a row are written one after the other: rows are so far apart that each takes another page, and few of
 // them fit into the cache at a time.
 TARGET_AVX512 void finish(const float (&sums)[kPanelsAtATime][kMaxRows * kPanel], int64_t rows, const float* bias,
                           const Output& out, int64_t first, int64_t end) {
