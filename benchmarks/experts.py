@@ -4,9 +4,10 @@
 
 There are 128 experts, 8 for each token, with hidden size 2048 and 768 columns each. The weights of several layers are
 used in turn, so that they come from memory. Every token chooses its experts at random. Times are medians in
-microseconds: of the whole, of the linear layers alone (their rows are prepared before), of the routing, and of the rest
-for each expert that had work. Whole and products are measured in turn, so that other load on the machine affects both.
-`tiny` is the same with experts of 16 x 16, which multiply almost nothing, so it shows the cost of the calls.
+microseconds (with one thread of the processor's time): of the whole, of the linear layers alone (their rows are
+prepared before), of these layers one by one, of the routing, and of the rest for each expert that had work. They are
+measured in turn, so that other load on the machine affects all. `tiny` is the same with experts of 16 x 16, which
+multiply almost nothing: it shows the cost of the calls.
 """
 
 import argparse
@@ -47,14 +48,15 @@ def make_layer(hidden: int, inner: int, dtype: torch.dtype, kernels: Kernels) ->
 def medians(calls: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
     """Return the median microseconds of each call. The calls run in turn, with 0, 1, ... as argument."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for call in calls.values():
         call(0)
     end, i = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or i < MIN_CALLS:
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call(i)
-            times[name].append((time.perf_counter() - start) * 1e6)
+            times[name].append((clock() - start) * 1e6)
         i += 1
     return {name: round(statistics.median(found), 1) for name, found in times.items()}
 
@@ -64,18 +66,23 @@ def measure(layers: list[Layer], tokens: int, hidden: int, inner: int, dtype: to
     experts, weights = route(logits, ROUTING, None)
     counts = torch.bincount(experts.flatten(), minlength=EXPERTS).tolist()
     busy = [(e, count) for e, count in enumerate(counts) if count]
-    rows = [torch.randn(count, hidden, dtype=dtype) for _, count in busy]
-    inners = [torch.randn(count, inner, dtype=dtype) for _, count in busy]
+    pairs = sum(counts)
+    rows, inners = torch.randn(pairs, hidden, dtype=dtype), torch.randn(pairs, inner, dtype=dtype)
 
-    def products(i: int) -> list[Tensor]:
+    def products(i: int) -> tuple[Tensor, Tensor]:
+        grouped = layers[i % len(layers)].grouped
+        return grouped.up(rows, counts), grouped.down(inners, counts)
+
+    def one_by_one(i: int) -> list[Tensor]:
         layer = layers[i % len(layers)]
-        found = [layer.up[e](row) for (e, _), row in zip(busy, rows, strict=True)]
-        return found + [layer.down[e](row) for (e, _), row in zip(busy, inners, strict=True)]
+        of_up, of_down = rows.split(counts), inners.split(counts)
+        return [layer.up[e](of_up[e]) for e, _ in busy] + [layer.down[e](of_down[e]) for e, _ in busy]
 
     found = medians(
         {
             "whole": lambda i: layers[i % len(layers)].grouped(x, experts, weights),
             "products": products,
+            "one_by_one": one_by_one,
             "routing": lambda _: route(logits, ROUTING, None),
         },
         seconds,

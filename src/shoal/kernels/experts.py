@@ -1,4 +1,4 @@
-"""The experts of one rank. All rows of the batch that are routed to one expert are computed in one product."""
+"""The experts of one rank. All rows of the batch that are routed to one expert are computed together."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.base import Kernels
-from shoal.kernels.linear import Linear
+from shoal.kernels.linear import Linear, make_grouped_linear
 
 
 class GroupedExperts:
@@ -19,9 +19,10 @@ class GroupedExperts:
     def __init__(
         self, up: Sequence[Linear], activate: Callable[[Tensor], Tensor], down: Sequence[Linear], kernels: Kernels
     ) -> None:
-        self.up = up
+        self.count = len(up)
+        self.up = make_grouped_linear(up)
         self.activate = activate
-        self.down = down
+        self.down = make_grouped_linear(down)
         self.kernels = kernels
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -30,17 +31,11 @@ class GroupedExperts:
         x: [m, hidden]. experts: int64 [m, k], numbers of this rank's experts, -1 for none. weights: float32 [m, k].
         """
         pairs = experts.flatten()  # of a row and an expert
-        absent, *counts = torch.bincount(pairs + 1, minlength=len(self.up) + 1).tolist()
+        absent, *counts = torch.bincount(pairs + 1, minlength=self.count + 1).tolist()
         if absent == len(pairs):
             return torch.zeros_like(x)
         order = pairs.argsort(stable=True)
         indices = order.argsort() - absent  # the row of each pair in the results below; negative without an expert
         rows_by_expert = order[absent:] // experts.shape[1]
-        inner = self.activate(_apply_grouped(self.up, x.index_select(0, rows_by_expert), counts))
-        return self.kernels.weighted_sum(_apply_grouped(self.down, inner, counts), indices.view(experts.shape), weights)
-
-
-def _apply_grouped(linears: Sequence[Linear], rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Apply each layer to its rows: the first `counts[0]` rows are those of the first layer, and so on."""
-    groups = zip(linears, rows.split(counts), counts, strict=True)
-    return torch.cat([linear(group) for linear, group, count in groups if count])
+        inner = self.activate(self.up(x.index_select(0, rows_by_expert), counts))
+        return self.kernels.weighted_sum(self.down(inner, counts), indices.view(experts.shape), weights)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from shoal.errors import EngineError
+from shoal.kernels.bf16_linear import NativeBf16Linear, load_bf16
 from shoal.kernels.linear import make_linear
 from shoal.kernels.quantized_library import load_quantized
 from shoal.kernels.sampling import load_native as load_sampling
@@ -122,7 +123,10 @@ class RankModel:
     def linear(self) -> str:
         """The names of the implementations of its linear layers."""
         some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._device)
-        plain = type(make_linear(some, None)).__name__
+        linear = make_linear(some, None)
+        plain = type(linear).__name__
+        if isinstance(linear, NativeBf16Linear):
+            plain = f"{plain} ({load_bf16()[1]})"
         return f"{self._plan.quantization} ({load_quantized()[1]}), {plain}" if self._plan.quantization else plain
 
     def dispatch_on(self, device: torch.device) -> Dispatch:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from shoal.kernels.bf16_linear import load_bf16
 from shoal.kernels.quantized_library import load_quantized
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
@@ -27,5 +28,6 @@ def prepare(order: PrepareSpare) -> None:
     make_kernels(order.device, PRECISION[order.dtype].activations)
     load_sampling()
     load_quantized()
+    load_bf16()
     for model in order.models:
         read_model(Path(model.folder), model.implementation, json.loads(model.overrides))
