@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 14
+WIRE_VERSION = 15
 
 Ids = tuple[int, ...]
 
