@@ -15,11 +15,11 @@ from shoal.wire.ranks import FromRank, PrepareSpare, RankSetup, from_rank
 _END_S = 1.0
 
 
-def start_order(setup: RankSetup, variables: dict[str, str] | None = None) -> StartRank:
-    """Return the order to start the process of a rank. `variables`: see `RankEnvironment`."""
+def start_order(setup: RankSetup, variables: dict[str, str] | None = None, receiver: str = "") -> StartRank:
+    """Return the order to start the process of a rank. See `RankEnvironment` and `StartRank` for the arguments."""
     cores: Ids = setup.rank_plan.cores if setup.plan.bind_cores else ()
     address = "" if is_local(setup.address) else setup.address
-    return StartRank(setup.rank, cores, RankEnvironment(address, variables or {}))
+    return StartRank(setup.rank, cores, RankEnvironment(address, variables or {}), receiver)
 
 
 def spares_order(setup: RankSetup, environment: RankEnvironment) -> KeepSpares:

@@ -65,7 +65,7 @@ class ProcessLinks:
         channels = self._listener.gather(_NODE_TIMEOUT_S)
         for number, node in elsewhere.items():
             theirs = [setup for setup in setups if setup.rank_plan.node == number]
-            self._start_part(NodeRanks(node, channels[number], theirs))
+            self._start_part(NodeRanks(node, channels[number], self._listener.receiver, theirs))
 
     def _start_part(self, part: RankPart) -> None:
         self._parts.append(part)

@@ -8,7 +8,8 @@ from shoal.executors.rank_processes import RankProcesses
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.connecting import connect
-from shoal.transport.process import ChildProcess, end_all
+from shoal.transport.handover import hand_over
+from shoal.transport.process import ChildProcess, ExitWatch, end_all
 from shoal.wire.base import Stop, WireError, encode
 from shoal.wire.credentials import Credentials
 from shoal.wire.nodes import (
@@ -34,8 +35,9 @@ _END_S = 1.0
 class NodeAgent:
     """Starts the ranks that an engine asks for, and passes frames on between the engine and each of them.
 
-    It decodes no frame of a rank. The owner waits for `channels`, unless `has_frame`, and calls `tick` at least once a
-    second.
+    It decodes no frame of a rank. If the engine is on this host, it gets the channels to the ranks, so that no frame
+    takes the way through this process. The owner waits for `channels`, unless `has_frame`, and calls `tick` at least
+    once a second.
     """
 
     def __init__(self, call: EngineCall, credentials: Credentials) -> None:
@@ -55,18 +57,20 @@ class NodeAgent:
         )
         self._processes = RankProcesses(credentials)
         self._children: dict[int, ChildProcess] = {}
+        self._exits: dict[int, ExitWatch] = {}  # of the ranks whose channels were handed over to the engine
         self._suspended: set[int] = set()
 
     @property
-    def channels(self) -> list[Channel]:
-        return [self._engine, *(child.channel for child in self._children.values()), *self._processes.channels]
+    def channels(self) -> list[Channel | ExitWatch]:
+        ranks = [self._exits.get(rank, child.channel) for rank, child in self._children.items()]
+        return [self._engine, *ranks, *self._processes.channels]
 
     @property
     def has_frame(self) -> bool:
         """True if the engine has sent something that was read from its connection together with earlier messages."""
         return self._engine.has_frame
 
-    def tick(self, readable: Sequence[Channel]) -> bool:
+    def tick(self, readable: Sequence[object]) -> bool:
         """Handle what has arrived, and report processes that have ended or were stopped.
 
         Returns:
@@ -78,7 +82,7 @@ class NodeAgent:
                     if not self._obey(to_node.decode(frame)):
                         return False
             for rank, child in list(self._children.items()):
-                self._read(rank, child, child.channel in readable)
+                self._read(rank, child, self._exits.get(rank, child.channel) in readable)
             self._processes.tick(readable)
         except ChannelClosed:
             log.info("the engine has gone")
@@ -102,43 +106,74 @@ class NodeAgent:
                 self._processes.keep_spares(message)
             case Stop():
                 self._processes.close()
-                end_all(list(self._children.values()), encode(message), _END_S)
-                self._children = {}
+                self._end_all(encode(message), _END_S)
                 return False
         return True
 
     def _start(self, order: StartRank) -> None:
         """Have a process be a rank. If the rank has a process that still runs, it is killed first."""
-        former = self._children.pop(order.rank, None)
+        former = self._children.get(order.rank)
         if former is not None:
+            self._forget(order.rank)
             former.kill()
-        self._suspended.discard(order.rank)
         try:
             child = self._children[order.rank] = self._processes.start(order)
         except OSError as error:  # no memory for a process, or no file descriptor left
-            self._engine.send(encode(RankEnded(order.rank, f"cannot be started: {error}")))
+            self._engine.send(encode(RankEnded(order.rank, f"cannot be started: {error}", started=False)))
             return
-        self._engine.send(encode(RankStarted(order.rank, child.pid)))
+        handed_over = bool(order.receiver) and self._hand_over(order.rank, child, order.receiver)
+        self._engine.send(encode(RankStarted(order.rank, child.pid, handed_over)))
+
+    def _hand_over(self, rank: int, child: ChildProcess, receiver: str) -> bool:
+        """Give the channel of a process to the engine, if it is on this host. Return whether it has the channel."""
+        try:
+            watch = ExitWatch(child.pid)
+        except OSError:
+            return False
+        if not hand_over(child.channel, child.pid, receiver):
+            watch.close()
+            return False
+        self._exits[rank] = watch
+        return True
+
+    def _forget(self, rank: int) -> None:
+        del self._children[rank]
+        self._suspended.discard(rank)
+        if rank in self._exits:
+            self._exits.pop(rank).close()
 
     def _read(self, rank: int, child: ChildProcess, readable: bool) -> None:
         """Pass on what a rank has sent, or that its process has ended or was stopped."""
-        try:
-            for frame in child.channel.receive() if readable else ():
-                self._engine.send(frame)
-        except ChannelClosed:
-            del self._children[rank]
-            self._engine.send(encode(RankEnded(rank, child.describe_exit())))
+        if self._has_ended(rank, child, readable):
+            self._forget(rank)
+            self._engine.send(encode(RankEnded(rank, child.describe_exit(), started=True)))
             child.kill()
             return
         if not readable and rank not in self._suspended and child.stopped():
             self._suspended.add(rank)
             self._engine.send(encode(RankSuspended(rank)))
 
+    def _has_ended(self, rank: int, child: ChildProcess, readable: bool) -> bool:
+        """Pass on what a rank has sent. Return whether its process has ended."""
+        if rank in self._exits:
+            return readable
+        try:
+            for frame in child.channel.receive() if readable else ():
+                self._engine.send(frame)
+        except ChannelClosed:
+            return True
+        return False
+
     def close(self) -> None:
         """End all ranks, and the connection to the engine. Idempotent, never raises."""
         self._processes.close()
-        end_all(list(self._children.values()), None, 0)
-        self._children = {}
+        self._end_all(None, 0)
         with contextlib.suppress(ChannelClosed):
             self._engine.flush(0)
         self._engine.close()
+
+    def _end_all(self, goodbye: bytes | None, timeout: float) -> None:
+        """End the ranks as `end_all` does. Those whose channels the engine has get its goodbye from there."""
+        end_all(list(self._children.values()), goodbye, timeout)
+        for rank in list(self._children):
+            self._forget(rank)

@@ -1,10 +1,15 @@
-"""Ranks of another host, reached over one connection to their node."""
+"""Ranks that a node starts: on another host, reached over one connection to the node, or on this one, reached directly.
+
+A node may be on the engine's host, as an actor of Ray or as a second program. Then it hands the channels to its ranks
+over to the engine.
+"""
 
 import contextlib
 import os
 import threading
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from shoal import env
 from shoal.config.engine_options import options
@@ -12,6 +17,7 @@ from shoal.errors import RankFailed
 from shoal.executors.local_ranks import spares_order, start_order
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
+from shoal.transport.handover import ChannelReceiver
 from shoal.transport.rendezvous import Rendezvous, describe_difference
 from shoal.wire.base import WireError, encode
 from shoal.wire.nodes import (
@@ -26,7 +32,7 @@ from shoal.wire.nodes import (
     from_node,
 )
 from shoal.wire.plan import EnginePlan, NodePlan
-from shoal.wire.ranks import FromRank, RankSetup
+from shoal.wire.ranks import FromRank, RankSetup, from_rank
 from shoal.wire.rendezvous import Hello, JoinRefused
 
 log = get_logger("executor")
@@ -54,6 +60,7 @@ class NodeListener:
             place.address, credentials=place.credentials, ports=place.ports, doors={ENGINE_DOOR: self._door}
         )
         self.address = self._rendezvous.address
+        self.receiver = ChannelReceiver()
 
     def gather(self, timeout: float) -> dict[int, Channel]:
         """Wait for all nodes, and return the connections to them by number.
@@ -72,6 +79,7 @@ class NodeListener:
 
     def close(self) -> None:
         self._rendezvous.close()
+        self.receiver.close()
 
 
 class _EngineDoor:
@@ -106,11 +114,26 @@ class _EngineDoor:
             return [number for number in self._nodes if number not in self.channels]
 
 
+@dataclass(slots=True)
+class _Start:
+    """A start of a rank's process that its node has not answered yet."""
+
+    unanswered: int  # orders, of which only the last one counts
+    frames: list[bytes] = field(default_factory=list)  # for the rank, in their order
+
+
 class NodeRanks:
     """A `RankPart` of the ranks of one node."""
 
-    def __init__(self, node: NodePlan, channel: Channel, setups: Sequence[RankSetup]) -> None:
-        """Start nothing yet. `channel` is the connection to the node."""
+    def __init__(
+        self, node: NodePlan, channel: Channel, receiver: ChannelReceiver, setups: Sequence[RankSetup]
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            channel: the connection to the node.
+            receiver: where the node hands over the channels to its ranks if it is on this host.
+        """
         self.ranks: Sequence[int] = [setup.rank for setup in setups]
         self.ended: dict[int, str] = {}
         self.can_replace = True  # False: the node is lost
@@ -118,6 +141,9 @@ class NodeRanks:
         self._setups = setups
         self._orders: dict[int, StartRank] = {}
         self._channel = channel
+        self._receiver = receiver
+        self._direct: dict[int, Channel] = {}  # the channels to the ranks that were handed over
+        self._starting: dict[int, _Start] = {}
         self._pids: dict[int, int] = {}
         self._suspended: set[int] = set()
 
@@ -125,14 +151,21 @@ class NodeRanks:
         variables = env.shared_variables(option.name for option in options())
         if variables:
             log.info("ranks of %s get these variables unless they are set there: %s", self._name, ", ".join(variables))
-        self._orders = {setup.rank: start_order(setup, variables) for setup in self._setups}
-        for order in self._orders.values():
-            self._send(encode(order))
+        name = self._receiver.name
+        self._orders = {setup.rank: start_order(setup, variables, name) for setup in self._setups}
+        for rank in self._orders:
+            self._start(rank)
 
     def replace(self, rank: int) -> None:
         for known in (self.ended, self._pids):
             known.pop(rank, None)
         self._suspended.discard(rank)
+        self._close_direct(rank)
+        self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        """Have the node start the process of a rank. What is sent to the rank waits for the answer."""
+        self._starting[rank] = _Start(1 + (self._starting[rank].unanswered if rank in self._starting else 0))
         self._send(encode(self._orders[rank]))
 
     def keep_spares(self) -> None:
@@ -141,26 +174,39 @@ class NodeRanks:
 
     @property
     def channels(self) -> list[Channel]:
-        return [self._channel]
+        return [self._channel, *self._direct.values()]
 
     def send(self, frame: bytes, rank: int | None = None) -> None:
-        self._send(encode(ForAllRanks(frame) if rank is None else ForRank(rank, frame)))
+        if rank is None and not self._direct and not self._starting:
+            self._send(encode(ForAllRanks(frame)))
+            return
+        for each in self.ranks if rank is None else [rank]:
+            self._send_to(each, frame)
+
+    def _send_to(self, rank: int, frame: bytes) -> None:
+        if rank in self._starting:
+            self._starting[rank].frames.append(frame)
+        elif rank in self._direct:
+            with contextlib.suppress(ChannelClosed):  # `receive` will notice it
+                self._direct[rank].send(frame)
+        else:
+            self._send(encode(ForRank(rank, frame)))
 
     def _send(self, frame: bytes) -> None:
         with contextlib.suppress(ChannelClosed):  # `receive` will notice it
             self._channel.send(frame)
 
     def receive(self, readable: Container[Channel]) -> Iterable[FromRank]:
+        messages = self._receive_directly(readable)
         if self._channel not in readable:
-            return []
-        messages: list[FromRank] = []
+            return messages
         try:
             for frame in self._channel.receive():
                 match message := from_node.decode(frame):
                     case RankStarted():
-                        self._pids[message.rank] = message.pid
+                        self._note_start(message)
                     case RankEnded():
-                        self.ended[message.rank] = message.why
+                        self._note_end(message)
                     case RankSuspended():
                         self._suspended.add(message.rank)
                     case _:
@@ -170,6 +216,53 @@ class NodeRanks:
         except WireError as error:
             self._end_all(f"is lost: {self._name} sent a message that cannot be read: {error}")
         return messages
+
+    def _receive_directly(self, readable: Container[Channel]) -> list[FromRank]:
+        messages: list[FromRank] = []
+        for rank, channel in list(self._direct.items()):
+            if channel in readable:
+                try:
+                    messages += [from_rank.decode(frame) for frame in channel.receive()]
+                except ChannelClosed:  # the node will tell how the process has ended
+                    self._close_direct(rank)
+        return messages
+
+    def _note_start(self, started: RankStarted) -> None:
+        """Note the process of a rank, and send it what has waited, unless it was replaced since."""
+        rank = started.rank
+        channel = self._receiver.take(started.pid) if started.handed_over else None
+        frames = self._answered(rank)
+        if rank in self._starting:
+            if channel is not None:
+                channel.close()
+            return
+        self._pids[rank] = started.pid
+        if channel is not None:
+            self._direct[rank] = channel
+        elif started.handed_over:
+            self.ended[rank] = f"(process {started.pid}) was started, but the channel to it has not arrived"
+        for frame in frames:
+            self._send_to(rank, frame)
+
+    def _note_end(self, ended: RankEnded) -> None:
+        if not ended.started:
+            self._answered(ended.rank)
+        elif ended.rank in self._starting:  # it was the process before
+            return
+        self.ended[ended.rank] = ended.why
+
+    def _answered(self, rank: int) -> list[bytes]:
+        """Note that the node has answered an order. Return the frames that wait for the rank, if it was the last."""
+        start = self._starting[rank]
+        start.unanswered -= 1
+        if start.unanswered:
+            return []
+        del self._starting[rank]
+        return start.frames
+
+    def _close_direct(self, rank: int) -> None:
+        if rank in self._direct:
+            self._direct.pop(rank).close()
 
     def _end_all(self, why: str) -> None:
         self.can_replace = False
@@ -185,8 +278,12 @@ class NodeRanks:
 
     def close(self, goodbye: bytes | None) -> None:
         """End the connection. The node ends its ranks, and waits for the next call of the leader."""
+        channels = [*self._direct.values(), self._channel]
         if goodbye is not None:
-            self._send(goodbye)
-            with contextlib.suppress(ChannelClosed):
-                self._channel.flush(_FLUSH_S)
-        self._channel.close()
+            for channel in channels:
+                with contextlib.suppress(ChannelClosed):
+                    channel.send(goodbye)
+                    channel.flush(_FLUSH_S)
+        for channel in channels:
+            channel.close()
+        self._direct = {}

@@ -116,7 +116,7 @@ class RankProcesses:
         """The channels to the spares."""
         return [spare.process.channel for spare in self._spares]
 
-    def tick(self, readable: Container[Channel]) -> None:
+    def tick(self, readable: Container[object]) -> None:
         """Take in what spares have sent, and start those again that have ended."""
         for spare in [each for each in self._spares if each.process.channel in readable]:
             try:

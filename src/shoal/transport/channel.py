@@ -142,6 +142,11 @@ class Channel:
         return bool(self._outgoing)
 
     @property
+    def is_empty(self) -> bool:
+        """True if this end holds no bytes: all were written, and all that were read were returned as frames."""
+        return not self._outgoing and not self._incoming
+
+    @property
     def is_acknowledged(self) -> bool:
         """True if the other host has received everything that was sent over this TCP connection."""
         if self._outgoing:

@@ -153,6 +153,25 @@ class ChildProcess:
             log.error("process %d was killed but has not ended: it waits for a device or a file system", self.pid)
 
 
+class ExitWatch:
+    """A descriptor that is readable from the end of a process on. `channel.wait` can wait for it."""
+
+    backlog = False  # as `channel.wait` expects: nothing is ever waiting to be sent
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError if there is no such process, or no descriptor left."""
+        self._fd = os.pidfd_open(pid)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 def _signal_name(number: int) -> str:
     if number == signal.SIGBUS:
         return "SIGBUS: a file that it had mapped was truncated, or /dev/shm is full"

@@ -78,6 +78,7 @@ class StartRank(Wire, frozen=True):
     rank: int
     cores: Ids  # the CPU cores to which the process is bound; (): it is not bound
     environment: RankEnvironment
+    receiver: str = ""  # the name of the engine's `ChannelReceiver`, for a node on the same host; "": there is none
 
 
 class KeepSpares(Wire, frozen=True):
@@ -102,10 +103,11 @@ class ForAllRanks(Wire, frozen=True):
 
 
 class RankStarted(Wire, frozen=True):
-    """A note that the process of a rank was started."""
+    """A note that the process of a rank was started: the answer to StartRank, unless it is RankEnded."""
 
     rank: int
     pid: int
+    handed_over: bool  # the engine has the channel to the process, so frames do not go through the node
 
 
 class RankEnded(Wire, frozen=True):
@@ -113,6 +115,7 @@ class RankEnded(Wire, frozen=True):
 
     rank: int
     why: str  # the rest of a sentence that begins with the rank: "was killed by SIGKILL"
+    started: bool  # False: this answers StartRank
 
 
 class RankSuspended(Wire, frozen=True):
