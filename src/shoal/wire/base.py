@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 15
+WIRE_VERSION = 16
 
 Ids = tuple[int, ...]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, EngineError
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, PagedBatch
+from shoal.kernels.kv_rows import store_rows
 from shoal.kernels.linear import make_linear
 from shoal.lazy import load
 from shoal.models.checkpoint.loader import Weights
@@ -58,8 +59,8 @@ def paged_attention(
     if batch is None or not heads.q_heads:
         return query.new_zeros(query.shape).transpose(1, 2), None
     cache = context.caches[module.layer_idx - context.first_layer]
-    cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1).to(cache.keys.dtype))
-    cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1).to(cache.values.dtype))
+    store_rows(key[0].transpose(0, 1).to(value.dtype), batch.slots, cache.keys, cache.key_scales)
+    store_rows(value[0].transpose(0, 1), batch.slots, cache.values, cache.value_scales)
     q = query[0].transpose(0, 1).to(value.dtype).contiguous()
     out = context.kernels.attend(q, heads, context.params[module.layer_idx], batch, cache)
     return out.view(1, -1, heads.q_heads, heads.head_dim), None
