@@ -31,13 +31,13 @@ _LIBRARIES = [
     _Library(
         "kernels._native",
         [
-            "csrc/rows.cpp",
-            "csrc/attention.cpp",
-            "csrc/attention_tiles.cpp",
-            "csrc/attention_avx512.cpp",
-            "csrc/replay.cpp",
+            *("csrc/rows.cpp", "csrc/cache_rows.cpp", "csrc/attention.cpp", "csrc/attention_tiles.cpp"),
+            *("csrc/attention_avx512.cpp", "csrc/attention_bytes.cpp", "csrc/replay.cpp"),
         ],
-        ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h", "csrc/attention_tiles.h", "csrc/attention_unit.h"],
+        [
+            *("csrc/common.h", "csrc/chunks.h", "csrc/cache_types.h", "csrc/cache_rows.h", "csrc/attention_tiles.h"),
+            *("csrc/attention_unit.h", "csrc/avx512.h", "csrc/attention_bytes.h", "csrc/replay.h"),
+        ],
         ["-fno-signed-zeros"],
     ),
     _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),

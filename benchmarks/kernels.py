@@ -2,7 +2,7 @@
 
 The operations that other families use instead are measured at the same shapes.
 
-    python benchmarks/kernels.py [--threads N] [--seconds S]
+    python benchmarks/kernels.py [--threads N] [--seconds S] [--only-cache-types]
 
 Times are medians in microseconds. The caches of several layers are used in turn, as in a model, so that data comes from
 memory and not from the processor's cache. Native and reference kernels are measured in turn, so that other load on the
@@ -13,15 +13,18 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
+from shoal.kernels.kv_rows import KV_DTYPES, SCALE_DTYPE, store_rows
 from shoal.kernels.native import load_native
 from shoal.kernels.reference import ReferenceKernels
+from shoal.models.kv_format import KV_FORMATS
 
 HEADS = HeadLayout(q_heads=16, kv_heads=8, head_dim=128, q_to_kv=tuple(i // 2 for i in range(16)))
 HIDDEN, INTERMEDIATE, BLOCK_SIZE, DTYPE = 1024, 3072, 16, torch.bfloat16
@@ -30,7 +33,9 @@ QKV_SIZE = (HEADS.q_heads + 2 * HEADS.kv_heads) * HEADS.head_dim
 MAX_LAYERS = 28
 MIN_CALLS = 5
 PROMPTS = (128, 2048, 6144)  # tokens, computed in one step each
+CACHE_TYPES = ("bfloat16", "int8", "fp8_e4m3", "fp8_e5m2")
 
+T = TypeVar("T")
 Call = Callable[[Kernels, int], object]
 
 
@@ -41,7 +46,17 @@ class Decodes:
     bytes_per_layer: int
 
 
-def decodes(count: int, context: int) -> Decodes:
+def make_cache(slots: int, kv: str = "bfloat16") -> KVCache:
+    """Make a cache of the type `kv` with random keys and values."""
+    shape, places = (slots, HEADS.kv_heads, HEADS.head_dim), torch.arange(slots)
+    parts = [torch.empty(shape, dtype=KV_DTYPES[kv]) for _ in range(2)]
+    scales = [torch.empty(shape[:2], dtype=SCALE_DTYPE) if KV_FORMATS[kv].scale_bytes else None for _ in range(2)]
+    for part, own in zip(parts, scales, strict=True):
+        store_rows(torch.randn(shape, dtype=DTYPE), places, part, own)
+    return KVCache(*parts, *scales)
+
+
+def decodes(count: int, context: int, kv: str = "bfloat16") -> Decodes:
     """Make `count` sequences with one query each. Their blocks are scattered over the cache."""
     blocks = -(-context // BLOCK_SIZE)
     tables = torch.randperm(count * blocks, dtype=torch.int32).view(count, blocks)
@@ -57,16 +72,12 @@ def decodes(count: int, context: int) -> Decodes:
         query_lens=(1,) * count,
         host_context_lens=(context,) * count,
     )
-    shape = (count * blocks * BLOCK_SIZE, HEADS.kv_heads, HEADS.head_dim)
-    size = 2 * count * context * HEADS.kv_heads * HEADS.head_dim * DTYPE.itemsize
-    layers = [
-        KVCache(torch.randn(shape, dtype=DTYPE), torch.randn(shape, dtype=DTYPE))
-        for _ in range(max(2, min(MAX_LAYERS, CACHE_BYTES // size)))
-    ]
-    return Decodes(batch, layers, size)
+    size = 2 * count * context * HEADS.kv_heads * KV_FORMATS[kv].row_bytes(HEADS.head_dim)
+    layers = max(2, min(MAX_LAYERS, CACHE_BYTES // size))
+    return Decodes(batch, [make_cache(count * blocks * BLOCK_SIZE, kv) for _ in range(layers)], size)
 
 
-def prompt(length: int) -> tuple[PagedBatch, KVCache]:
+def prompt(length: int, kv: str = "bfloat16") -> tuple[PagedBatch, KVCache]:
     """Make one sequence whose tokens are all queries. Its blocks are scattered over the cache."""
     blocks = -(-length // BLOCK_SIZE)
     tables = torch.randperm(blocks, dtype=torch.int32).unsqueeze(0)
@@ -82,8 +93,7 @@ def prompt(length: int) -> tuple[PagedBatch, KVCache]:
         query_lens=(length,),
         host_context_lens=(length,),
     )
-    shape = (blocks * BLOCK_SIZE, HEADS.kv_heads, HEADS.head_dim)
-    return batch, KVCache(torch.randn(shape, dtype=DTYPE), torch.randn(shape, dtype=DTYPE))
+    return batch, make_cache(blocks * BLOCK_SIZE, kv)
 
 
 def measure_prompt(length: int, kernels: dict[str, Kernels], seconds: float) -> dict[str, object]:
@@ -96,7 +106,32 @@ def measure_prompt(length: int, kernels: dict[str, Kernels], seconds: float) -> 
     return {"op": "attend a prompt", "tokens": length, "us": us, "GFLOP/s": gflops}
 
 
-def medians(call: Call, kernels: dict[str, Kernels], seconds: float) -> dict[str, float]:
+def measure_cache_types(kernels: Kernels, rows: int, context: int, seconds: float) -> dict[str, object]:
+    """Measure attention over KV caches of several types, in turn.
+
+    `rows` sequences decode behind `context` tokens; with a context of 0 a prompt of `rows` tokens is computed.
+    """
+    params = AttentionParams(HEADS.head_dim**-0.5)
+    q = torch.randn(rows, HEADS.q_heads, HEADS.head_dim, dtype=DTYPE)
+    calls: dict[str, Callable[[int], object]] = {}
+    for kv in CACHE_TYPES:
+        if context:
+            case = decodes(rows, context, kv)
+            batch, layers = case.batch, case.layers
+        else:
+            batch, cache = prompt(rows, kv)
+            layers = [cache]
+
+        def attend(i: int, batch: PagedBatch = batch, layers: list[KVCache] = layers) -> Tensor:
+            return kernels.attend(q, HEADS, params, batch, layers[i % len(layers)])
+
+        calls[kv] = attend
+    us = medians(lambda call, i: call(i), calls, seconds)
+    faster = {kv: round(us[CACHE_TYPES[0]] / taken, 2) for kv, taken in us.items()}
+    return {"op": "attend, by type of the KV cache", "rows": rows, "context": context, "us": us, "faster": faster}
+
+
+def medians(call: Callable[[T, int], object], kernels: Mapping[str, T], seconds: float) -> dict[str, float]:
     """Return the median microseconds of call(kernels, i) for i = 0, 1, ... with each of the kernels."""
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for each in kernels.values():
@@ -151,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the kernels, native against reference.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each operation and shape")
+    parser.add_argument("--only-cache-types", action="store_true", help="only attention by type of the KV cache")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -159,7 +195,10 @@ def main() -> None:
     if native is not None:
         kernels = {"native": native, **kernels}
     results: list[dict[str, object]] = []
-    for rows in (1, 8, 32):
+    if native is not None:
+        for rows, context in ((1, 2048), (8, 2048), (8, 4096), (2048, 0)):
+            results.append(measure_cache_types(native, rows, context, options.seconds))
+    for rows in () if options.only_cache_types else (1, 8, 32):
         case = decodes(rows, 160)
         for name, call in small_operations(rows, case).items():
             results.append({"op": name, "rows": rows, "us": medians(call, kernels, options.seconds)})
@@ -183,7 +222,8 @@ def main() -> None:
             )
             if window is None:
                 results[-1]["GB/s"] = {name: round(case.bytes_per_layer / taken / 1e3, 1) for name, taken in us.items()}
-    results += [measure_prompt(length, kernels, options.seconds) for length in PROMPTS]
+    if not options.only_cache_types:
+        results += [measure_prompt(length, kernels, options.seconds) for length in PROMPTS]
     print(json.dumps({"threads": options.threads, "native": reason, "results": results}, indent=2))
 
 

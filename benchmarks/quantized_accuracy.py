@@ -1,10 +1,12 @@
-"""Measure what weights in fewer bits cost in accuracy, with the bundled models and their questions. Prints JSON.
+"""Measure what weights or a KV cache in fewer bits cost in accuracy, with the bundled models. Prints JSON.
 
     python benchmarks/quantized_accuracy.py [--model bundled:moe] [--questions N] [FORMAT ...]
+    python benchmarks/quantized_accuracy.py [--model bundled:moe] [--questions N] --kv-cache-dtype TYPE ...
 
 The model answers all additions that its training text lacks, and N questions of each other kind, with the weights as
-they are stored and with each value of `--quantization`. `right` is the share of exact answers in percent.
-`logprob_error` is the mean difference in the log-probability of a token of a right answer, in nats, without its sign.
+they are stored and with each value of `--quantization`, or with a KV cache in each of some types. `right` is the share
+of exact answers in percent. `logprob_error` is the mean difference in the log-probability of a token of a right answer,
+in nats, without its sign.
 """
 
 import argparse
@@ -36,11 +38,11 @@ def make_questions(count: int) -> Questions:
     return found
 
 
-def answer(model: str | None, questions: Questions, quantization: str | None) -> tuple[dict[str, float], list[float]]:
+def answer(model: str | None, questions: Questions, **options: Any) -> tuple[dict[str, float], list[float]]:
     """Return the percentage of right answers of each kind, and the log-probability of each token of them."""
     greedy = SamplingParams(temperature=0, max_tokens=160)
     shares, logprobs = {}, []
-    with LLM(model, quantization=quantization, kv_cache_memory_bytes="256MiB") as llm:
+    with LLM(model, **options, kv_cache_memory_bytes="256MiB") as llm:
         for kind, asked in questions.items():
             outputs = llm.generate([prompt for prompt, _ in asked], greedy, use_tqdm=False)
             texts = [output.outputs[0].text for output in outputs]
@@ -57,14 +59,17 @@ def main() -> None:
     parser.add_argument("formats", nargs="*", metavar="FORMAT", default=["int8", "int4", "int4-g64", "int4-g32"])
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--questions", type=int, default=400, help="of each kind but the additions")
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=[], help="compare these types of the KV cache")
     options = parser.parse_args()
     questions = make_questions(options.questions)
     model = None if options.model == "bundled" else options.model
-    plain, before = answer(model, questions, None)
+    ways = {kv: {"kv_cache_dtype": kv} for kv in options.kv_cache_dtype}
+    ways = ways or {name: {"quantization": name} for name in options.formats}
+    plain, before = answer(model, questions)
     right = {kind: {"stored": round(plain[kind], 2)} for kind in questions}
     errors = {}
-    for name in options.formats:
-        small, after = answer(model, questions, name)
+    for name, way in ways.items():
+        small, after = answer(model, questions, **way)
         for kind in questions:
             right[kind][name] = round(small[kind], 2)
         errors[name] = round(statistics.mean(abs(a - b) for a, b in zip(before, after, strict=True)), 5)

@@ -6,6 +6,7 @@
 // stored and merged at the end (FlashDecoding, Dao et al., 2023).
 
 #include "attention_unit.h"
+#include "cache_rows.h"
 #include "replay.h"
 
 #include <memory>
@@ -17,7 +18,6 @@ namespace {
 
 enum Status : int32_t { kOk = 0, kOutOfMemory = 1, kUnsupported = 2 };
 
-constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kFewQueries = 8;  // sequences with at most these are divided by splits, others by queries
 constexpr int64_t kMaxRows = 144;   // of a unit: its scores and sums stay in the L2 cache; each tile serves many rows
 constexpr int64_t kMinRows = 24;    // fewer would spend too much time on packing
@@ -38,7 +38,7 @@ int64_t work_of(const Attention& a, const Sequence& s, Range queries, Range posi
     for (int64_t query = queries.begin; query < queries.end; ++query)
         seen += common(s.seen(query, a.window), positions).size();
     const int64_t tokens = common(s.seen(queries, a.window), positions).size();
-    return a.head_dim * (2 * a.item * tokens * heads + seen * q_heads);
+    return a.head_dim * (2 * a.cache_item * tokens * heads + seen * q_heads);
 }
 
 Range splits_of(const Attention& a, const Sequence& s, Range queries) {
@@ -180,18 +180,20 @@ void attend(const Attention& a, int64_t most_threads) {
 
 EXPORT int32_t shoal_max_head_dim() { return kMaxHeadDim; }
 
-// window: at least 1. softcap: 0 for none. groups: group_starts, then q_order.
-EXPORT int32_t shoal_attend(int32_t type, const void* q, const void* keys, const void* values, void* out,
-                            const int32_t* query_starts, const int32_t* context_lens, const int32_t* block_tables,
-                            int64_t table_stride, int64_t block_size, int64_t sequences, int64_t q_heads,
-                            int64_t kv_heads, int64_t head_dim, const int32_t* groups, int64_t window, float scale,
-                            float softcap, int64_t threads) {
+// type: of q and out; cache_type: of keys and values. Scales are null unless that type has some. window: at least 1.
+// softcap: 0 for none. groups: group_starts, then q_order.
+EXPORT int32_t shoal_attend(int32_t type, int32_t cache_type, const void* q, const void* keys, const void* values,
+                            const void* key_scales, const void* value_scales, void* out, const int32_t* query_starts,
+                            const int32_t* context_lens, const int32_t* block_tables, int64_t table_stride,
+                            int64_t block_size, int64_t sequences, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
+                            const int32_t* groups, int64_t window, float scale, float softcap, int64_t threads) {
     if (head_dim > kMaxHeadDim) return kUnsupported;
     const int64_t item = type == kFloat32 ? sizeof(float) : sizeof(BFloat16);
     const Attention a = {static_cast<const char*>(q), static_cast<const char*>(keys), static_cast<const char*>(values),
-                         static_cast<char*>(out), item, query_starts, context_lens, block_tables, table_stride,
-                         block_size, sequences, q_heads, kv_heads, head_dim, groups, groups + kv_heads + 1, window,
-                         {scale, softcap}, &attention_tiles(type)};
+                         static_cast<const uint16_t*>(key_scales), static_cast<const uint16_t*>(value_scales),
+                         static_cast<char*>(out), item, cache_item_bytes(cache_type), query_starts, context_lens,
+                         block_tables, table_stride, block_size, sequences, q_heads, kv_heads, head_dim, groups,
+                         groups + kv_heads + 1, window, {scale, softcap}, &attention_tiles(type, cache_type)};
     try {
         attend(a, threads);
     } catch (const std::bad_alloc&) {

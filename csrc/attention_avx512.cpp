@@ -1,18 +1,10 @@
 // The arithmetic of attention with AVX-512: keys are transposed 16 x 16, and AVX512-BF16 multiplies bfloat16 elements
 // without widening them.
 
-#include "attention_tiles.h"
+#include "attention_bytes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#include <immintrin.h>
-
-#ifndef __clang__
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms in GCC 12's immintrin.h
-#endif
-
-#define AVX512 __attribute__((target("arch=x86-64-v4")))
-#define AVX512_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4")))
 #define BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
 #define BF16_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4,avx512bf16")))
 
@@ -20,40 +12,6 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Packing.
-
-// Transposes 16 x 16 words: first within the 128-bit lanes of four rows each, then the lanes.
-AVX512_INLINE void transpose(__m512i (&rows)[16]) {
-    __m512i quads[4][4];  // quads[i][c]: columns c, c + 4, c + 8 and c + 12 of the rows 4 i to 4 i + 3
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const __m512i low_01 = _mm512_unpacklo_epi32(rows[4 * i], rows[4 * i + 1]);
-        const __m512i high_01 = _mm512_unpackhi_epi32(rows[4 * i], rows[4 * i + 1]);
-        const __m512i low_23 = _mm512_unpacklo_epi32(rows[4 * i + 2], rows[4 * i + 3]);
-        const __m512i high_23 = _mm512_unpackhi_epi32(rows[4 * i + 2], rows[4 * i + 3]);
-        quads[i][0] = _mm512_unpacklo_epi64(low_01, low_23);
-        quads[i][1] = _mm512_unpackhi_epi64(low_01, low_23);
-        quads[i][2] = _mm512_unpacklo_epi64(high_01, high_23);
-        quads[i][3] = _mm512_unpackhi_epi64(high_01, high_23);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-        const __m512i low_01 = _mm512_shuffle_i32x4(quads[0][c], quads[1][c], 0x44);
-        const __m512i high_01 = _mm512_shuffle_i32x4(quads[0][c], quads[1][c], 0xee);
-        const __m512i low_23 = _mm512_shuffle_i32x4(quads[2][c], quads[3][c], 0x44);
-        const __m512i high_23 = _mm512_shuffle_i32x4(quads[2][c], quads[3][c], 0xee);
-        rows[c] = _mm512_shuffle_i32x4(low_01, low_23, 0x88);
-        rows[c + 4] = _mm512_shuffle_i32x4(low_01, low_23, 0xdd);
-        rows[c + 8] = _mm512_shuffle_i32x4(high_01, high_23, 0x88);
-        rows[c + 12] = _mm512_shuffle_i32x4(high_01, high_23, 0xdd);
-    }
-}
-
-// Loads 64 bytes, or only the first ones: the mask says which. The others are 0.
-AVX512_INLINE __m512i load_bytes(const void* p, __mmask64 mask) { return _mm512_maskz_loadu_epi8(mask, p); }
-
-AVX512_INLINE __mmask64 first_bytes(int64_t count) {
-    return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << std::max<int64_t>(0, count)) - 1;
-}
 
 // Keys are transposed as rows of words, whatever the words contain.
 template <class T>
@@ -179,8 +137,10 @@ BF16_INLINE __m512 power_of_two(__m512 x) {
 }
 
 // The weights are rounded to bfloat16, and their sum is of the rounded ones, so that the errors of both mostly cancel.
-BF16 void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& softmax, float* state) {
-    const float maximum = scale_scores(scores, from, to, softmax);
+// With scales the sum is of the weights before they are scaled and rounded.
+BF16 void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& softmax, const Scales& scales,
+                       float* state) {
+    const float maximum = scale_scores(scores, from, to, softmax, scales.keys);
     const int64_t first = round_down(from, kLanes), end = round_up(to, kLanes);
     // Weights are half as long as scores, so they are written where scores were read before.
     uint16_t* weights = reinterpret_cast<uint16_t*>(scores);
@@ -189,9 +149,11 @@ BF16 void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& s
     for (int64_t t = first; t < end; t += kLanes) {
         const __m512 distance = _mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(maximum));
         const __m512 weight = power_of_two(_mm512_mul_ps(distance, _mm512_set1_ps(kLog2E)));
-        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
+        const __m512 scaled = scales.values ? _mm512_mul_ps(weight, _mm512_loadu_ps(scales.values + t)) : weight;
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(scaled);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + t), rounded);
-        total = _mm512_add_ps(total, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+        const __m512 added = scales.values ? weight : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+        total = _mm512_add_ps(total, added);
     }
     std::fill(weights + round_down(from, kTile), weights + first, uint16_t{0});
     std::fill(weights + end, weights + round_up(to, kTile), uint16_t{0});
@@ -199,14 +161,17 @@ BF16 void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& s
     state[1] = sum_of((Floats)total);
 }
 
-BF16 void finish(const float* state, int64_t head_dim, void* out) {
+// Interleaved: the sums are in the order of pack_values_bfloat16.
+template <bool interleaved>
+BF16_INLINE void finish_of(const float* state, int64_t head_dim, void* out) {
     const __m512 inverse = _mm512_set1_ps(1.0f / state[1]);
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     for (int64_t d = 0; d < head_dim; d += kChunk) {
         const float* sums = state + kStatistics + d;
         const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(sums), inverse);
         const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(sums + kLanes), inverse);
-        const __m512i rounded = _mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        if constexpr (interleaved) rounded = _mm512_permutexvar_epi64(order, rounded);
         uint16_t* to = static_cast<uint16_t*>(out) + d;
         if (head_dim - d >= kChunk)
             _mm512_storeu_si512(to, rounded);
@@ -215,21 +180,27 @@ BF16 void finish(const float* state, int64_t head_dim, void* out) {
     }
 }
 
+BF16 void finish_interleaved(const float* state, int64_t head_dim, void* out) { finish_of<true>(state, head_dim, out); }
+BF16 void finish(const float* state, int64_t head_dim, void* out) { finish_of<false>(state, head_dim, out); }
+
 }  // namespace
 
-void use_avx512(int32_t type, AttentionTiles* tiles) {
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-        return;
-    if (type == kFloat32)
+void use_avx512(int32_t type, int32_t cache_type, AttentionTiles* tiles) {
+    if (!has_avx512()) return;
+    if (type == kFloat32 && cache_type == kCacheFloat32)
         tiles->pack_keys = pack_keys_float;
-    else if (__builtin_cpu_supports("avx512bf16"))
-        *tiles = {2,        pack_query_bfloat16, pack_keys_bfloat16, pack_values_bfloat16,
-                  multiply, exponentiate,        tiles->merge,       finish};
+    else if (type == kBFloat16 && __builtin_cpu_supports("avx512bf16")) {
+        if (cache_type == kCacheBFloat16)
+            *tiles = {2,        pack_query_bfloat16, pack_keys_bfloat16, pack_values_bfloat16,
+                      multiply, exponentiate,        tiles->merge,       finish_interleaved};
+        else if (BytePacking packing; byte_packing(cache_type, &packing))
+            *tiles = {2,        packing.pack_query, packing.pack_keys, packing.pack_values,
+                      multiply, exponentiate,       tiles->merge,      finish};
+    }
 }
 
 #else
 
-void use_avx512(int32_t, AttentionTiles*) {}
+void use_avx512(int32_t, int32_t, AttentionTiles*) {}
 
 #endif

@@ -6,9 +6,6 @@
 namespace {
 
 template <class T>
-constexpr int64_t kLinesPerChunk = kChunk * sizeof(T) / kCacheLine;
-
-template <class T>
 ALWAYS_INLINE void pack_query_of(const T* query, int64_t head_dim, float* words) {
     for (int64_t d = 0; d < head_dim; d += kChunk) store(words + d, load(query + d, head_dim - d));
 }
@@ -38,28 +35,30 @@ ALWAYS_INLINE void transpose_four(const float* from, int64_t from_stride, float*
     for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &columns[i], sizeof columns[i]);
 }
 
-template <class T>
+// T: of the activations, C: of the cache.
+template <class T, class C>
 ALWAYS_INLINE void pack_keys_of(const Tile& tile, int64_t vectors, float* panel) {
     float rows[kLanes][kChunk];
     for (int64_t first = 0; first < vectors * kLanes; first += kLanes)
         for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
             for (int64_t t = 0; t < kLanes; ++t)
-                store(rows[t], load(row_of<T>(tile, first + t) + d, tile.head_dim - d));
+                store(rows[t], load_as<T>(row_of<C>(tile, first + t) + d, tile.head_dim - d));
             for (int64_t t = 0; t < kLanes; t += 4)
                 for (int64_t i = 0; i < kChunk; i += 4)
                     transpose_four(&rows[t][i], kChunk, panel + (d + i) * kPanel + first + t, kPanel);
-            tile.next->lines(kLanes * kLinesPerChunk<T>);
+            tile.next->lines(kLanes * kChunk * static_cast<int64_t>(sizeof(C)) / kCacheLine);
         }
 }
 
-template <class T>
+template <class T, class C>
 ALWAYS_INLINE void pack_values_of(const Tile& tile, int64_t first, int64_t end, float* panels) {
-    for (int64_t t = first; t < end; ++t)
+    for (int64_t t = first; t < end; ++t) {
         for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
             float* to = panels + (d / kPanel * kTile + t) * kPanel + d % kPanel;
-            store(to, load(row_of<T>(tile, t) + d, tile.head_dim - d));
-            tile.next->lines(kLinesPerChunk<T>);
+            store(to, load_as<T>(row_of<C>(tile, t) + d, tile.head_dim - d));
         }
+        tile.next->lines((tile.head_dim * static_cast<int64_t>(sizeof(C)) + kCacheLine - 1) / kCacheLine);
+    }
 }
 
 // The product with vectors of type V: GCC keeps a vector in registers only if the machine has registers of this size.
@@ -145,13 +144,14 @@ void (*multiply())(const Product&) { return multiply_plain; }
 // ---------------------------------------------------------------------------------------------------------------------
 // CLONED functions that call the loops above: one plain function for each type, since a template cannot be cloned.
 
-CLONED void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& softmax, float* state) {
-    const float maximum = scale_scores(scores, from, to, softmax);
+CLONED void exponentiate(float* scores, int64_t from, int64_t to, const Softmax& softmax, const Scales& scales,
+                         float* state) {
+    const float maximum = scale_scores(scores, from, to, softmax, scales.keys);
     const int64_t first = round_down(from, kLanes), end = round_up(to, kLanes);
     Floats total = {};
     for (int64_t t = first; t < end; t += kLanes) {
         const Floats weights = exp_of_negative(load_floats(scores + t) - maximum);
-        store_floats(scores + t, weights);
+        store_floats(scores + t, scales.values ? weights * load_floats(scales.values + t) : weights);
         total += weights;
     }
     std::fill(scores + round_down(from, kTile), scores + first, 0.0f);
@@ -174,32 +174,53 @@ CLONED void merge(const float* next, int64_t size, float* state) {
     CLONED void pack_query_##T(const void* query, int64_t head_dim, uint32_t* words) {                         \
         pack_query_of(static_cast<const T*>(query), head_dim, reinterpret_cast<float*>(words));                \
     }                                                                                                          \
-    CLONED void pack_keys_##T(const Tile& tile, int64_t vectors, uint32_t* panel) {                            \
-        pack_keys_of<T>(tile, vectors, reinterpret_cast<float*>(panel));                                       \
-    }                                                                                                          \
-    CLONED void pack_values_##T(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {              \
-        pack_values_of<T>(tile, first, end, reinterpret_cast<float*>(panels));                                 \
-    }                                                                                                          \
     CLONED void finish_##T(const float* state, int64_t head_dim, void* out) {                                  \
         finish_of(state, head_dim, static_cast<T*>(out));                                                      \
     }
 
-DEFINE_LOOPS(float)
-DEFINE_LOOPS(BFloat16)
+#define DEFINE_PACKING(T, C)                                                                                   \
+    CLONED void pack_keys_##T##_##C(const Tile& tile, int64_t vectors, uint32_t* panel) {                      \
+        pack_keys_of<T, C>(tile, vectors, reinterpret_cast<float*>(panel));                                    \
+    }                                                                                                          \
+    CLONED void pack_values_##T##_##C(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {        \
+        pack_values_of<T, C>(tile, first, end, reinterpret_cast<float*>(panels));                              \
+    }
 
-#define TILES_OF(T) \
-    { 1, pack_query_##T, pack_keys_##T, pack_values_##T, multiply(), exponentiate, merge, finish_##T }
+#define DEFINE_TYPE(T)               \
+    DEFINE_LOOPS(T)                  \
+    DEFINE_PACKING(T, float)         \
+    DEFINE_PACKING(T, BFloat16)      \
+    DEFINE_PACKING(T, Float16)       \
+    DEFINE_PACKING(T, Int8)          \
+    DEFINE_PACKING(T, Float8E4M3)    \
+    DEFINE_PACKING(T, Float8E5M2)
 
-AttentionTiles choose(int32_t type) {
-    AttentionTiles tiles = TILES_OF(float);
-    if (type == kBFloat16) tiles = TILES_OF(BFloat16);
-    use_avx512(type, &tiles);
-    return tiles;
-}
+DEFINE_TYPE(float)
+DEFINE_TYPE(BFloat16)
+
+#define TILES_OF(T, C) \
+    { 1, pack_query_##T, pack_keys_##T##_##C, pack_values_##T##_##C, multiply(), exponentiate, merge, finish_##T }
+
+// In the order of CacheType.
+#define ALL_TILES_OF(T)                                                                                        \
+    {                                                                                                          \
+        TILES_OF(T, float), TILES_OF(T, BFloat16), TILES_OF(T, Float16), TILES_OF(T, Int8),                    \
+            TILES_OF(T, Float8E4M3), TILES_OF(T, Float8E5M2)                                                   \
+    }
+
+struct Implementations {
+    AttentionTiles of[2][6] = {ALL_TILES_OF(float), ALL_TILES_OF(BFloat16)};  // by DataType and CacheType
+
+    Implementations() {
+        for (int32_t type = 0; type < 2; ++type)
+            for (int32_t cache_type = 0; cache_type < 6; ++cache_type)
+                use_avx512(type, cache_type, &of[type][cache_type]);
+    }
+};
 
 }  // namespace
 
-const AttentionTiles& attention_tiles(int32_t type) {
-    static const AttentionTiles float32 = choose(kFloat32), bfloat16 = choose(kBFloat16);
-    return type == kFloat32 ? float32 : bfloat16;
+const AttentionTiles& attention_tiles(int32_t type, int32_t cache_type) {
+    static const Implementations implementations;
+    return implementations.of[type][cache_type];
 }

@@ -1,5 +1,5 @@
 // The arithmetic of attention, for a tile of tokens and one KV head: what attention_unit.h calls, and what exists once
-// per element type and instruction set.
+// per element type of the activations, element type of the cache, and instruction set.
 //
 // Every number of a row (one query head of one query) is formed by a fixed sequence of operations, in which no other
 // row takes part. So a row has the same bits however many rows are computed with it:
@@ -13,11 +13,13 @@
 //    it does not matter which other tokens of a tile are computed.
 //
 // Elements are handled in words of 32 bits: a float32, or two bfloat16 elements that one instruction multiplies and
-// adds. Weights are in words too: two bfloat16 weights are those of the positions 2 i and 2 i + 1.
+// adds. Weights are in words too: two bfloat16 weights are those of the positions 2 i and 2 i + 1. Elements of the cache
+// become those of the activations when they are packed, which is exact for all types of fewer bits. The codes of int8
+// are packed without their scales: a score is multiplied with the scale of its key, and a weight with that of its value.
 
 #pragma once
 
-#include "chunks.h"
+#include "cache_types.h"
 
 constexpr int64_t kSplit = 256;  // positions
 constexpr int64_t kTile = 64;    // positions: the most tokens that are packed at a time
@@ -26,8 +28,6 @@ constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kStatistics = kLanes;  // floats of a state before its sums: maximum, sum of weights, unused
 constexpr int64_t kScoreStride = kSplit + kLanes;  // floats; no power of two, which would put rows in few cache sets
-
-
 
 ALWAYS_INLINE int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
 ALWAYS_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -82,6 +82,11 @@ struct Softmax {
     float scale, softcap;  // softcap 0: none
 };
 
+// The scales of keys and values for one KV head and the positions of a split; null without scales.
+struct Scales {
+    const float *keys, *values;  // [kSplit]
+};
+
 // A state is kStatistics + padded_dim(head_dim) floats: the maximum of scores, the sum of weights, and the sum of
 // weighted values, whose lanes are in an order of the implementation.
 struct AttentionTiles {
@@ -102,8 +107,10 @@ struct AttentionTiles {
     void (*multiply)(const Product& product);
 
     // Replaces the scores of a row in a split by weights, and writes the statistics of its state. The row attends to
-    // positions [from, to) of the split; the weights of others are zeros up to the ends of their tiles.
-    void (*exponentiate)(float* scores, int64_t from, int64_t to, const Softmax& softmax, float* state);
+    // positions [from, to) of the split; the weights of others are zeros up to the ends of their tiles. The weights are
+    // multiplied with the scales of the values, their sum is not.
+    void (*exponentiate)(float* scores, int64_t from, int64_t to, const Softmax& softmax, const Scales& scales,
+                         float* state);
 
     // Adds the state of the next split to the state of the splits before. Both have `size` sums.
     void (*merge)(const float* next, int64_t size, float* state);
@@ -112,11 +119,11 @@ struct AttentionTiles {
     void (*finish)(const float* state, int64_t head_dim, void* out);
 };
 
-// The implementation for a cache of this DataType on this machine.
-const AttentionTiles& attention_tiles(int32_t type);
+// The implementation for activations of this DataType and a cache of this CacheType on this machine.
+const AttentionTiles& attention_tiles(int32_t type, int32_t cache_type);
 
 // Replaces functions of an implementation by faster ones if this machine has AVX-512 (csrc/attention_avx512.cpp).
-void use_avx512(int32_t type, AttentionTiles* tiles);
+void use_avx512(int32_t type, int32_t cache_type, AttentionTiles* tiles);
 
 namespace {
 
@@ -142,11 +149,15 @@ ALWAYS_INLINE float max_of(Floats x) {
 }
 
 // Scales the scores of positions [from, to), with the softcap, and sets the others in their vectors to -infinity.
-// Returns the maximum.
-ALWAYS_INLINE float scale_scores(float* scores, int64_t from, int64_t to, const Softmax& softmax) {
+// Returns the maximum. key_scales: null for none.
+ALWAYS_INLINE float scale_scores(float* scores, int64_t from, int64_t to, const Softmax& softmax,
+                                 const float* key_scales) {
     const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Floats lowest = splat(-std::numeric_limits<float>::infinity());
     float scale = softmax.scale;
+    if (key_scales)
+        for (int64_t t = round_down(from, kLanes); t < to; t += kLanes)
+            store_floats(scores + t, load_floats(scores + t) * load_floats(key_scales + t));
     if (softmax.softcap != 0.0f) {
         const float inner = scale / softmax.softcap;
         for (int64_t t = round_down(from, kLanes); t < to; t += kLanes)

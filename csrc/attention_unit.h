@@ -15,8 +15,11 @@ struct Attention {
     const char* q;       // [n, q_heads, head_dim]
     const char* keys;    // [num_slots, kv_heads, head_dim]
     const char* values;  // the same
+    const uint16_t* key_scales;    // bfloat16 [num_slots, kv_heads]; null: keys and values have no scales
+    const uint16_t* value_scales;  // the same
     char* out;           // [n, q_heads, head_dim]
-    int64_t item;        // bytes of an element
+    int64_t item;        // bytes of an element of q and out
+    int64_t cache_item;  // bytes of an element of keys and values
     const int32_t* query_starts;
     const int32_t* context_lens;
     const int32_t* block_tables;
@@ -95,10 +98,12 @@ struct Scratch {
     float* split;          // [rows, state_size]: of the current split
     float* total;          // [rows, state_size]: of all splits until now
     uint32_t* tile;        // the packed keys or values of a tile
+    float* scales;         // [2, kv_heads, kSplit]: of keys and of values, for the current split
 
     static int64_t size(const Attention& a, int64_t rows) {
-        return rows * (a.num_sums() + kScoreStride + 2 * a.state_size()) + tile_size(a);
+        return rows * (a.num_sums() + kScoreStride + 2 * a.state_size()) + tile_size(a) + scales_size(a);
     }
+    static int64_t scales_size(const Attention& a) { return a.key_scales ? 2 * a.kv_heads * kSplit : 0; }
     static int64_t tile_size(const Attention& a) { return round_up(a.head_dim, kPanel) * kTile; }
 
     Scratch(const Attention& a, int64_t rows, float* memory)
@@ -107,7 +112,8 @@ struct Scratch {
           scores(memory + rows * a.num_sums()),
           split(scores + rows * kScoreStride),
           total(split + rows * a.state_size()),
-          tile(reinterpret_cast<uint32_t*>(total + rows * a.state_size())) {}
+          tile(reinterpret_cast<uint32_t*>(total + rows * a.state_size())),
+          scales(total + rows * a.state_size() + tile_size(a)) {}
 };
 
 // Computes one unit.
@@ -120,7 +126,7 @@ class UnitRun {
           x_(scratch),
           states_(u.states == kNoStates ? nullptr : states + u.states),
           words_(a.tiles->word_elements),
-          tile_(u.heads.size() > 1 ? kLanes : kTile) {}
+          tile_(u.heads.size() > 1 ? (a.cache_item == 1 ? 2 * kLanes : kLanes) : kTile) {}
 
     void run() {
         pack_queries();
@@ -145,19 +151,19 @@ class UnitRun {
         return common({a_.group_starts[head], a_.group_starts[head + 1]}, u_.q_heads);
     }
 
-    // Calls visit(row, query, i) for the rows of some queries. i counts query heads in the order of q_order.
+    // Calls visit(row, query, i, head) for the rows of some queries. i counts query heads in the order of q_order.
     template <class Visit>
     void for_each_row(Range queries, const Visit& visit) const {
         for (int64_t head = u_.heads.begin; head < u_.heads.end; ++head) {
             const Range group = group_of(head);
             int64_t row = row_of(head, queries.begin);
             for (int64_t query = queries.begin; query < queries.end; ++query)
-                for (int64_t i = group.begin; i < group.end; ++i) visit(row++, query, i);
+                for (int64_t i = group.begin; i < group.end; ++i) visit(row++, query, i, head);
         }
     }
 
     void pack_queries() {
-        for_each_row(u_.queries, [&](int64_t row, int64_t query, int64_t i) {
+        for_each_row(u_.queries, [&](int64_t row, int64_t query, int64_t i, int64_t) {
             const char* elements = a_.q + s_.element(a_, query, i) * a_.item;
             a_.tiles->pack_query(elements, a_.head_dim, x_.queries + row * x_.query_stride);
         });
@@ -169,13 +175,35 @@ class UnitRun {
         const Range seen = common(s_.seen(queries_, a_.window), {start_, start_ + kSplit});
         seen_ = {seen.begin - start_, seen.end - start_};
         // Whole vectors of keys are packed: positions that no query sees are replaced by ones that some query sees.
-        const int64_t token_size = a_.kv_heads * a_.head_dim * a_.item, begin = round_down(seen_.begin, tile_);
+        const int64_t token_size = a_.kv_heads * a_.head_dim * a_.cache_item, begin = round_down(seen_.begin, tile_);
         int64_t block = seen.begin / a_.block_size, within = seen.begin % a_.block_size;
         for (int64_t t = seen_.begin; t < seen_.end; ++block, within = 0)
-            for (; t < seen_.end && within < a_.block_size; ++t, ++within)
-                offsets_[t] = (s_.block_table[block] * a_.block_size + within) * token_size;
+            for (; t < seen_.end && within < a_.block_size; ++t, ++within) {
+                slots_[t] = s_.block_table[block] * a_.block_size + within;
+                offsets_[t] = slots_[t] * token_size;
+            }
         std::fill(offsets_ + begin, offsets_ + seen_.begin, offsets_[seen_.begin]);
         std::fill(offsets_ + seen_.end, offsets_ + round_up(seen_.end, kLanes), offsets_[seen_.end - 1]);
+        if (a_.key_scales) gather_scales();
+    }
+
+    // Reads the scales of whole vectors of positions.
+    void gather_scales() {
+        const int64_t begin = round_down(seen_.begin, kLanes), end = round_up(seen_.end, kLanes);
+        std::fill(slots_ + begin, slots_ + seen_.begin, slots_[seen_.begin]);
+        std::fill(slots_ + seen_.end, slots_ + end, slots_[seen_.end - 1]);
+        for (int64_t head = u_.heads.begin; head < u_.heads.end; ++head) {
+            float *keys = x_.scales + head * kSplit, *values = keys + a_.kv_heads * kSplit;
+            for (int64_t t = begin; t < end; ++t) {
+                keys[t] = to_float(BFloat16{a_.key_scales[slots_[t] * a_.kv_heads + head]});
+                values[t] = to_float(BFloat16{a_.value_scales[slots_[t] * a_.kv_heads + head]});
+            }
+        }
+    }
+
+    Scales scales_of(int64_t head) const {
+        if (!a_.key_scales) return {nullptr, nullptr};
+        return {x_.scales + head * kSplit, x_.scales + (a_.kv_heads + head) * kSplit};
     }
 
     // Calls visit(tile, queries that see a token of it) for the tiles of the split, which are ranges of its positions.
@@ -206,11 +234,11 @@ class UnitRun {
     }
 
     void weigh() {
-        for_each_row(queries_, [&](int64_t row, int64_t query, int64_t) {
+        for_each_row(queries_, [&](int64_t row, int64_t query, int64_t, int64_t head) {
             const Range seen = common(s_.seen(query, a_.window), {start_, start_ + kSplit});
             float* state = x_.split + row * a_.state_size();
             a_.tiles->exponentiate(x_.scores + row * kScoreStride, seen.begin - start_, seen.end - start_, a_.softmax,
-                                   state);
+                                   scales_of(head), state);
             std::fill(state + kStatistics, state + a_.state_size(), 0.0f);
         });
     }
@@ -239,7 +267,7 @@ class UnitRun {
 
     void end_split(int64_t split) {
         const int64_t size = a_.state_size();
-        for_each_row(queries_, [&](int64_t row, int64_t query, int64_t i) {
+        for_each_row(queries_, [&](int64_t row, int64_t query, int64_t i, int64_t) {
             const float* state = x_.split + row * size;
             float* total = states_ ? states_ + (query * a_.q_heads + i) * size : x_.total + row * size;
             if (states_ || split == first_split(query))
@@ -252,7 +280,7 @@ class UnitRun {
     int64_t first_split(int64_t query) const { return s_.seen(query, a_.window).begin / kSplit; }
 
     void finish() {
-        for_each_row(u_.queries, [&](int64_t row, int64_t query, int64_t i) {
+        for_each_row(u_.queries, [&](int64_t row, int64_t query, int64_t i, int64_t) {
             char* elements = a_.out + s_.element(a_, query, i) * a_.item;
             a_.tiles->finish(x_.total + row * a_.state_size(), a_.head_dim, elements);
         });
@@ -261,7 +289,7 @@ class UnitRun {
     int64_t words(int64_t elements) const { return (elements + words_ - 1) / words_; }
 
     Tile tile_of(const char* cache, int64_t head, Range tile, Prefetch* next) const {
-        return {cache + head * a_.head_dim * a_.item, offsets_ + tile.begin, a_.head_dim, next};
+        return {cache + head * a_.head_dim * a_.cache_item, offsets_ + tile.begin, a_.head_dim, next};
     }
 
     // A head's share of the tile that begins at `begin`: some tokens, for all heads.
@@ -269,8 +297,8 @@ class UnitRun {
         const Range tokens = common({begin, begin + tile_}, seen_);
         const int64_t share = head - u_.heads.begin, heads = u_.heads.size();
         const int64_t from = tokens.size() * share / heads, to = tokens.size() * (share + 1) / heads;
-        return {cache + u_.heads.begin * a_.head_dim * a_.item, offsets_ + tokens.begin + from, to - from,
-                heads * a_.head_dim * a_.item};
+        return {cache + u_.heads.begin * a_.head_dim * a_.cache_item, offsets_ + tokens.begin + from, to - from,
+                heads * a_.head_dim * a_.cache_item};
     }
 
     const Attention& a_;
@@ -280,13 +308,13 @@ class UnitRun {
     float* const states_;
     const int64_t words_;  // elements in a word
     // Tokens in a tile. Several heads are computed if the time is that of reading the cache; then tiles are small, so
-    // that only few tokens are read before those of the next tile are prefetched.
+    // that only few bytes are read before those of the next tile are prefetched.
     const int64_t tile_;
 
     // The current split: its first position, the queries that see some of it, and what they see, from its start on.
     int64_t start_ = 0;
     Range queries_{}, seen_{};
-    int64_t offsets_[kSplit];
+    int64_t slots_[kSplit], offsets_[kSplit];  // of its positions, offsets in bytes
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The row operations of shoal.kernels.native, in the library _native: norms, activations, weighted sums of rows, and
 // rotation of queries and keys with the writes to the KV cache.
 
-#include "chunks.h"
+#include "cache_rows.h"
 #include "replay.h"
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 5;  // of the whole library, including attention.cpp
+constexpr int32_t kAbiVersion = 6;  // of the whole library, including attention.cpp
 
 enum NormKind : int32_t { kNoNorm = -1, kRms = 0, kRmsWide = 1, kLayer = 2 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
@@ -229,7 +229,7 @@ ALWAYS_INLINE void weighted_sum_row(const T* x, const int64_t* indices, const fl
 
 // Rotates element i with element half + i, for i < half; elements from 2 * half on do not change. `out` may be `x`.
 template <class T>
-ALWAYS_INLINE void rotate_head(const T* x, const float* cos, const float* sin, T* out, int64_t half, int64_t size) {
+ALWAYS_INLINE void rotate(const T* x, const float* cos, const float* sin, T* out, int64_t half, int64_t size) {
     for (int64_t i = 0; i < half; i += kChunk) {
         const Chunk low = load(x + i, half - i), high = load(x + half + i, half - i);
         const Chunk c = in_order_of(load(cos + i, half - i), x), s = in_order_of(load(sin + i, half - i), x);
@@ -241,6 +241,16 @@ ALWAYS_INLINE void rotate_head(const T* x, const float* cos, const float* sin, T
     if (out != x) std::memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
 }
 
+// The keys or values of the cache: [num_slots, kv_heads, head_dim], and scales [num_slots, kv_heads] if the type has some.
+struct CacheSlots {
+    char* rows;
+    uint16_t* scales;
+    int64_t item;  // bytes of an element
+
+    char* row(int64_t slot, int64_t heads, int64_t head_dim) const { return rows + slot * heads * head_dim * item; }
+    uint16_t* scale(int64_t slot, int64_t heads) const { return scales ? scales + slot * heads : nullptr; }
+};
+
 template <class T>
 struct RotateArgs {
     const T* qkv;      // [n, q_heads + 2 * kv_heads, head_dim]
@@ -251,33 +261,48 @@ struct RotateArgs {
     const float* sin;  // the same
     const int64_t* positions;
     const int64_t* slots;
-    T* q_out;   // [n, q_heads, head_dim]
-    T* keys;    // [num_slots, kv_heads, head_dim]
-    T* values;  // the same
+    T* q_out;             // [n, q_heads, head_dim]
+    CacheSlots keys;
+    CacheSlots values;
+    StoreHeads store;     // null if the cache has elements of T
     int64_t q_heads, kv_heads, head_dim;
     int64_t half;  // half the number of rotated elements of a head, 0 for no rotation
 };
 
+// Computes the query or key x of a head, with or without a norm.
+template <NormKind kind, class T>
+ALWAYS_INLINE void rotate_head(const RotateArgs<T>& a, int64_t row, const T* x, const NormArgs& norm, T* out) {
+    if constexpr (kind != kNoNorm) {
+        norm_row<kind>(x, norm, out, a.head_dim);
+        x = out;
+    }
+    const int64_t angles = a.positions[row] * a.half;
+    rotate(x, a.cos + angles, a.sin + angles, out, a.half, a.head_dim);
+}
+
 template <NormKind kind, class T>
 ALWAYS_INLINE void rotate_and_store_rows(const RotateArgs<T>& a, int64_t first, int64_t end) {
     const int64_t q_size = a.q_heads * a.head_dim, kv_size = a.kv_heads * a.head_dim;
+    T rotated[kMaxHeadDim];  // a key before it is stored in another type
     for (int64_t row = first; row < end; ++row) {
-        const float* cos = a.cos + a.positions[row] * a.half;
-        const float* sin = a.sin + a.positions[row] * a.half;
-        const T* source = a.qkv + row * (q_size + 2 * kv_size);
-        T* q_out = a.q_out + row * q_size;
-        T* k_out = a.keys + a.slots[row] * kv_size;
-        for (int64_t head = 0; head < a.q_heads + a.kv_heads; ++head) {
-            const bool is_query = head < a.q_heads;
-            const T* x = source + head * a.head_dim;
-            T* out = is_query ? q_out + head * a.head_dim : k_out + (head - a.q_heads) * a.head_dim;
-            if constexpr (kind != kNoNorm) {
-                norm_row<kind>(x, is_query ? a.q_norm : a.k_norm, out, a.head_dim);
-                x = out;
-            }
-            rotate_head(x, cos, sin, out, a.half, a.head_dim);
+        const int64_t slot = a.slots[row];
+        const T* queries = a.qkv + row * (q_size + 2 * kv_size);
+        const T *keys = queries + q_size, *values = keys + kv_size;
+        for (int64_t i = 0; i < q_size; i += a.head_dim)
+            rotate_head<kind>(a, row, queries + i, a.q_norm, a.q_out + row * q_size + i);
+        char* k_out = a.keys.row(slot, a.kv_heads, a.head_dim);
+        uint16_t* scales = a.keys.scale(slot, a.kv_heads);
+        for (int64_t head = 0; head < a.kv_heads; ++head) {
+            char* out = k_out + head * a.head_dim * a.keys.item;
+            rotate_head<kind>(a, row, keys + head * a.head_dim, a.k_norm,
+                              a.store ? rotated : reinterpret_cast<T*>(out));
+            if (a.store) a.store(rotated, 1, a.head_dim, out, scales + (scales ? head : 0));
         }
-        std::memcpy(a.values + a.slots[row] * kv_size, source + q_size + kv_size, kv_size * sizeof(T));
+        char* v_out = a.values.row(slot, a.kv_heads, a.head_dim);
+        if (a.store)
+            a.store(values, a.kv_heads, a.head_dim, v_out, a.values.scale(slot, a.kv_heads));
+        else
+            std::memcpy(v_out, values, kv_size * sizeof(T));
     }
 }
 
@@ -404,20 +429,23 @@ EXPORT void shoal_weighted_sum(int32_t type, const void* x, const int64_t* indic
     (type == kFloat32 ? weighted_sum<float> : weighted_sum<BFloat16>)(x, indices, weights, out, rows, k, size, threads);
 }
 
-// kind: of the norms of queries and keys, kNoNorm for none. half: 0 for no rotation.
-EXPORT void shoal_rotate_and_store(int32_t type, int32_t kind, const void* qkv, const void* q_weight,
-                                   const void* q_bias, float q_eps, const void* k_weight, const void* k_bias,
-                                   float k_eps, const float* cos, const float* sin, const int64_t* positions,
-                                   const int64_t* slots, void* q_out, void* keys, void* values, int64_t rows,
-                                   int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t half,
-                                   int64_t threads) {
+// cache_type: of keys and values; scales: null unless that type has some. kind: of the norms of queries and keys, kNoNorm
+// for none. half: 0 for no rotation.
+EXPORT void shoal_rotate_and_store(int32_t type, int32_t cache_type, int32_t kind, const void* qkv,
+                                   const void* q_weight, const void* q_bias, float q_eps, const void* k_weight,
+                                   const void* k_bias, float k_eps, const float* cos, const float* sin,
+                                   const int64_t* positions, const int64_t* slots, void* q_out, void* keys,
+                                   void* values, void* key_scales, void* value_scales, int64_t rows, int64_t q_heads,
+                                   int64_t kv_heads, int64_t head_dim, int64_t half, int64_t threads) {
+    const int64_t item = cache_item_bytes(cache_type);
     const auto call = [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
         const RotateArgs<T> args = {
             static_cast<const T*>(qkv), NormKind(kind), {q_weight, q_bias, q_eps}, {k_weight, k_bias, k_eps},
-            cos, sin, positions, slots,
-            static_cast<T*>(q_out), static_cast<T*>(keys), static_cast<T*>(values),
-            q_heads, kv_heads, head_dim, half};
+            cos, sin, positions, slots, static_cast<T*>(q_out),
+            {static_cast<char*>(keys), static_cast<uint16_t*>(key_scales), item},
+            {static_cast<char*>(values), static_cast<uint16_t*>(value_scales), item},
+            store_heads(type, cache_type), q_heads, kv_heads, head_dim, half};
         over_rows(rows, 2 * (q_heads + kv_heads) * head_dim, threads,
                   [&](int64_t first, int64_t end) { rotate_rows(args, first, end); });
     };

@@ -144,7 +144,11 @@ def test_code_in_the_folder_of_a_checkpoint_is_not_run(checkpoint: Callable[[str
     ("arguments", "says"),
     [
         (["--no-enable-chunked-prefill"], "--no-enable-chunked-prefill can't be obeyed"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype takes auto here, got 'fp8'"),
+        (["--tokenizer-mode", "slow"], "--tokenizer-mode takes auto or hf here, got 'slow'"),
+        (
+            ["--kv-cache-dtype", "fp8_inc"],
+            "--kv-cache-dtype must be one of auto, float32, bfloat16, float16, int8, int8_p",
+        ),
         (["-q", "awq"], "--quantization awq: Shoal does not have this format of vLLM's yet: use --quantization int8"),
         (["--enable-log-requests"], "--enable-log-requests can't be obeyed: --uvicorn-log-level info"),
         (["--cpu-cores", "9999"], "names 9999, which this process"),
@@ -189,9 +193,9 @@ def test_flags_with_underscores_and_lists_of_origins() -> None:
 @pytest.mark.slow
 def test_a_config_file_and_a_run(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("enable-chunked-prefill: true\nswap-space: 4\nkv_cache_dtype: auto\nmax-tokens: 2\n")
+    file.write_text("enable-chunked-prefill: true\nswap-space: 4\ntokenizer_mode: auto\nmax-tokens: 2\n")
     program = [sys.executable, "-m", "shoal", "generate", "-p", "Hi", "--config", str(file)]
     found = subprocess.run([*program, "--trust-remote-code"], capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
-    for flag in ("--enable-chunked-prefill", "--swap-space", "--kv-cache-dtype", "--trust-remote-code"):
+    for flag in ("--enable-chunked-prefill", "--swap-space", "--tokenizer-mode", "--trust-remote-code"):
         assert found.stderr.count(f"{flag} changes nothing") == 1, found.stderr

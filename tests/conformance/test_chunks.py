@@ -32,12 +32,20 @@ def numbers_of_output(output: RequestOutput) -> Numbers:
     return [numbers(each) for each in output.outputs[0].logprobs]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("family", "budgets"), [("qwen3", (2048, 64, 16)), ("gemma2", (2048, 16)), ("deepseek_v3", (2048, 16))]
+    ("family", "budgets", "dtype", "kv"),
+    [
+        *[("qwen3", (2048, 64, 16), dtype, "auto") for dtype in ("float32", "bfloat16")],
+        *[("gemma2", (2048, 16), dtype, "auto") for dtype in ("float32", "bfloat16")],
+        *[("deepseek_v3", (2048, 16), dtype, "auto") for dtype in ("float32", "bfloat16")],
+        ("qwen3", (2048, 16), "bfloat16", "int8"),
+        ("qwen3", (2048, 16), "float32", "fp8_e5m2"),
+        ("gemma2", (2048, 16), "bfloat16", "fp8"),
+        ("deepseek_v3", (2048, 16), "bfloat16", "int8"),
+    ],
 )
 def test_chunks_and_prefix_hits_change_no_bit(
-    checkpoint: Checkpoint, family: str, budgets: tuple[int, ...], dtype: str
+    checkpoint: Checkpoint, family: str, budgets: tuple[int, ...], dtype: str, kv: str
 ) -> None:
     """gemma2 has windows and a softcap, deepseek_v3 latent attention and experts. budgets: of tokens, for a step."""
     whole = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=0)
@@ -48,6 +56,7 @@ def test_chunks_and_prefix_hits_change_no_bit(
             str(checkpoint(family)),
             distributed_executor_backend="uni",
             dtype=dtype,
+            kv_cache_dtype=kv,
             max_num_batched_tokens=budget,
             max_num_seqs=8,
             kv_cache_memory_bytes=2**22,

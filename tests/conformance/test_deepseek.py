@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conformance.test_greedy_tokens import assert_same, generate, make_prompts, run
 from shoal import LLM, SamplingParams
+from shoal.models.kv_format import KV_FORMATS
 from shoal.models.manifest import kv_block_bytes, make_shards
 from shoal.models.registry import read_spec
 from shoal.worker.kv_cache import allocate
@@ -97,8 +98,8 @@ def test_weights_that_predict_further_tokens_are_not_read(checkpoint: Checkpoint
 def test_a_token_takes_its_latent_and_one_key_on_each_rank(checkpoint: Checkpoint, tp: int) -> None:
     spec = read_spec(checkpoint("deepseek_v3"))
     for shard in make_shards(spec, tp):
-        assert kv_block_bytes(spec, shard, 16, 2) == 3 * 16 * (32 + 8) * 2
-        memory = allocate(spec, shard, 5, 16, torch.bfloat16, torch.device("cpu"))
+        assert kv_block_bytes(spec, shard, 16, KV_FORMATS["bfloat16"]) == 3 * 16 * (32 + 8) * 2
+        memory = allocate(spec, shard, 5, 16, "bfloat16", torch.device("cpu"))
         assert len(memory.pool) == 3 * (5 * 16 + 1) * (32 + 8) * 2
         assert all(layer.keys is layer.values for layer in memory.layers)
         assert memory.layers[0].keys.shape == (5 * 16 + 1, 1, 32 + 8)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.base import AttentionParams, HeadLayout, KVCache, PagedBatch
+from shoal.kernels.kv_rows import KV_DTYPES, SCALE_DTYPE, read_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ def make_batch(lens: Sequence[tuple[int, int]], block_size: int, generator: torc
     return batch, len(shuffled) * block_size
 
 
+def make_cache(slots: int, kv_heads: int, head_dim: int, kv: str) -> KVCache:
+    """Return a cache of the type `kv` whose slots contain NaN, which shows if a kernel reads them."""
+    shape = (slots, kv_heads, head_dim)
+    if kv == "int8":
+        keys, values = torch.zeros((2, *shape), dtype=torch.int8)
+        return KVCache(keys, values, *torch.full((2, *shape[:2]), torch.nan, dtype=SCALE_DTYPE))
+    return KVCache(*torch.full((2, *shape), torch.nan).to(KV_DTYPES[kv]))
+
+
 def make_case(
     lens: Sequence[tuple[int, int]],
     q_to_kv: tuple[int, ...],
@@ -53,19 +63,21 @@ def make_case(
     seed: int = 0,
     window: int | None = None,
     softcap: float | None = None,
+    kv: str = "",
 ) -> Case:
+    """Make sequences with random queries, keys and values. kv: the type of the cache; "": that of the queries."""
     generator = torch.Generator().manual_seed(seed)
     batch, slots = make_batch(lens, block_size, generator)
     heads = HeadLayout(len(q_to_kv), kv_heads, head_dim, q_to_kv)
-    # Slots that no sequence owns contain NaN, which shows if a kernel reads them.
-    keys, values = torch.full((2, slots, kv_heads, head_dim), torch.nan, dtype=dtype)
+    cache = make_cache(slots, kv_heads, head_dim, kv or str(dtype).removeprefix("torch."))
     for table, context in zip(batch.block_tables, batch.host_context_lens, strict=True):
         where = torch.arange(context)
         owned = table[where // block_size].long() * block_size + where % block_size
-        keys[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
-        values[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
+        for part, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
+            rows = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
+            store_rows(rows, owned, part, scales)
     q = torch.randn(len(batch.positions), len(q_to_kv), head_dim, generator=generator).to(dtype)
-    return Case(q, heads, AttentionParams(head_dim**-0.5, window, softcap), batch, KVCache(keys, values))
+    return Case(q, heads, AttentionParams(head_dim**-0.5, window, softcap), batch, cache)
 
 
 def rows_of_sequence(case: Case, i: int) -> slice:
@@ -98,8 +110,8 @@ def chunk(case: Case, first: int, end: int) -> Case:
     """
     batch, queries = case.batch, end - first
     context = batch.host_context_lens[0] - (batch.query_lens[0] - end)
-    later = batch.slots[end:]
-    keys, values = case.cache.keys.index_fill(0, later, torch.nan), case.cache.values.index_fill(0, later, torch.nan)
+    cache = copy_of(case.cache)
+    forget(cache, batch.slots[end:])
     step = replace(
         batch,
         positions=batch.positions[first:end],
@@ -110,13 +122,26 @@ def chunk(case: Case, first: int, end: int) -> Case:
         query_lens=(queries,),
         host_context_lens=(context,),
     )
-    return replace(case, q=case.q[first:end], batch=step, cache=KVCache(keys, values))
+    return replace(case, q=case.q[first:end], batch=step, cache=cache)
+
+
+def copy_of(cache: KVCache) -> KVCache:
+    scales = (None if each is None else each.clone() for each in (cache.key_scales, cache.value_scales))
+    return KVCache(cache.keys.clone(), cache.values.clone(), *scales)
+
+
+def forget(cache: KVCache, slots: Tensor) -> None:
+    """Fill slots with NaN."""
+    nothing = torch.full((len(slots), *cache.keys.shape[1:]), torch.nan)
+    store_rows(nothing, slots, cache.keys, cache.key_scales)
+    store_rows(nothing, slots, cache.values, cache.value_scales)
 
 
 def formula(case: Case) -> tuple[Tensor, Tensor]:
     """Return softmax(s) v in float64, where s is q k^T * scale with softcap and window, and the scale of its errors.
 
-    The scale of the errors is softmax(s) |v|. Both are [n, q_heads * head_dim].
+    Keys and values are read as they are stored. The scale of the errors is softmax(s) |v|. Both are
+    [n, q_heads * head_dim].
     """
     batch = case.batch
     out, size = torch.zeros(2, *case.q.shape, dtype=torch.float64)
@@ -124,7 +149,9 @@ def formula(case: Case) -> tuple[Tensor, Tensor]:
     for i, context in enumerate(batch.host_context_lens):
         where = torch.arange(context)
         owned = batch.block_tables[i][where // batch.block_size].long() * batch.block_size + where % batch.block_size
-        keys, values = case.cache.keys[owned].double()[:, kv_of], case.cache.values[owned].double()[:, kv_of]
+        cache = case.cache
+        keys = read_rows(cache.keys, cache.key_scales, owned, torch.float32).double()[:, kv_of]
+        values = read_rows(cache.values, cache.value_scales, owned, torch.float32).double()[:, kv_of]
         rows = rows_of_sequence(case, i)
         positions = torch.arange(context - batch.query_lens[i], context)[:, None, None]
         seen = where <= positions

@@ -11,6 +11,7 @@ from kernels.common import BOTH, NATIVE, REFERENCE, TYPES, WHY, needs_native, th
 from kernels.paged import Case, alone, chunk, formula, make_case, rows_of_sequence
 from shoal.kernels import reference as reference_module
 from shoal.kernels.base import Kernels, KVCache
+from shoal.kernels.kv_rows import KV_DTYPES
 from shoal.kernels.native import NativeKernels
 from shoal.kernels.reference import has_equal_groups
 
@@ -23,6 +24,7 @@ LAYOUTS = [
     (GQA, 2),
     (tuple(i // 15 for i in range(15)), 1),  # groups of 8, 4, 2 and 1
 ]
+CACHE_TYPES = st.sampled_from(["", *KV_DTYPES])
 MIXED = [(1, 1), (1, 37), (1, 256), (1, 257), (1, 700), (2, 2), (3, 300), (8, 20), (12, 12), (9, 270)]
 
 
@@ -50,6 +52,10 @@ def check(kernels: Kernels, case: Case) -> None:
         # values. The native kernels divide by the sum of the rounded weights, whose error counts too.
         if isinstance(kernels, NativeKernels):
             slack += 2.02 * unit
+        elif case.cache.key_scales is not None:
+            # Keys and values are rounded when they are multiplied with their scales. The error of a score is a sum of
+            # independent errors whose standard deviation is below one unit here; five of these are allowed.
+            slack += (1 + 1 + 5) * 1.01 * unit
         elif case.params.softcap is None:
             slack += 1.01 * unit
         assert ((out.double() - wanted).abs() <= wanted.abs() * unit * 1.01 + size * slack).all()
@@ -193,6 +199,7 @@ def test_rows_have_the_same_bits_with_any_threads(
     block_size=st.sampled_from([1, 16, 32]),
     window=st.none() | st.integers(1, 700),
     softcap=st.sampled_from([None, 2.0]),
+    kv=CACHE_TYPES,
 )
 def test_rows_have_the_same_bits_in_any_chunks(
     queries: int,
@@ -204,11 +211,12 @@ def test_rows_have_the_same_bits_in_any_chunks(
     block_size: int,
     window: int | None,
     softcap: float | None,
+    kv: str,
 ) -> None:
     """A prompt behind `before` tokens of a prefix is computed at once, and cut into chunks at random places."""
     assert NATIVE is not None
     context = before + queries
-    case = make_case([(queries, context)], q_to_kv, 2, head_dim, dtype, block_size, 0, window, softcap)
+    case = make_case([(queries, context)], q_to_kv, 2, head_dim, dtype, block_size, 0, window, softcap, kv)
     bounds = [0, *sorted(cut for cut in cuts if cut < queries), queries]
     chunks = [attend(NATIVE, chunk(case, first, end)) for first, end in itertools.pairwise(bounds)]
     assert torch.equal(torch.cat(chunks), attend(NATIVE, case))
@@ -245,6 +253,7 @@ def test_large_scores_do_not_overflow(native: NativeKernels) -> None:
     seed=st.integers(0, 1000),
     window=st.none() | st.integers(1, 600),
     softcap=st.sampled_from([None, 1.0, 30.0]),
+    kv=CACHE_TYPES,
 )
 def test_random_batches(
     lens: list[tuple[int, int]],
@@ -255,9 +264,10 @@ def test_random_batches(
     seed: int,
     window: int | None,
     softcap: float | None,
+    kv: str,
 ) -> None:
     ordered = sorted((queries, queries + before) for queries, before in lens)
-    case = make_case(ordered, tuple(q_to_kv), 3, head_dim, dtype, block_size, seed, window, softcap)
+    case = make_case(ordered, tuple(q_to_kv), 3, head_dim, dtype, block_size, seed, window, softcap, kv)
     check(REFERENCE, case)
     if NATIVE is not None:
         check(NATIVE, case)

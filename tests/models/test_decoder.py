@@ -70,7 +70,7 @@ def logits_of_rank(folder: Path, shard: Shard, tp: Axis) -> list[Tensor]:
     weights = CheckpointWeights(checkpoint, params, shard, torch.float32)
     decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
     blocks = len(PROMPTS) * BLOCKS
-    caches = allocate(spec, shard, blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")).layers
+    caches = allocate(spec, shard, blocks, BLOCK_SIZE, "float32", torch.device("cpu")).layers
     parts: list[list[Tensor]] = [[] for _ in PROMPTS]
     before_last = [length - 1 for length in LENGTHS]
     for starts, stops in (([0] * len(PROMPTS), before_last), (before_last, LENGTHS)):

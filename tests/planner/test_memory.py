@@ -84,15 +84,25 @@ def make_batch(tokens: int, context: int) -> PagedBatch:
     )
 
 
-def planned(folder: Path, shard: Shard, dtype: torch.dtype, step: StepSize, quantization: str = "") -> RankMemory:
+def planned(
+    folder: Path, shard: Shard, dtype: torch.dtype, step: StepSize, quantization: str = "", kv: str = ""
+) -> RankMemory:
     spec = read_spec(folder)
     params = params_of(spec, quantization=quantization)
-    return rank_memory(spec, params, shard, dtype=NAMES[dtype], device="cpu", block_size=BLOCK_SIZE, step=step)
+    sizes: Any = {"dtype": NAMES[dtype], "device": "cpu", "block_size": BLOCK_SIZE}
+    return rank_memory(spec, params, shard, step=step, kv_dtype=kv, **sizes)
 
 
 @torch.inference_mode()
 def measured(
-    folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, context: int, sampled: int, quantization: str = ""
+    folder: Path,
+    shard: Shard,
+    dtype: torch.dtype,
+    tokens: int,
+    context: int,
+    sampled: int,
+    quantization: str = "",
+    kv: str = "",
 ) -> int:
     """Return the peak of a step of one sequence, in bytes, with the reference kernels.
 
@@ -104,7 +114,7 @@ def measured(
     kernels = reference.ReferenceKernels()
     decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
     blocks = context // BLOCK_SIZE + 1
-    caches = allocate(spec, shard, blocks, BLOCK_SIZE, dtype, torch.device("cpu")).layers
+    caches = allocate(spec, shard, blocks, BLOCK_SIZE, kv or NAMES[dtype], torch.device("cpu")).layers
     batch, ids = make_batch(tokens, context), torch.ones(tokens, dtype=torch.int64)
     inputs = ids if shard.stage.first else torch.ones(tokens, spec.hidden_size, dtype=dtype)
     with PeakOfLiveTensors() as mode:
@@ -148,6 +158,17 @@ def test_a_step_with_quantized_weights_takes_no_more_than_planned(
         found = measured(folder, shard, dtype, 250, 250, 1, quantization)
         plan = planned(folder, shard, dtype, StepSize(250, 1), quantization)
         assert found <= plan.activations + 250 * plan.context_token
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "opt_350m", "deepseek_v3"])
+def test_a_step_with_a_small_kv_cache_takes_no_more_than_planned(checkpoint: Checkpoint, name: str, kv: str) -> None:
+    folder = checkpoint(name)
+    for shard in make_shards(read_spec(folder), 2):
+        for tokens in (250, 20):
+            found = measured(folder, shard, torch.bfloat16, tokens, 250, 1, kv=kv)
+            plan = planned(folder, shard, torch.bfloat16, StepSize(tokens, 1), kv=kv)
+            assert found <= plan.activations + 250 * plan.context_token
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("llama3", "int8"), ("mixtral", "int8"), ("llama3", "int4")])

@@ -598,6 +598,7 @@ def test_the_status_of_the_fleet_becomes_metrics() -> None:
     (config,) = [dict(labels) for name, labels in found.samples if name == "vllm:cache_config_info"]
     assert (config["block_size"], config["num_gpu_blocks"], config["kv_cache_size_tokens"]) == ("16", "100", "1600")
     assert (config["enable_prefix_caching"], config["kv_cache_memory_bytes"]) == ("True", "None")
+    assert config["cache_dtype"] == "auto"
     assert found("vllm:prefix_cache_queries_total", engine=0) == 40
     assert found("vllm:prefix_cache_hits_total", engine=0) == 30
     assert found("vllm:num_preemptions_total", engine=0) == 3

@@ -87,6 +87,7 @@ def bare_plan(*ranks: RankPlan, **changes: Any) -> EnginePlan:
         "ranks": ranks or (bare_rank(),),
         "executor": "uni",
         "dtype": "float32",
+        "kv_dtype": "float32",
         "vocab_size": 16,
         "max_model_len": 16,
         "asked_model_len": 0,

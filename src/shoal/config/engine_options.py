@@ -30,6 +30,9 @@ from shoal.errors import ConfigError
 from shoal.values import closest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
+KVCacheDtype = Literal[
+    "auto", "float32", "bfloat16", "float16", "int8", "int8_per_token_head", "fp8", "fp8_e4m3", "fp8_e5m2"
+]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Executor = Literal["uni", "threads", "mp", "ray"]
@@ -197,6 +200,11 @@ class CacheOptions:
     )
     kv_cache_memory_bytes: int | None = option(
         None, "size of each rank's KV cache; overrides the other memory options", minimum=1, bytes_=True, local=True
+    )
+    kv_cache_dtype: KVCacheDtype = option(
+        "auto",
+        "type of keys and values in the KV cache; auto: that of the activations; int8: 8 bits, with a scale for each "
+        "token and head, which vLLM calls int8_per_token_head; fp8 is fp8_e4m3, which has no scales",
     )
     enable_prefix_caching: bool = option(True, "keep KV blocks for later prompts that begin with the same tokens")
 

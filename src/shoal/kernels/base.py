@@ -31,10 +31,16 @@ class PagedBatch:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """The keys and values of one layer on one rank: [num_slots, kv_heads, head_dim] each, contiguous."""
+    """The keys and values of one layer on one rank: [num_slots, kv_heads, head_dim] each, contiguous.
+
+    They may have another type than the activations (`kernels.kv_rows`). Rows are read as they are stored, those of the
+    same step too. int8 has scales, [num_slots, kv_heads] each, contiguous: one for each row of head_dim numbers.
+    """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,8 @@ class Kernels(Protocol):
         cache: KVCache,
     ) -> Tensor:
         """Normalize and rotate queries and keys, write keys and values into the cache, and return the queries.
+
+        Keys are rounded to the type of qkv, then to that of the cache.
 
         qkv: [n, (q_heads + 2 * kv_heads) * head_dim]: queries, keys, values. Gives [n, q_heads, head_dim].
         """

@@ -21,13 +21,15 @@ from shoal.kernels.base import (
     QKNorm,
     Rope,
 )
+from shoal.kernels.kv_rows import KV_DTYPES
 from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.kernels.reference import ReferenceKernels
 from shoal.native_library import open_library
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+_CACHE_TYPE_CODES = {dtype: code for code, dtype in enumerate(KV_DTYPES.values())}  # as in csrc/cache_types.h
 _NORM_CODES: dict[NormKind, int] = {"rms": 0, "rms_wide": 1, "layer": 2}
 _NO_NORM = -1
 _ACTIVATION_CODES: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -42,12 +44,12 @@ _SIGNATURES: dict[str, list[Any]] = {
     "shoal_activate_gated": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
     "shoal_weighted_sum": [_INT, *[_POINTER] * 4, *[_LONG] * 4],
     "shoal_rotate_and_store": [
-        *[_INT, _INT, _POINTER],
+        *[_INT, _INT, _INT, _POINTER],
         *[_POINTER, _POINTER, _FLOAT] * 2,
-        *[_POINTER] * 7,
+        *[_POINTER] * 9,
         *[_LONG] * 6,
     ],
-    "shoal_attend": [_INT, *[_POINTER] * 7, *[_LONG] * 6, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
+    "shoal_attend": [_INT, _INT, *[_POINTER] * 9, *[_LONG] * 6, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
 }
 
 
@@ -55,7 +57,7 @@ class NativeKernels:
     """The C++ implementation of `shoal.kernels.base.Kernels` for float32 and bfloat16; `load_native` makes one.
 
     Threads may share one object. All tensors of a call have the same dtype, except the rotary tables and the weights of
-    rms_wide, which are float32.
+    rms_wide, which are float32, and the KV cache.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -149,13 +151,14 @@ class NativeKernels:
         batch: PagedBatch,
         cache: KVCache,
     ) -> Tensor:
-        if norm is not None and norm.q.kind != norm.k.kind:
+        if heads.head_dim > self._max_head_dim or (norm is not None and norm.q.kind != norm.k.kind):
             return self._reference.rotate_and_store(qkv, heads, norm, rope, batch, cache)
         qkv = qkv.contiguous()
         rows = qkv.shape[0]
         out = empty((rows, heads.q_heads, heads.head_dim), qkv.dtype)
         self._rotate_and_store(
             _TYPE_CODES[qkv.dtype],
+            _CACHE_TYPE_CODES[cache.keys.dtype],
             _NO_NORM if norm is None else _NORM_CODES[norm.q.kind],
             qkv.data_ptr(),
             *((None, None, 0.0) if norm is None else (*_addresses(norm.q, qkv.dtype), norm.q.eps)),
@@ -167,6 +170,8 @@ class NativeKernels:
             out.data_ptr(),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
+            _address(cache.key_scales),
+            _address(cache.value_scales),
             rows,
             heads.q_heads,
             heads.kv_heads,
@@ -186,9 +191,12 @@ class NativeKernels:
         if out.numel() > 0:
             status = self._attend(
                 _TYPE_CODES[q.dtype],
+                _CACHE_TYPE_CODES[cache.keys.dtype],
                 q.data_ptr(),
                 cache.keys.data_ptr(),
                 cache.values.data_ptr(),
+                _address(cache.key_scales),
+                _address(cache.value_scales),
                 out.data_ptr(),
                 batch.query_starts.data_ptr(),
                 batch.context_lens.data_ptr(),
@@ -253,7 +261,11 @@ def _addresses(norm: Norm, dtype: torch.dtype) -> tuple[int | None, int | None]:
     weight, bias = norm.weight, norm.bias
     if (weight is not None and weight.dtype is not wanted) or (bias is not None and bias.dtype is not wanted):
         raise ValueError(f"a norm of kind {norm.kind} over {dtype} needs weights in {wanted}")
-    return weight if weight is None else weight.data_ptr(), bias if bias is None else bias.data_ptr()
+    return _address(weight), _address(bias)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 _threads = torch.get_num_threads

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.kernels.base import Activation, AttentionParams, HeadLayout, KVCache, Norm, PagedBatch, QKNorm, Rope
+from shoal.kernels.kv_rows import read_rows, store_rows
 
 GATHER_BYTES = 256 * 2**20  # limit for the keys and values gathered at once for decoding; one sequence may exceed it
 SCORE_BYTES = 32 * 2**20  # limit for the float32 scores that attention with a softcap keeps in memory at once
@@ -70,8 +71,8 @@ class ReferenceKernels:
         if rope is not None:
             cos, sin = rope.cos[batch.positions].unsqueeze(1), rope.sin[batch.positions].unsqueeze(1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        cache.keys.index_copy_(0, batch.slots, k)
-        cache.values.index_copy_(0, batch.slots, v)
+        store_rows(k, batch.slots, cache.keys, cache.key_scales)
+        store_rows(v, batch.slots, cache.values, cache.value_scales)
         # Without norm and rotation the queries are a view of qkv, which the caller may change.
         return q.clone(memory_format=torch.contiguous_format) if norm is None and rope is None else q
 
@@ -106,6 +107,9 @@ def attend_single_queries(
     longest context: of as many sequences as fit into GATHER_BYTES.
     """
     token_bytes = 2 * max(heads.kv_heads, heads.q_heads) * heads.head_dim * q.element_size()
+    if cache.keys.dtype != q.dtype:  # a part as it is stored, and with scales in float32
+        stored = cache.keys.itemsize + (0 if cache.key_scales is None else 4)
+        token_bytes += heads.kv_heads * heads.head_dim * stored
     if params.softcap is not None and q.dtype != torch.float32:
         token_bytes += token_bytes // q.element_size() * 4  # for copies in float32
     results, start = [], 0
@@ -135,7 +139,7 @@ def _attend_group(
     positions = torch.where(visible, positions, firsts)
     blocks = batch.block_tables[rows].long().gather(1, positions // batch.block_size)
     slots = blocks * batch.block_size + positions % batch.block_size
-    keys, values = (rows.transpose(1, 2) for rows in _gather(cache, slots))  # [b, kv_heads, L, d]
+    keys, values = (rows.transpose(1, 2) for rows in _gather(cache, slots, q.dtype))  # [b, kv_heads, L, d]
     mask = visible[:, None, None, :]
     if has_equal_groups(heads):
         # Attention treats the query heads of one KV head as several queries of one head: no key has to be copied.
@@ -204,7 +208,7 @@ def attend_sequence(
     first = 0 if window is None else max(0, context - length - window + 1)
     key_positions = torch.arange(first, context, device=q.device)
     slots = block_table[key_positions // block_size].long() * block_size + key_positions % block_size
-    keys, values = (rows.transpose(0, 1) for rows in _gather(cache, slots))  # [kv_heads, L, d]
+    keys, values = (rows.transpose(0, 1) for rows in _gather(cache, slots, q.dtype))  # [kv_heads, L, d]
     q = q.transpose(0, 1)
     mask = None  # a plain causal mask, which PyTorch's fused kernels have built in
     if length < context or window is not None or params.softcap is not None:
@@ -228,10 +232,12 @@ def attend_sequence(
     return result.transpose(0, 1)
 
 
-def _gather(cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(cache: KVCache, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the keys and values in these slots. Both are one tensor if the cache has one tensor for both."""
-    keys = cache.keys[slots]
-    return keys, keys if cache.values is cache.keys else cache.values[slots]
+    keys = read_rows(cache.keys, cache.key_scales, slots, dtype)
+    if cache.values is cache.keys:
+        return keys, keys
+    return keys, read_rows(cache.values, cache.value_scales, slots, dtype)
 
 
 def _can_fold_heads(length: int, heads: HeadLayout, params: AttentionParams) -> bool:

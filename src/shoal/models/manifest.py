@@ -13,6 +13,7 @@ from typing import Literal
 
 from shoal.errors import CheckpointError
 from shoal.kernels.weight_format import Quantization, WeightFormat
+from shoal.models.kv_format import KVFormat
 from shoal.models.spec import ExpertNames, LatentSpec, ModelSpec, MoESpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 from shoal.parallel.stages import Stage
@@ -185,13 +186,13 @@ def keeps_embedding(device: str, *, head: bool = True) -> bool:
     return device == "cpu" or not head
 
 
-def kv_block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
+def kv_block_bytes(spec: ModelSpec, shard: Shard, block_size: int, kv: KVFormat) -> int:
     """Return the bytes of one KV block on a rank: keys and values of all its layers.
 
     Latents are not divided: each rank with heads holds them whole.
     """
-    token = spec.cached_per_token * len(shard.heads.kv_ids) * spec.head_dim
-    return len(shard.stage.layers) * block_size * token * item_bytes
+    token = spec.cached_per_token * len(shard.heads.kv_ids) * kv.row_bytes(spec.head_dim)
+    return len(shard.stage.layers) * block_size * token
 
 
 def make_shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:

@@ -7,6 +7,7 @@ Activations are bounded by counting the tensors that exist at the fullest moment
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.models.kv_format import KV_FORMATS, KVFormat
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.spec import LatentSpec, ModelSpec, MoESpec
 from shoal.models.transformers.fallback_spec import FallbackSpec
@@ -67,6 +68,7 @@ def rank_memory(
     device: str,
     block_size: int,
     step: StepSize,
+    kv_dtype: str = "",
     replicas: int = 1,
 ) -> RankMemory:
     """Return the memory that the rank with this shard needs.
@@ -74,16 +76,17 @@ def rank_memory(
     Args:
         dtype: the type of weights and activations.
         step: the largest step that it must have room for.
+        kv_dtype: the type of the KV cache; "": `dtype`.
         replicas: how many replicas hold whole experts together.
     """
-    item = ITEM_BYTES[dtype]
+    item, kv = ITEM_BYTES[dtype], KV_FORMATS[kv_dtype or dtype]
     kept = keeps_embedding(device, head=shard.stage.last)
     return RankMemory(
         weights=weight_bytes(spec, params, shard, item, embedding_kept=kept),
         activations=_activations(spec, shard, item, step, device, replicas)
         + _quantized_rows_bytes(params, shard, step.tokens * replicas),
-        context_token=_context_token_bytes(spec, shard, item, step.tokens),
-        block=kv_block_bytes(spec, shard, block_size, item),
+        context_token=_context_token_bytes(spec, shard, item, step.tokens, None if kv.name == dtype else kv),
+        block=kv_block_bytes(spec, shard, block_size, kv),
     )
 
 
@@ -212,16 +215,22 @@ def _logit_row_bytes(shard: Shard, item: int, device: str) -> int:
     return len(shard.ranges[Cut.VOCAB]) * (item + 2 * _FLOAT + sampler)
 
 
-def _context_token_bytes(spec: ModelSpec, shard: Shard, item: int, tokens: int) -> int:
+def _context_token_bytes(spec: ModelSpec, shard: Shard, item: int, tokens: int, stored: KVFormat | None) -> int:
     """Return the bytes that attention needs for each token of context, when it computes a chunk of a prompt.
 
     One sequence is computed at a time. For each token of its context there are its slot, its key and value as they are
     cached, copies of them for every query head (not needed for a single KV head), and a column of the mask, as booleans
     and as numbers. Capped scores are computed in float32, for at least one query at a time.
+
+    stored: the type of the KV cache, if it is another one than that of the activations. Then keys or values exist as
+    they are stored beside those in the type of the activations, and before with their scales in float32.
     """
     q, kv = len(shard.heads.q_range), len(shard.heads.kv_ids)
     copied = 2 * q if kv > 1 else 0
     gathered = (copied + spec.cached_per_token * kv) * spec.head_dim * item + 4 * 8
     capped = any(spec.attention_of(i).softcap for i in shard.stage.layers)
     wide = _FLOAT * (2 * q * spec.head_dim + 3 * q) if capped else 0
-    return gathered + tokens * (1 + item) + wide
+    converted = 0
+    if stored is not None:
+        converted = kv * (stored.row_bytes(spec.head_dim) + (_FLOAT * spec.head_dim if stored.scale_bytes else 0))
+    return gathered + converted + tokens * (1 + item) + wide

@@ -24,6 +24,7 @@ from shoal.planner.context_length import context_length
 from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.host_devices import check_devices, device_of, rank_cores, restrict_cores
 from shoal.planner.host_links import Measured
+from shoal.planner.kv_dtype import plan_kv_dtype
 from shoal.planner.layout import plan_layout
 from shoal.planner.measured_hosts import MeasuredHosts
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
@@ -133,6 +134,7 @@ class Planner:
         self._reasons += self.model.notes
         self._reasons += [f"draft model: {note}" for note in self.draft.notes] if self.draft else []
         self._dtype = _dtype(options, self.model.spec, self._reasons)
+        self._kv_dtype = plan_kv_dtype(options, self.model.spec, self._dtype, self._reasons)
         self._add_model_reasons()
         if len(hosts) > 1:
             describe_traffic(
@@ -203,6 +205,7 @@ class Planner:
             ranks=self._rank_plans(place, layout, shares, budgets),
             executor=self._executor,
             dtype=self._dtype,
+            kv_dtype=self._kv_dtype,
             vocab_size=self.model.spec.vocab_size,
             max_model_len=model_len,
             asked_model_len=options.model_options.max_model_len or 0,
@@ -295,6 +298,7 @@ class Planner:
                 device=self.hardware.device,
                 block_size=self.options.cache.block_size,
                 step=step,
+                kv_dtype=self._kv_dtype,
                 replicas=replicas,
             )
             for shard in shards

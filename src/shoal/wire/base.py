@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 17
+WIRE_VERSION = 18
 
 Ids = tuple[int, ...]
 

@@ -142,7 +142,8 @@ class EnginePlan(Wire, frozen=True):
     layout: Layout
     ranks: tuple[RankPlan, ...]
     executor: str  # the name of an executor (`executors.table`)
-    dtype: str
+    dtype: str  # of weights and activations
+    kv_dtype: str  # of the KV cache, a name in `models.kv_format`
     vocab_size: int
     max_model_len: int  # the most tokens that a prompt and its output may have together
     asked_model_len: int  # the user's --max-model-len; 0: not given, so the model and the KV cache set the limit

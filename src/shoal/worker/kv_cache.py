@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.base import KVCache
+from shoal.kernels.kv_rows import KV_DTYPES, SCALE_DTYPE
+from shoal.models.kv_format import KV_FORMATS
 from shoal.models.manifest import Shard
 from shoal.models.spec import ModelSpec
 
@@ -33,18 +35,27 @@ class KVMemory:
 
 
 def allocate(
-    spec: ModelSpec, shard: Shard, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec, shard: Shard, num_blocks: int, block_size: int, kv_dtype: str, device: torch.device
 ) -> KVMemory:
     """Allocate the KV cache of a shard, filled with zeros.
+
+    kv_dtype: a name of `KV_FORMATS`.
 
     It must not contain NaNs, which even a weight of zero would not remove from an attention output. After the blocks
     there is one more slot, for keys and values that are never read. Latents are keys and values at the same time.
     """
-    token = (len(shard.heads.kv_ids), spec.head_dim)
-    shape = (len(shard.stage.layers), spec.cached_per_token, num_blocks * block_size + 1, *token)
-    pool = _zeros(torch.Size(shape).numel() * dtype.itemsize, device)
-    layers = [tuple(layer) for layer in pool.view(dtype).view(shape)]
-    return KVMemory([KVCache(parts[0], parts[-1]) for parts in layers], pool)
+    layers, slots = len(shard.stage.layers), num_blocks * block_size + 1
+    rows = torch.Size((layers, spec.cached_per_token, slots, len(shard.heads.kv_ids)))
+    dtype, scale_bytes = KV_DTYPES[kv_dtype], KV_FORMATS[kv_dtype].scale_bytes
+    size = rows.numel() * spec.head_dim * dtype.itemsize
+    first_scale = size + size % max(scale_bytes, 1)
+    pool = _zeros(first_scale + rows.numel() * scale_bytes, device)
+    numbers = [tuple(layer) for layer in pool[:size].view(dtype).view(*rows, spec.head_dim)]
+    if not scale_bytes:
+        return KVMemory([KVCache(parts[0], parts[-1]) for parts in numbers], pool)
+    scales = [tuple(layer) for layer in pool[first_scale:].view(SCALE_DTYPE).view(rows)]
+    caches = [KVCache(parts[0], parts[-1], own[0], own[-1]) for parts, own in zip(numbers, scales, strict=True)]
+    return KVMemory(caches, pool)
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:

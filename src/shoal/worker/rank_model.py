@@ -18,6 +18,7 @@ from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights, Weig
 from shoal.models.checkpoint.torch_files import list_here
 from shoal.models.decoder import build_decoder
 from shoal.models.implementation import params_of, read_model
+from shoal.models.kv_format import KV_FORMATS
 from shoal.models.manifest import Cut, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.precision import PRECISION
 from shoal.models.registry import read_config
@@ -145,9 +146,8 @@ class RankModel:
     @property
     def block_bytes(self) -> int:
         """The size of one KV block over the rank's layers of this model, in bytes."""
-        return kv_block_bytes(self.spec, self.shard, self._setup.plan.block_size, self._precision.kv.itemsize)
+        return kv_block_bytes(self.spec, self.shard, self._setup.plan.block_size, KV_FORMATS[self._setup.plan.kv_dtype])
 
     def allocate(self, num_blocks: int, device: torch.device) -> kv_cache.KVMemory:
-        return kv_cache.allocate(
-            self.spec, self.shard, num_blocks, self._setup.plan.block_size, self._precision.kv, device
-        )
+        plan = self._setup.plan
+        return kv_cache.allocate(self.spec, self.shard, num_blocks, plan.block_size, plan.kv_dtype, device)

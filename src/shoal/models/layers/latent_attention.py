@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, Rope
+from shoal.kernels.kv_rows import store_rows
 from shoal.kernels.linear import HeadLinear, Linear
 from shoal.kernels.reference import rotate
 from shoal.models.spec import LatentSpec
@@ -83,7 +84,8 @@ class LatentAttention:
         keys = rotate(self._pairs_as_halves(keys).unsqueeze(1), cos, sin).squeeze(1)
         cached = torch.cat((self.kernels.norm(latents, self.kv_norm), keys), dim=1)
         # A rank without query heads has no KV head either, and stores nothing.
-        cache.keys.index_copy_(0, batch.slots, cached.unsqueeze(1).expand(-1, self.heads.kv_heads, -1))
+        cached = cached.unsqueeze(1).expand(-1, self.heads.kv_heads, -1)
+        store_rows(cached, batch.slots, cache.keys, cache.key_scales)
 
     def _pairs_as_halves(self, x: Tensor) -> Tensor:
         """Return `x` with its dimensions reordered so that pairs of neighbours become i and i + rope_dim / 2.

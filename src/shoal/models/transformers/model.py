@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shoal.errors import CheckpointError, EngineError
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, PagedBatch
+from shoal.kernels.kv_rows import store_rows
 from shoal.kernels.linear import make_linear
 from shoal.lazy import load
 from shoal.models.causal_model import LayerWatch
@@ -60,8 +61,8 @@ def paged_attention(
     if batch is None or not heads.q_heads:
         return query.new_zeros(query.shape).transpose(1, 2), None
     cache = context.caches[module.layer_idx - context.first_layer]
-    cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1).to(cache.keys.dtype))
-    cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1).to(cache.values.dtype))
+    store_rows(key[0].transpose(0, 1).to(value.dtype), batch.slots, cache.keys, cache.key_scales)
+    store_rows(value[0].transpose(0, 1), batch.slots, cache.values, cache.value_scales)
     q = query[0].transpose(0, 1).to(value.dtype).contiguous()
     out = context.kernels.attend(q, heads, context.params[module.layer_idx], batch, cache)
     return out.view(1, -1, heads.q_heads, heads.head_dim), None

@@ -4,7 +4,6 @@ from shoal.config.engine_options import CacheOptions, EngineOptions
 from shoal.wire.engine import EngineStats
 
 _ABSENT = {
-    "cache_dtype": "auto",  # the type of the model
     "calculate_kv_scales": "False",
     "cpu_kvcache_space_bytes": "None",
     "cpu_offload_gb": "0",
@@ -28,6 +27,7 @@ _ABSENT = {
 NAMES = (
     *("block_size", "num_gpu_blocks", "kv_cache_size_tokens", "kv_cache_max_concurrency"),
     *("enable_prefix_caching", "gpu_memory_utilization", "kv_cache_memory_bytes", "user_specified_block_size"),
+    "cache_dtype",
     *_ABSENT,
 )
 
@@ -39,7 +39,7 @@ def values(options: EngineOptions, stats: EngineStats) -> tuple[str, ...]:
     found: tuple[object, ...] = (
         *(stats.block_size, stats.num_blocks, tokens, tokens / max(stats.max_model_len, 1)),
         *(cache.enable_prefix_caching, cache.gpu_memory_utilization, cache.kv_cache_memory_bytes),
-        cache.block_size != CacheOptions().block_size,
+        *(cache.block_size != CacheOptions().block_size, cache.kv_cache_dtype),
         *_ABSENT.values(),
     )
     return tuple(str(value) for value in found)
