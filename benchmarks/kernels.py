@@ -2,7 +2,7 @@
 
 The operations that other families use instead are measured at the same shapes.
 
-    python benchmarks/kernels.py [--threads N] [--seconds S] [--only-cache-types]
+    python benchmarks/kernels.py [--threads N] [--seconds S] [--only-cache-types [--processor-time]]
 
 Times are medians in microseconds. The caches of several layers are used in turn, as in a model, so that data comes from
 memory and not from the processor's cache. Native and reference kernels are measured in turn, so that other load on the
@@ -37,6 +37,7 @@ CACHE_TYPES = ("bfloat16", "int8", "fp8_e4m3", "fp8_e5m2")
 
 T = TypeVar("T")
 Call = Callable[[Kernels, int], object]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def measure_prompt(length: int, kernels: dict[str, Kernels], seconds: float) -> 
     return {"op": "attend a prompt", "tokens": length, "us": us, "GFLOP/s": gflops}
 
 
-def measure_cache_types(kernels: Kernels, rows: int, context: int, seconds: float) -> dict[str, object]:
+def measure_cache_types(kernels: Kernels, rows: int, context: int, seconds: float, clock: Clock) -> dict[str, object]:
     """Measure attention over KV caches of several types, in turn.
 
     `rows` sequences decode behind `context` tokens; with a context of 0 a prompt of `rows` tokens is computed.
@@ -126,12 +127,14 @@ def measure_cache_types(kernels: Kernels, rows: int, context: int, seconds: floa
             return kernels.attend(q, HEADS, params, batch, layers[i % len(layers)])
 
         calls[kv] = attend
-    us = medians(lambda call, i: call(i), calls, seconds)
+    us = medians(lambda call, i: call(i), calls, seconds, clock)
     faster = {kv: round(us[CACHE_TYPES[0]] / taken, 2) for kv, taken in us.items()}
     return {"op": "attend, by type of the KV cache", "rows": rows, "context": context, "us": us, "faster": faster}
 
 
-def medians(call: Callable[[T, int], object], kernels: Mapping[str, T], seconds: float) -> dict[str, float]:
+def medians(
+    call: Callable[[T, int], object], kernels: Mapping[str, T], seconds: float, clock: Clock = time.perf_counter
+) -> dict[str, float]:
     """Return the median microseconds of call(kernels, i) for i = 0, 1, ... with each of the kernels."""
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for each in kernels.values():
@@ -140,9 +143,9 @@ def medians(call: Callable[[T, int], object], kernels: Mapping[str, T], seconds:
     i = 0
     while time.perf_counter() < end or i < MIN_CALLS:
         for name, each in kernels.items():
-            start = time.perf_counter()
+            start = clock()
             call(each, i)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
         i += 1
     return {name: round(statistics.median(taken) * 1e6, 1) for name, taken in times.items()}
 
@@ -187,6 +190,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each operation and shape")
     parser.add_argument("--only-cache-types", action="store_true", help="only attention by type of the KV cache")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, for the types of the KV cache")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -196,8 +200,9 @@ def main() -> None:
         kernels = {"native": native, **kernels}
     results: list[dict[str, object]] = []
     if native is not None:
-        for rows, context in ((1, 2048), (8, 2048), (8, 4096), (2048, 0)):
-            results.append(measure_cache_types(native, rows, context, options.seconds))
+        for rows, context in ((8, 2048), (8, 4096), (2048, 0)):
+            clock = time.process_time if options.processor_time else time.perf_counter
+            results.append(measure_cache_types(native, rows, context, options.seconds, clock))
     for rows in () if options.only_cache_types else (1, 8, 32):
         case = decodes(rows, 160)
         for name, call in small_operations(rows, case).items():

@@ -6,11 +6,13 @@ namespace {
 
 // CLONED functions that call the loops of cache_types.h: one plain function for each pair of types, since a template
 // cannot be cloned.
-#define DEFINE_STORE(T, C)                                                                                          \
+#define DEFINE_STORE(T, C)                                                                                            \
     CLONED void store_##T##_as_##C(const void* rows, int64_t heads, int64_t head_dim, void* slot, uint16_t* scales) { \
-        for (int64_t head = 0; head < heads; ++head)                                                                \
-            store_row(static_cast<const T*>(rows) + head * head_dim, head_dim, static_cast<C*>(slot) + head * head_dim, \
-                      reinterpret_cast<BFloat16*>(scales) + head);                                                  \
+        for (int64_t head = 0; head < heads; ++head) {                                                                \
+            BFloat16* scale = scales ? reinterpret_cast<BFloat16*>(scales) + head : nullptr;                          \
+            const int64_t first = head * head_dim;                                                                    \
+            store_row(static_cast<const T*>(rows) + first, head_dim, static_cast<C*>(slot) + first, scale);           \
+        }                                                                                                             \
     }
 
 DEFINE_STORE(float, BFloat16)

@@ -241,7 +241,7 @@ ALWAYS_INLINE void rotate(const T* x, const float* cos, const float* sin, T* out
     if (out != x) std::memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
 }
 
-// The keys or values of the cache: [num_slots, kv_heads, head_dim], and scales [num_slots, kv_heads] if the type has some.
+// The keys or values of the cache: [num_slots, kv_heads, head_dim], and scales [num_slots, kv_heads] or null.
 struct CacheSlots {
     char* rows;
     uint16_t* scales;
@@ -261,10 +261,9 @@ struct RotateArgs {
     const float* sin;  // the same
     const int64_t* positions;
     const int64_t* slots;
-    T* q_out;             // [n, q_heads, head_dim]
-    CacheSlots keys;
-    CacheSlots values;
-    StoreHeads store;     // null if the cache has elements of T
+    T* q_out;  // [n, q_heads, head_dim]
+    CacheSlots keys, values;
+    StoreHeads store;  // null if the cache has elements of T
     int64_t q_heads, kv_heads, head_dim;
     int64_t half;  // half the number of rotated elements of a head, 0 for no rotation
 };
@@ -429,8 +428,8 @@ EXPORT void shoal_weighted_sum(int32_t type, const void* x, const int64_t* indic
     (type == kFloat32 ? weighted_sum<float> : weighted_sum<BFloat16>)(x, indices, weights, out, rows, k, size, threads);
 }
 
-// cache_type: of keys and values; scales: null unless that type has some. kind: of the norms of queries and keys, kNoNorm
-// for none. half: 0 for no rotation.
+// cache_type: of keys and values; scales: null unless that type has some. kind: of the norms of queries and keys,
+// kNoNorm for none. half: 0 for no rotation.
 EXPORT void shoal_rotate_and_store(int32_t type, int32_t cache_type, int32_t kind, const void* qkv,
                                    const void* q_weight, const void* q_bias, float q_eps, const void* k_weight,
                                    const void* k_bias, float k_eps, const float* cos, const float* sin,

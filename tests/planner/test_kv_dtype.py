@@ -18,7 +18,7 @@ from shoal.worker.rank_model import RankModel
 from support.plans import engine_plan, setup_of
 
 Checkpoint = Callable[[str], Path]
-SIZE = {"kv_cache_memory_bytes": 2**22, "max_model_len": 64}
+SIZE: Any = {"kv_cache_memory_bytes": 2**22, "max_model_len": 64}
 
 
 def blocks(folder: Path, kv: str, **options: Any) -> int:
