@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from conformance.test_greedy_tokens import generate, make_prompts
+from conformance.test_quantized import logprobs_of
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.kernels.kv_rows import KV_DTYPES, SCALE_DTYPE, read_rows, store_rows
 from shoal.kernels.reference import ReferenceKernels
@@ -128,7 +128,7 @@ def test_stages_and_drafts_change_no_bit(checkpoint: Checkpoint, options: dict[s
 
 
 def test_sleep_and_accuracy_of_the_bundled_model() -> None:
-    """Accuracy falls by less than one percent. benchmarks/int8_accuracy.py asks more questions of more kinds."""
+    """Accuracy falls by less than one percent. benchmarks/quantized_accuracy.py asks more questions of more kinds."""
     sums = sorted(demo_text.held_out_additions())[::5]
     greedy = SamplingParams(temperature=0, max_tokens=6)
     shares = {}

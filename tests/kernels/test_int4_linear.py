@@ -1,5 +1,7 @@
 """Tests of linear layers with weights of 4 bits: both implementations give the same bits, those of their definition."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,7 +114,8 @@ def test_the_largest_sums() -> None:
         weight = LinearWeights(INT4[128], codes, torch.ones(3, 2), torch.full((3, 2), zero, dtype=torch.int8))
         x = torch.stack([torch.ones(inputs), -torch.ones(inputs)])
         wanted = (code - zero) * inputs * x[:, :1].expand(2, 3)
-        for linear in (*natives(weight, None), TorchInt4Linear(weight, None)):
+        layers: list[Callable[[Tensor], Tensor]] = [*natives(weight, None), TorchInt4Linear(weight, None)]
+        for linear in layers:
             # Beside the sum, only the scale of the row is rounded: (1 / 127) * 127.
             assert torch.allclose(linear(x), wanted, rtol=2.0**-22, atol=0)
 
@@ -123,7 +126,8 @@ def test_numbers_that_are_not_finite_spoil_their_row_only(dtype: torch.dtype) ->
     x = torch.randn(5, 270).to(dtype)
     before = make_linear(weight, bias)(x)
     x[1, 3], x[3, 269] = torch.nan, -torch.inf
-    for linear in (*natives(weight, bias), TorchInt4Linear(weight, bias)):
+    layers: list[Callable[[Tensor], Tensor]] = [*natives(weight, bias), TorchInt4Linear(weight, bias)]
+    for linear in layers:
         out = linear(x)
         assert out[[1, 3]].isnan().all()
         assert torch.equal(out[[0, 2, 4]], before[[0, 2, 4]])

@@ -51,14 +51,17 @@ NOT_RECORDED = {
 class Rank:
     """A rank's model, once with recordings and once without, each with a KV cache of its own."""
 
-    def __init__(self, folder: Path, shard: Shard, tp: Axis, dtype: torch.dtype, quantization: str) -> None:
+    def __init__(
+        self, folder: Path, shard: Shard, tp: Axis, dtype: torch.dtype, quantization: str, kv: str = ""
+    ) -> None:
         spec, checkpoint = read_spec(folder), open_checkpoint(folder)
         params = params_of(spec, checkpoint.shapes, quantization)
         weights = CheckpointWeights(checkpoint, params, shard, dtype)
         kernels, _ = make_kernels("cpu", dtype)
         self.decoder: Decoder = build_decoder(spec, shard, tp, weights, kernels, CPU, spec.max_positions)
         self.caches, self.plain = (
-            allocate(spec, shard, BLOCKS * SEQUENCES, BLOCK_SIZE, dtype, CPU).layers for _ in range(2)
+            allocate(spec, shard, BLOCKS * SEQUENCES, BLOCK_SIZE, kv or str(dtype).removeprefix("torch."), CPU).layers
+            for _ in range(2)
         )
         self.steps = RecordedSteps(self.decoder, self.caches, max_blocks=BLOCKS, alone=tp.size == 1)
 
@@ -131,6 +134,15 @@ def test_recorded_steps_have_the_same_bits(
     rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), dtype, quantization)
     run(rank)
     assert sorted(rank.steps.recorded) == ([] if name in NOT_RECORDED else sorted(set(SIZES)))
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8_e4m3"])
+def test_recorded_steps_read_and_write_small_kv_caches(checkpoint: Callable[[str], Path], kv: str) -> None:
+    folder = checkpoint("qwen3")
+    (shard,) = make_shards(read_spec(folder), 1)
+    rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), torch.bfloat16, "", kv)
+    run(rank)
+    assert sorted(rank.steps.recorded) == sorted(set(SIZES))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
