@@ -140,7 +140,7 @@ def test_the_bundled_models_give_the_same_answers(model: str | None, quantizatio
 
 def test_accuracy_falls_by_less_than_one_percent() -> None:
     """benchmarks/quantized_accuracy.py asks more questions of more kinds."""
-    sums = sorted(demo_text.held_out_additions())[::2]
+    sums = sorted(demo_text.held_out_additions())[::3]
     greedy = SamplingParams(temperature=0, max_tokens=6)
     shares = []
     for quantization in (None, "int8", "int4"):

@@ -1,7 +1,5 @@
 """Tests of linear layers with weights of 4 bits: both implementations give the same bits, those of their definition."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +31,10 @@ def random_layer(
 
 def natives(weight: LinearWeights, bias: Tensor | None) -> list[NativeInt4Linear]:
     return [] if LIBRARY is None else [NativeInt4Linear(weight, bias, LIBRARY, level) for level in LEVELS]
+
+
+def linears(weight: LinearWeights, bias: Tensor | None) -> list[Linear]:
+    return [*natives(weight, bias), TorchInt4Linear(weight, bias)]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -89,8 +91,7 @@ def test_implementations_give_the_same_bits(
 def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, inputs: int, outputs: int) -> None:
     weight, bias = random_layer(outputs, inputs, dtype, True, INT4[128])
     x = torch.randn(300, inputs).to(dtype)
-    linears: list[Linear] = [*natives(weight, bias), TorchInt4Linear(weight, bias)]
-    for linear in linears:
+    for linear in linears(weight, bias):
         together = linear(x)
         counts = (1, 33) if isinstance(linear, TorchInt4Linear) else (1, 2, 5, 6, 7, 12, 13, 32, 33, 95, 96, 97, 193)
         assert [rows for rows in counts if not torch.equal(linear(x[:rows]), together[:rows])] == []
@@ -114,8 +115,7 @@ def test_the_largest_sums() -> None:
         weight = LinearWeights(INT4[128], codes, torch.ones(3, 2), torch.full((3, 2), zero, dtype=torch.int8))
         x = torch.stack([torch.ones(inputs), -torch.ones(inputs)])
         wanted = (code - zero) * inputs * x[:, :1].expand(2, 3)
-        layers: list[Callable[[Tensor], Tensor]] = [*natives(weight, None), TorchInt4Linear(weight, None)]
-        for linear in layers:
+        for linear in linears(weight, None):
             # Beside the sum, only the scale of the row is rounded: (1 / 127) * 127.
             assert torch.allclose(linear(x), wanted, rtol=2.0**-22, atol=0)
 
@@ -126,8 +126,7 @@ def test_numbers_that_are_not_finite_spoil_their_row_only(dtype: torch.dtype) ->
     x = torch.randn(5, 270).to(dtype)
     before = make_linear(weight, bias)(x)
     x[1, 3], x[3, 269] = torch.nan, -torch.inf
-    layers: list[Callable[[Tensor], Tensor]] = [*natives(weight, bias), TorchInt4Linear(weight, bias)]
-    for linear in layers:
+    for linear in linears(weight, bias):
         out = linear(x)
         assert out[[1, 3]].isnan().all()
         assert torch.equal(out[[0, 2, 4]], before[[0, 2, 4]])
