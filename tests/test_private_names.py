@@ -23,7 +23,7 @@ BY_TEXT = {"setattr", "getattr", "delattr", "hasattr", "patch", "object"}  # cal
 # (file, name): why there is no better way.
 ARGUED = {
     ("executors/test_robustness.py", name): "tells one rank of a step that the others do not get, which no caller can"
-    for name in ("_client", "_executor", "_incarnation", "_links")
+    for name in ("_executor", "_incarnation", "_links")
 }
 CEILING = 5
 

@@ -121,9 +121,8 @@ def assert_failed(llm: LLM, workers: Sequence[int], bad: int = 1) -> None:
 
 def break_rank(llm: LLM, rank: int) -> None:
     """Send a step with an unknown sequence to this rank only."""
-    executor: Any = llm._client._executor  # type: ignore[attr-defined]
-    incarnation = llm._client._incarnation  # type: ignore[attr-defined]
-    executor._links.send(StepPlan(incarnation, 10**6, (Work(12345, 0, 1, False),)), rank)
+    engine: Any = llm.engine
+    engine._executor._links.send(StepPlan(engine._incarnation, 10**6, (Work(12345, 0, 1, False),)), rank)
 
 
 def test_a_rank_that_raises_ends_its_own_engine_only(folder: str) -> None:

@@ -58,7 +58,8 @@ class RecordedSteps:
         self._caches = caches
         self._max_blocks = max_blocks
         self._alone = alone
-        self._layers = model if enabled and isinstance(model, LayeredModel) else None
+        on_cpu = all(cache.keys.device.type == "cpu" for cache in caches)
+        self._layers = model if enabled and on_cpu and isinstance(model, LayeredModel) else None
         self._recordings: dict[int, _RecordedStep] = {}
         self._inputs: _Inputs | None = None
         self._pool = Pool()
