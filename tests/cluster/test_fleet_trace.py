@@ -1,6 +1,6 @@
 """Traces of a fleet: which replicas record, and when a trace ends."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from shoal.cluster.fleet import Fleet, ModelSummary
 from shoal.cluster.fleet_trace import FleetTrace
 from shoal.cluster.limits import FleetLimits
+from shoal.cluster.replicas.replica_client import ReplicaClient
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import ConfigError, ShoalError
 from shoal.trace import clocks
@@ -29,20 +30,24 @@ class SilentChannel:
         return -1
 
 
+class UnwaitingFleet(Fleet):
+    """A fleet that never waits: messages of fake replicas come from no socket."""
+
+    def _wait_for_any(self, replicas: Sequence[ReplicaClient], timeout: float) -> None: ...
+
+
 class World:
     """A fleet of two fake replicas, which are started again when they die."""
 
     def __init__(self) -> None:
         self.started: list[FakeReplica] = []
-        self.fleet = Fleet(
+        self.fleet = UnwaitingFleet(
             self._launch,
             lambda stats: ReplicaCapacity(100, 10**6, 4, 100),
             model=ModelSummary("model", 1, 1),
             limits=FleetLimits(1000, None, None, 5, 60.0),
             local=[0, 1],
         )
-        self.fleet._wait_for_any = lambda *_: None  # type: ignore[method-assign]
-        self.fleet._set._wait_for = lambda *_: None
         self.run()
 
     def _launch(self, number: int, generation: int) -> FakeReplica:
@@ -99,7 +104,7 @@ def engine_track() -> TrackEvents:
 def test_a_trace_ends_without_a_replica_that_does_not_answer(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.cluster.fleet_trace._END_S", 0.0)
+    monkeypatch.setattr("shoal.cluster.fleet_trace.END_S", 0.0)
     trace = FleetTrace(world.fleet, TraceTarget.of(str(tmp_path)), LIMIT, "model")
     assert world.started[0].traces == []
     trace.start()

@@ -42,7 +42,7 @@ class Ranks:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ranks be asked whenever there was work."""
-    monkeypatch.setattr(engine_trace, "_PERIOD_NS", 0)
+    monkeypatch.setattr(engine_trace, "PERIOD_NS", 0)
 
 
 def kinds(events: TraceEvents, track: int = 0) -> list[EventKind]:

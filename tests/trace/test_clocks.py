@@ -38,7 +38,7 @@ def track(clock: str, asked: int, answered: int) -> TrackEvents:
 def test_an_engine_on_another_host_is_measured_by_its_first_message() -> None:
     inbox = TraceInbox(TraceInbox())
     ahead = 10**12
-    begun = inbox._asked + ahead
+    begun = inbox.asked + ahead
     inbox.add(TraceEvents(0, (track("another", begun + 1000, begun + 2000),), (SAME_CLOCK,)))
     inbox.add(TraceEvents(0, (track("another", 0, begun + 9000),), (SAME_CLOCK,), last=True))
     first, second = inbox.take()

@@ -88,13 +88,13 @@ def test_events_beyond_the_memory_of_a_rank_are_counted(tmp_path: Path) -> None:
     assert Trace(tmp_path / "run.json").facts["notes"] == [note]
 
 
-def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recording = Recording(tmp_path / "run.json", 100, "model")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    recording._file.append = fail  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr("shoal.trace.trace_file.TraceFile.append", fail)
     recording.add([of_engine(of_rank(a_step(clocks.now())))])
     summary = recording.close()
     assert recording.full

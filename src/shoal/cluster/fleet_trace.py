@@ -13,7 +13,7 @@ from shoal.wire.base import encode
 
 log = get_logger("trace")
 
-_END_S = 30.0  # how long replicas may take to send the rest of their events: they answer between two steps
+END_S = 30.0  # how long replicas may take to send the rest of their events: they answer between two steps
 _LAST_S = 3.0  # ... before the fleet is closed
 _WRITE_S = 3.0  # ... and how long the writing of it may take after that
 _SLICE_S = 0.02
@@ -64,7 +64,7 @@ class FleetTrace:
             return
         self._waiting.append(done)
         if len(self._waiting) == 1:
-            self._deadline = time.monotonic() + _END_S
+            self._deadline = time.monotonic() + END_S
             self._tell_end()
 
     def _tell_end(self) -> None:

@@ -19,7 +19,7 @@ from shoal.wire.trace import (
     track_events_decoder,
 )
 
-_PERIOD_NS = 1_000_000_000  # how often ranks are asked for their events: each time they wait for the next step
+PERIOD_NS = 1_000_000_000  # how often ranks are asked for their events: each time they wait for the next step
 _FIRST_QUESTIONS = 4  # at the start, for the clocks of other hosts: a rank without a step to finish answers at once
 _ROW_BYTES = 8 * ROW
 
@@ -46,7 +46,7 @@ class EngineTrace:
         self._clocks: dict[tuple[int, int], ClockBounds] = {}  # of ranks on other hosts, by rank and process
         self._offsets: dict[tuple[int, int], ClockOffset] = {}  # those that are in use: they never change
         self._collected: list[TrackEvents] = []
-        self._next = now() + _PERIOD_NS
+        self._next = now() + PERIOD_NS
         self._worked = False  # True: a step was launched since ranks were asked last
         self._answers_start = True  # the first message also answers the order to begin
         for _ in range(_FIRST_QUESTIONS):
@@ -121,7 +121,7 @@ class EngineTrace:
             self._left -= len(track.rows) // _ROW_BYTES
         self._collected += [track for track in answers if track.rows or track.dropped or self._answers_start]
         self._worked = False
-        self._next = answered + _PERIOD_NS
+        self._next = answered + PERIOD_NS
 
     def _offset(self, track: TrackEvents) -> ClockOffset:
         bounds = self._clocks.get((track.rank, track.pid))

@@ -15,7 +15,7 @@ class TraceInbox:
         """Note that the engine is told to record now, if there was an inbox `before`, perhaps that of another trace."""
         self.recording = before is not None  # False: nothing is recorded, or the last message has arrived
         self._stale: int = 0 if before is None else before._stale + before.recording  # traces whose rest still comes
-        self._asked = now()
+        self.asked = now()
         self._offset: ClockOffset | None = None
         self._messages: list[TraceEvents] = []
 
@@ -34,7 +34,7 @@ class TraceInbox:
         if engine.clock == clock_identity():
             return SAME_CLOCK
         bounds = ClockBounds()
-        bounds.asked(self._asked, engine.asked_ns)
+        bounds.asked(self.asked, engine.asked_ns)
         bounds.answered(engine.answered_ns, now())
         return bounds.offset
 
