@@ -4,8 +4,7 @@
 (root), and Ray. The two hosts are namespaces of this machine, and each has one core. Variants run one after the other,
 `--rounds` times; figures are medians, and ratios are computed round by round.
 
-- `executors`: ranks as processes of this host, and the same in a Ray cluster of this host. The second has one more
-  process between engine and rank, as on any other host.
+- `executors`: ranks of `--model` as processes of this host, and the same in a Ray cluster of this host.
 - `links`: two stages and two tensor-parallel ranks over two hosts, with a link that is not limited and with one of
   `--mbits`.
 - `plans`: the control of a step of the bundled model with two stages, on one host and on two; both use gloo.
@@ -20,14 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import click
 
 from support.hosts import Host, limit_rate, two_hosts
-from support.ray_cluster import ENVIRONMENT, ray_cluster
+from support.ray_cluster import ENVIRONMENT, RayNode, ray_cluster
 
 _SHAPE = "shape:qwen3-0.6b"
 _TIMEOUT_S = 900
@@ -38,11 +37,12 @@ _LAYOUTS = {"pp 2": ["-pp", "2"], "tp 2": ["-tp", "2"]}
 @click.command()
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
+@click.option("--model", default=_SHAPE, show_default=True, help="of the part `executors`")
 @click.option("--mbits", default=100, show_default=True, help="rate of the slow link in Mbit/s")
 @click.option(
     "--part", "parts", multiple=True, type=click.Choice(["executors", "links", "plans", "start"]), help="only these"
 )
-def main(rounds: int, batch_size: int, mbits: int, parts: tuple[str, ...]) -> None:
+def main(rounds: int, batch_size: int, model: str, mbits: int, parts: tuple[str, ...]) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         raise click.UsageError("two cores are needed")
     found: dict[str, Any] = {}
@@ -53,26 +53,24 @@ def main(rounds: int, batch_size: int, mbits: int, parts: tuple[str, ...]) -> No
             found["links"] = _links(hosts, batch_size, rounds, mbits)
         if "plans" in wanted:
             found["plans"] = _plans(hosts, rounds)
-        if "executors" in wanted or "start" in wanted:
+        if "executors" in wanted:
+            found["executors"] = _executors(hosts[0], batch_size, rounds, model)
+        if "start" in wanted:
             cluster = stack.enter_context(ray_cluster(hosts))
-            address = cluster[0].address
-            if "executors" in wanted:
-                found["executors"] = _executors(hosts[0], address, batch_size, rounds)
-            if "start" in wanted:
-                found["start"] = _starts(hosts, address, rounds)
+            found["start"] = _starts(hosts, cluster[0].address, rounds)
     print(json.dumps(found, indent=2))
 
 
-def _executors(host: Host, address: str, batch_size: int, rounds: int) -> dict[str, Any]:
-    variants = {
-        "mp": ["--distributed-executor-backend", "mp"],
-        "ray": ["--distributed-executor-backend", "ray", "--ray-address", address],
-    }
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
-    for number in range(rounds):
-        for name, flags in variants.items():
-            runs[name].append(_bench([host], batch_size, flags, {0: []}))
-            click.echo(f"round {number}, {name}: {runs[name][-1]}", err=True)
+def _executors(host: Host, batch_size: int, rounds: int, model: str) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {"mp": [], "ray": []}
+    output_len = 64 if model == _SHAPE else 512  # steps of small models are short
+    with closing(RayNode(host, cpus=2)) as cluster:
+        flags = {"mp": [], "ray": ["--ray-address", cluster.address]}
+        for number in range(rounds):
+            for name, found in runs.items():
+                executor = ["-tp", "2", "--distributed-executor-backend", name, *flags[name]]
+                found.append(_bench([host], batch_size, executor, {0: []}, model, output_len))
+                click.echo(f"round {number}, {name}: {found[-1]}", err=True)
     return _compared(runs, "ray", "mp")
 
 
