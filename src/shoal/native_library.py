@@ -1,8 +1,10 @@
 """Finds and opens the libraries that `setup.py` builds from `csrc/`. Their callers have imported torch before."""
 
 import ctypes
+from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 
 def open_library(folder: Path, name: str, version_function: str, version: int) -> tuple[ctypes.CDLL | None, str]:
@@ -19,6 +21,13 @@ def open_library(folder: Path, name: str, version_function: str, version: int) -
     if found != version:
         return None, f"{path.name} is stale: its interface is version {found}, but {version} is needed; build it again"
     return library, f"{path.name}"
+
+
+def bind(library: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> Callable[..., Any]:
+    """Return a function of a library that takes these types of ctypes, and returns nothing."""
+    function = library[name]
+    function.argtypes, function.restype = list(arguments), None
+    return function
 
 
 def _open(path: Path) -> ctypes.CDLL:

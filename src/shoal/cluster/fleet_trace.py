@@ -95,7 +95,7 @@ class FleetTrace:
 
     @property
     def is_ending(self) -> bool:
-        """Whether `tick` waits for the end of the trace."""
+        """True if `tick` waits for the end of the trace."""
         return bool(self._waiting)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.kernels.native_calls import NativeFunction, compute, empty
-from shoal.native_library import open_library
+from shoal.native_library import bind, open_library
 
 ABI_VERSION = 2
 NO_INSTRUCTIONS = "the CPU has no AVX-512 BF16"
@@ -139,10 +139,7 @@ def load_bf16() -> tuple[Bf16Library | None, str]:
 
 
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., Any]:
-    function = library[name]
-    function.argtypes = _SIGNATURES[name]
-    function.restype = None
-    return function
+    return bind(library, name, _SIGNATURES[name])
 
 
 def _multiple(number: int, unit: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.native_calls import NativeFunction, empty
-from shoal.native_library import open_library
+from shoal.native_library import bind, open_library
 
 ABI_VERSION = 2
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -106,7 +106,4 @@ def in_parts(x: Tensor, outputs: int, multiply: Callable[[Tensor], Tensor]) -> T
 
 
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., Any]:
-    function = library[name]
-    function.argtypes = _SIGNATURES[name]
-    function.restype = None
-    return function
+    return bind(library, name, _SIGNATURES[name])

@@ -238,13 +238,14 @@ class Recording:
         """Make the calls again.
 
         Raises:
-            RuntimeError: a C++ function has failed.
+            MemoryError: there is no memory for the intermediate results of a C++ function.
             CommError: an exchange with other ranks has failed.
         """
         for calls, functions, then in self._parts:
             failed = self._replay(calls, len(calls))
             if failed != _ALL_DONE:
-                raise RuntimeError(f"{functions[failed].name} failed in a recorded step")
+                # Arguments that a function refuses were refused when the step was recorded.
+                raise MemoryError(f"out of memory for the intermediate results of {functions[failed].name}")
             if then is not None:
                 then()
 

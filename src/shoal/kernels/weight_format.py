@@ -59,7 +59,7 @@ class WeightFormat:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What a value of `--quantization` stands for: the formats of linear layers and of the output head."""
+    """The formats of linear layers and of the output head for a value of `--quantization`."""
 
     layers: WeightFormat
     head: WeightFormat

@@ -82,7 +82,7 @@ class Recording:
 
     @property
     def summary(self) -> TraceSummary | None:
-        """What has become of the trace; None while it is still written."""
+        """The file of the trace and why it is not complete, if it is not; None while it is still written."""
         if self._thread.is_alive():
             return None
         return TraceSummary(str(self._file.path), self._file.events, "; ".join(self._notes))

@@ -11,7 +11,7 @@ from shoal.wire.base import Wire
 
 
 class EventKind(IntEnum):
-    """What a slice of time was spent on. A row of `TrackEvents.rows` is kind, begin, duration, a, b and c."""
+    """The kind of a slice of time. A row of `TrackEvents.rows` is kind, begin, duration, a, b and c."""
 
     STEP = 0  # of a rank: a: number of the step, b: requests, c: tokens
     DRAW = 1  # the second part of a step whose plan is masked: a: number of the step
@@ -32,7 +32,7 @@ ROW = 6  # numbers in a row: int64, native byte order
 
 
 class TrackEvents(Wire, frozen=True):
-    """What a rank or an engine has recorded since it was asked the last time."""
+    """The events that a rank or an engine has recorded since it was asked the last time."""
 
     rank: int  # -1: the engine
     title: str  # of the track: "engine", "rank 1 (tp 1, pp 0)"
@@ -47,7 +47,7 @@ class TrackEvents(Wire, frozen=True):
 
 
 class ClockOffset(Wire, frozen=True):
-    """What must be subtracted from the times of one process for those of another."""
+    """The time that must be subtracted from the times of one process to get those of another."""
 
     ns: int = 0
     error_ns: int = 0  # the true offset differs by at most this
@@ -58,7 +58,7 @@ SAME_CLOCK = ClockOffset()
 
 
 class TraceEvents(Wire, frozen=True):
-    """What an engine and its ranks have recorded since the last message of this kind."""
+    """The events that an engine and its ranks have recorded since the last message of this kind."""
 
     replica: int
     tracks: tuple[TrackEvents, ...]  # the first is the engine's
@@ -75,7 +75,7 @@ class SetTracing(Wire, frozen=True):
 
 
 class TraceSummary(Wire, frozen=True):
-    """What has become of a trace."""
+    """The file of a trace that has ended, and why it is not complete, if it is not."""
 
     file: str
     events: int
