@@ -104,6 +104,21 @@ def test_memory_is_used_again_when_no_view_of_a_tensor_is_left() -> None:
     assert pool.empty((4, 8), torch.bfloat16).data_ptr() == alias.data_ptr() == address
 
 
+def test_steps_of_all_sizes_share_their_memory() -> None:
+    """Powers of two up to the largest are less than twice the largest, and rounding up to them doubles at most."""
+    pool, width, most = Pool(), 1024, 64
+    norm = Norm("rms", torch.ones(width), None, 1e-6)
+    recordings = []
+    for rows in range(1, most + 1):
+        x = torch.ones(rows, width)
+        with Recorder(pool) as recorder:
+            kernels().norm(kernels().norm(x, norm), norm)
+        recordings.append(recorder.recording())
+        recordings[-1].replay()
+    largest = 2 * most * width * 4  # two results live at a time
+    assert pool.nbytes <= 4 * largest + 2**21  # and what is left over in slabs
+
+
 def test_the_pool_grows_with_large_tensors() -> None:
     pool = Pool()
     tensors = [pool.empty((300_000,), torch.float32) for _ in range(3)]

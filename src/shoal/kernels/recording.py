@@ -73,7 +73,7 @@ class Pool:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor, whose memory is used again when no tensor refers to it any more."""
         nbytes = math.prod(shape) * dtype.itemsize
-        size = max(-(-nbytes // _ALIGNMENT), 1) * _ALIGNMENT
+        size = 1 << (max(nbytes, _ALIGNMENT) - 1).bit_length()  # few sizes, which steps of other sizes use again
         slab, offset = self._free[size].pop() if self._free[size] else self._unused(size)
         part = self._slabs[slab][offset : offset + nbytes]
         # The storage of the tensor, which its views share, is what keeps `part`.
