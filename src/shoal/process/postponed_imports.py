@@ -1,8 +1,9 @@
 """Modules that are loaded when something in them is used, and not when they are imported.
 
-`import torch` loads parts of PyTorch that no program of this project uses, which takes a third of its time. A process
-that has called `postpone_parts_of_torch` imports them as empty modules, which load themselves when somebody asks for
-something in them.
+`import torch` loads parts of PyTorch that a rank does not use, which takes a third of its time. A process that has
+called `postpone_parts_of_torch` imports them as empty modules, which load themselves when somebody asks for something
+in them. They are also loaded before any part of PyTorch that `import torch` does not load, since other parts of PyTorch
+depend on the order in which they are loaded.
 """
 
 import importlib.machinery
@@ -26,8 +27,8 @@ def postpone_parts_of_torch() -> None:
 
 
 def postpone(names: Sequence[str]) -> None:
-    """Postpone the modules with these names, unless they have been imported already."""
-    sys.meta_path.insert(0, _Finder(frozenset(names)))
+    """Postpone the modules of a package with these names, unless they have been imported already."""
+    sys.meta_path.insert(0, _Finder(names))
 
 
 def load_now(name: str) -> None:
@@ -38,18 +39,36 @@ def load_now(name: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, names: frozenset[str]) -> None:
+    """Finds postponed modules, and sees each import of another module before it is looked for."""
+
+    def __init__(self, names: Sequence[str]) -> None:
         self._names = names
+        self._package = names[0].partition(".")[0]
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in self._names:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _PostponingLoader(spec.loader)
-        return spec
+        if name in self._names:
+            return _postponed(importlib.machinery.PathFinder.find_spec(name, path, target))
+        if name.startswith(f"{self._package}.") and not self._package_is_loading:
+            self._load_all()
+        return None
+
+    @property
+    def _package_is_loading(self) -> bool:
+        spec = getattr(sys.modules.get(self._package), "__spec__", None)
+        return bool(getattr(spec, "_initializing", False))
+
+    def _load_all(self) -> None:
+        names, self._names = self._names, ()
+        for name in names:
+            load_now(name)
+
+
+def _postponed(spec: ModuleSpec | None) -> ModuleSpec | None:
+    if spec is not None and spec.loader is not None:
+        spec.loader = _PostponingLoader(spec.loader)
+    return spec
 
 
 class _PostponingLoader(Loader):
