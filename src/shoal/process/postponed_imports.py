@@ -95,6 +95,7 @@ class _PostponedModule(ModuleType):
         return getattr(self, name)
 
     def _load(self) -> None:
-        self.__class__ = ModuleType  # first: the module's own code may use it
-        assert self.__loader__ is not None
-        self.__loader__.exec_module(self)
+        self.__class__ = ModuleType  # type: ignore[assignment]  # first: the module's own code may use it
+        assert self.__spec__ is not None
+        assert self.__spec__.loader is not None
+        self.__spec__.loader.exec_module(self)
