@@ -6,7 +6,7 @@ import sys
 
 from shoal.cli.container_init import stand_apart
 from shoal.lazy import load
-from shoal.process import garbage_collector, import_path, open_files, postponed_imports
+from shoal.process import garbage_collector, import_path, open_files
 
 
 def main() -> None:
@@ -16,7 +16,6 @@ def main() -> None:
         import_path.remove_implicit_folders()
         _open_standard_streams()
         garbage_collector.collect_rarely()
-        postponed_imports.postpone_parts_of_torch()
         garbage_collector.end_without_collections()
         stand_apart()
         signal.signal(

@@ -12,7 +12,7 @@ from shoal.engine.lockstep.member import LockstepMember
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.engine.serve_channel import serve
 from shoal.log import configure_logging
-from shoal.process import garbage_collector, postponed_imports
+from shoal.process import garbage_collector
 from shoal.transport.channel import Channel
 from shoal.transport.connecting import connect
 from shoal.transport.process import die_with_parent
@@ -27,7 +27,6 @@ from shoal.wire.rendezvous import PEERS_DOOR
 def main(fd: int, parent: int) -> None:
     die_with_parent(parent)
     garbage_collector.collect_rarely()
-    postponed_imports.postpone_parts_of_torch()
     for number in (
         signal.SIGINT,
         signal.SIGTERM,

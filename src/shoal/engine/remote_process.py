@@ -18,7 +18,6 @@ from shoal.engine.process import join_lockstep, start_engine
 from shoal.engine.serve_channel import receive_first, report_failure, report_to_replicas, serve_client
 from shoal.errors import EngineError
 from shoal.log import configure_logging, get_logger
-from shoal.process import postponed_imports
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.connecting import connect
 from shoal.transport.process import die_with_parent
@@ -42,7 +41,6 @@ _NOT_COMPARED = ("place", "reasons", "warnings")  # fields in which a new plan m
 @click.option("--parent", type=int, required=True)
 def main(fd: int, parent: int) -> None:
     die_with_parent(parent)
-    postponed_imports.postpone_parts_of_torch()
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the supervisor decides what ends
         signal.signal(number, signal.SIG_IGN)
     configure_logging()

@@ -18,7 +18,7 @@ import click
 
 from shoal.devices import cpu
 from shoal.log import configure_logging
-from shoal.process import garbage_collector, postponed_imports
+from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
@@ -37,7 +37,6 @@ _NICE = 5  # of the thread that loads a spare: it gets a third of what a rank ge
 def main(fd: int, parent: int, store: int) -> None:
     die_with_parent(parent)
     garbage_collector.collect_rarely()
-    postponed_imports.postpone_parts_of_torch()
     for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group; the engine ends its ranks
         signal.signal(each, signal.SIG_IGN)
     configure_logging("(spare) ")

@@ -7,8 +7,8 @@ replacement for attention records how each layer calls it, and refuses what the 
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any
@@ -32,7 +32,6 @@ from shoal.models.transformers.cut_plan import (
 )
 from shoal.models.transformers.fallback_spec import FallbackSpec, refusal
 from shoal.models.transformers.stages import NotSplittable, StageProbe, check_stages
-from shoal.process import postponed_imports
 
 TRIAL = "shoal_trial"  # under which the attention of the trial is registered with transformers
 _TOKENS = 6
@@ -42,14 +41,6 @@ _SAMPLED_QUERIES = (0, 1, 63, 64, 1_000, 8_191, 8_192, 70_000, 131_071)  # posit
 _STRIDE = 256  # distance of the keys that are examined first
 _NO_INTERFACE = "it has no attention that transformers' AttentionInterface could replace"
 _building = threading.Lock()  # building changes PyTorch's default dtype for a moment, and ranks may be threads
-
-
-@contextmanager
-def _meta_device() -> Iterator[None]:
-    """Make tensors without numbers in this context."""
-    postponed_imports.load_now(postponed_imports.META_FUNCTIONS)
-    with torch.device("meta"):
-        yield
 
 
 class NotRunnable(Exception):
@@ -112,7 +103,7 @@ def build(config: Mapping[str, Any], architecture: str, attention: str) -> Any:
     plain = {key: value for key, value in config.items() if key not in ("auto_map", "dtype", "torch_dtype")}
     if kind == "mistral" and "layer_types" in plain:  # AutoConfig does the same
         kind, architecture = "ministral", architecture.replace("Mistral", "Ministral")
-    with _building, _meta_device():
+    with _building, torch.device("meta"):
         try:
             read = _without_dynamic_scaling(kinds[kind].from_dict(plain))
             model = auto.from_config(read, attn_implementation=attention, dtype=torch.float32)
@@ -307,7 +298,7 @@ def _run(backbone: nn.Module, watch: Callable[[Tensor], AbstractContextManager[N
     """Run a forward pass of a backbone, inside the context that `watch` returns for its tokens."""
     calls: list[AttentionCall] = []
     shape = (1, _TOKENS)
-    with _meta_device():
+    with torch.device("meta"):
         tokens, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
         all_visible = torch.ones(shape, dtype=torch.int64)
         with _UseDetector(positions) as detector, watch(tokens) if watch else nullcontext():
