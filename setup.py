@@ -48,7 +48,15 @@ _LIBRARIES = [
         ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h", "csrc/integer_rows.h"],
         ["-ffp-contract=off"],
     ),
-    _Library("kernels._bf16", ["csrc/bf16_linear.cpp"], ["csrc/bf16_tiles.h", "csrc/common.h", "csrc/replay.h"], []),
+    _Library(
+        "kernels._bf16",
+        ["csrc/bf16_linear.cpp"],
+        [
+            *("csrc/bf16_tiles.h", "csrc/bf16_avx2.h", "csrc/bf16_avx512.h"),
+            *("csrc/common.h", "csrc/chunks.h", "csrc/replay.h"),
+        ],
+        [],
+    ),
     _Library("comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
 ]
 
