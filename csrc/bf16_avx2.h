@@ -21,8 +21,9 @@ constexpr int kRowsOfWholePanel = 3;      // up to these both blocks' sums are i
 // Sums.
 
 // The sums of some rows and blocks over some steps. With 6 rows x 1 block, or 3 rows x 2 blocks, 12 of 16 registers hold
-// sums. A row of x has the even inputs of each step, then the odd ones.
-template <int kCount, int kBlocks>
+// sums. A row of x has the even inputs of each step, then the odd ones. What is read once is prefetched past the second
+// cache, which is an eighth faster.
+template <int kCount, int kBlocks, bool kOnce>
 AVX2_INLINE void avx2_pass(const float* x, int64_t stride, const uint16_t* numbers, int64_t to_step, int64_t steps,
                            bool first, const char* ahead, int64_t ahead_bytes, float* sums) {
     constexpr int kVectors = 2 * kBlocks;
@@ -35,8 +36,8 @@ AVX2_INLINE void avx2_pass(const float* x, int64_t stride, const uint16_t* numbe
     const __m256i upper_halves = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
     for (int64_t step = 0; step < steps; ++step, x += kStep, numbers += to_step) {
         for (int64_t pair = 0; pair < kPairs; ++pair, ahead += ahead_bytes) {
-            _mm_prefetch(ahead, _MM_HINT_T1);
-            if (kBlocks > 1) _mm_prefetch(ahead + ahead_bytes / 2, _MM_HINT_T1);
+            _mm_prefetch(ahead, kOnce ? _MM_HINT_NTA : _MM_HINT_T1);
+            if (kBlocks > 1) _mm_prefetch(ahead + ahead_bytes / 2, kOnce ? _MM_HINT_NTA : _MM_HINT_T1);
             __m256i words[kVectors];
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v)
@@ -64,7 +65,7 @@ AVX2_INLINE void avx2_pass(const float* x, int64_t stride, const uint16_t* numbe
         for (int v = 0; v < kVectors; ++v) _mm256_store_ps(sums + r * kPanel + v * kHalf, total[r][v]);
 }
 
-template <int kCount, int kBlocks>
+template <int kCount, int kBlocks, bool kOnce>
 TARGET_AVX2 void avx2_tile(const float* x, int64_t stride, const Weights& weights, float* sums) {
     constexpr int kTogether = kCount <= kRowsOfWholePanel ? kBlocks : 1;
     constexpr int64_t kToStep = kBlocks * kBlockStep;
@@ -73,9 +74,9 @@ TARGET_AVX2 void avx2_tile(const float* x, int64_t stride, const Weights& weight
     for (int64_t step = 0; step < weights.steps; step += kStepsOfPass) {
         const int64_t steps = std::min(kStepsOfPass, weights.steps - step);
         for (int block = 0; block < kBlocks; block += kTogether, ahead += steps * kPairs * ahead_bytes)
-            avx2_pass<kCount, kTogether>(x + step * kStep, stride, weights.numbers + step * kToStep + block * kBlockStep,
-                                         kToStep, steps, weights.first_step + step == 0, ahead, ahead_bytes,
-                                         sums + block * kBlock);
+            avx2_pass<kCount, kTogether, kOnce>(
+                x + step * kStep, stride, weights.numbers + step * kToStep + block * kBlockStep, kToStep, steps,
+                weights.first_step + step == 0, ahead, ahead_bytes, sums + block * kBlock);
     }
 }
 
@@ -153,12 +154,13 @@ class Avx2Tiles {
 
     void add(int64_t row, int64_t count, const Weights& weights, float* sums) {
         using Tile = void (*)(const float*, int64_t, const Weights&, float*);
-#define OF_ROWS(rows) {avx2_tile<rows, 1>, avx2_tile<rows, 2>}
-        static constexpr Tile kTiles[kRows][kPanelBlocks] = {OF_ROWS(1), OF_ROWS(2), OF_ROWS(3),
-                                                             OF_ROWS(4), OF_ROWS(5), OF_ROWS(6)};
+#define OF_ROWS(rows) \
+    {{avx2_tile<rows, 1, false>, avx2_tile<rows, 1, true>}, {avx2_tile<rows, 2, false>, avx2_tile<rows, 2, true>}}
+        static constexpr Tile kTiles[kRows][kPanelBlocks][2] = {OF_ROWS(1), OF_ROWS(2), OF_ROWS(3),
+                                                                OF_ROWS(4), OF_ROWS(5), OF_ROWS(6)};
 #undef OF_ROWS
-        kTiles[count - 1][weights.blocks - 1](x + row * stride + weights.first_step * kStep, stride, weights,
-                                              sums + row * kPanel);
+        kTiles[count - 1][weights.blocks - 1][weights.once](x + row * stride + weights.first_step * kStep, stride,
+                                                            weights, sums + row * kPanel);
     }
 
     static constexpr auto finish = avx2_finish;

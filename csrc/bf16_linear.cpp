@@ -143,7 +143,7 @@ void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t en
             for (int64_t turn = 0; turn < turns; ++turn, ahead += steps * ahead_bytes) {
                 const int64_t row = Tiles::first_row(turn, turns, rows);
                 tiles.add(row, Tiles::first_row(turn + 1, turns, rows) - row,
-                          {numbers, blocks, step, steps, ahead, ahead_bytes}, sums[panel - first]);
+                          {numbers, blocks, step, steps, ahead, ahead_bytes, turns == 1}, sums[panel - first]);
             }
         }
     }

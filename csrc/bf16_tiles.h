@@ -43,6 +43,7 @@ struct Weights {
     int64_t blocks, first_step, steps;
     const char* ahead;    // what to prefetch in the first step
     int64_t ahead_bytes;  // how much to prefetch in each step
+    bool once;            // no other rows of the chunk are multiplied by them
 };
 
 // Of some panels: for each the sums of its rows.
