@@ -3,19 +3,16 @@
 
 #pragma once
 
+#include "avx2.h"
 #include "bf16_tiles.h"
 #include "chunks.h"
 
 #if HAS_BF16
 
-#define TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma")))
-
 namespace {
 
-constexpr int64_t kHalf = 8;              // outputs of a vector, half a block
-constexpr int64_t kStepsOfPass = 4;       // of one block, before the other one's
-constexpr int kRowsOfWholePanel = 3;      // up to these both blocks' sums are in registers
+constexpr int64_t kStepsOfPass = 4;   // of one block, before the other one's
+constexpr int kRowsOfWholePanel = 3;  // up to these both blocks' sums are in registers
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums.
@@ -32,7 +29,7 @@ AVX2_INLINE void avx2_pass(const float* x, int64_t stride, const uint16_t* numbe
     for (int r = 0; r < kCount; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
-            total[r][v] = first ? _mm256_setzero_ps() : _mm256_load_ps(sums + r * kPanel + v * kHalf);
+            total[r][v] = first ? _mm256_setzero_ps() : _mm256_load_ps(sums + r * kPanel + v * kEight);
     const __m256i upper_halves = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
     for (int64_t step = 0; step < steps; ++step, x += kStep, numbers += to_step) {
         for (int64_t pair = 0; pair < kPairs; ++pair, ahead += ahead_bytes) {
@@ -42,7 +39,7 @@ AVX2_INLINE void avx2_pass(const float* x, int64_t stride, const uint16_t* numbe
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v)
                 words[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                    numbers + v / 2 * kBlockStep + pair * 2 * kBlock + v % 2 * 2 * kHalf));
+                    numbers + v / 2 * kBlockStep + pair * 2 * kBlock + v % 2 * 2 * kEight));
 #pragma GCC unroll 6
             for (int r = 0; r < kCount; ++r) {
                 const __m256 even = _mm256_broadcast_ss(x + r * stride + pair);
@@ -62,11 +59,11 @@ AVX2_INLINE void avx2_pass(const float* x, int64_t stride, const uint16_t* numbe
 #pragma GCC unroll 6
     for (int r = 0; r < kCount; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) _mm256_store_ps(sums + r * kPanel + v * kHalf, total[r][v]);
+        for (int v = 0; v < kVectors; ++v) _mm256_store_ps(sums + r * kPanel + v * kEight, total[r][v]);
 }
 
 template <int kCount, int kBlocks, bool kOnce>
-TARGET_AVX2 void avx2_tile(const float* x, int64_t stride, const Weights& weights, float* sums) {
+AVX2 void avx2_tile(const float* x, int64_t stride, const Weights& weights, float* sums) {
     constexpr int kTogether = kCount <= kRowsOfWholePanel ? kBlocks : 1;
     constexpr int64_t kToStep = kBlocks * kBlockStep;
     const int64_t ahead_bytes = weights.ahead_bytes * kTogether / kBlocks / kPairs;  // with each pair of a pass
@@ -83,29 +80,18 @@ TARGET_AVX2 void avx2_tile(const float* x, int64_t stride, const Weights& weight
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to outputs.
 
-// Rounds to nearest even. A NaN stays a NaN: rounding it up could carry into the sign.
-AVX2_INLINE __m256i bfloat16_of(__m256 x) {
-    const __m256i bits = (__m256i)x;
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    return _mm256_srli_epi32((__m256i)_mm256_blendv_ps((__m256)rounded, (__m256)quiet, is_nan), 16);
-}
-
 AVX2_INLINE __m256i block_of(const float* sums, const float* bias) {
-    __m256 low = _mm256_load_ps(sums), high = _mm256_load_ps(sums + kHalf);
+    __m256 low = _mm256_load_ps(sums), high = _mm256_load_ps(sums + kEight);
     if (bias) {
         low = _mm256_add_ps(low, _mm256_loadu_ps(bias));
-        high = _mm256_add_ps(high, _mm256_loadu_ps(bias + kHalf));
+        high = _mm256_add_ps(high, _mm256_loadu_ps(bias + kEight));
     }
-    constexpr int kInOrder = 0xd8;  // 0, 2, 1, 3: the vectors are packed in halves
-    return _mm256_permute4x64_epi64(_mm256_packus_epi32(bfloat16_of(low), bfloat16_of(high)), kInOrder);
+    return bfloat16_of(low, high);
 }
 
 // Some panels: sums of the rows of each, and the outputs from `first` to `end`; bias: of all outputs, or null. All
 // outputs of a row are written one after the other, as in avx512_finish.
-TARGET_AVX2 void avx2_finish(const Sums& sums, int64_t rows, const float* bias, const Output& out, int64_t first,
+AVX2 void avx2_finish(const Sums& sums, int64_t rows, const float* bias, const Output& out, int64_t first,
                              int64_t end) {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t o = first; o < end; o += kBlock) {
@@ -172,7 +158,7 @@ class Avx2Tiles {
     // From a row to the next one, in floats. A power of two would put the rows of a tile into few sets of the cache.
     static int64_t distance(int64_t inputs) { return inputs + kLanes; }
 
-    TARGET_AVX2 static void widen(const uint16_t* row, int64_t inputs, float* out) {
+    AVX2 static void widen(const uint16_t* row, int64_t inputs, float* out) {
         for (int64_t i = 0; i < inputs; i += kStep) store(out + i, load(reinterpret_cast<const BFloat16*>(row + i)));
     }
 };

@@ -84,7 +84,7 @@ AVX2_INLINE void transpose_eight(const uint16_t* const* rows, int64_t first_inpu
 }
 
 // A block of a step: the transposed matrix of 16 rows of 16 pairs.
-TARGET_AVX2 void transpose(const uint16_t* const* rows, uint16_t* target) {
+AVX2 void transpose(const uint16_t* const* rows, uint16_t* target) {
     for (int64_t o = 0; o < kBlock; o += 8)
         for (int64_t pair = 0; pair < kPairs; pair += 8)
             transpose_eight(rows + o, 2 * pair, target + (pair * kBlock + o) * 2);
@@ -208,7 +208,7 @@ EXPORT int32_t shoal_bf16_abi_version() { return kAbiVersion; }
 EXPORT int32_t shoal_bf16_level() {
 #if HAS_BF16
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kNone;
+    if (!has_avx2()) return kNone;
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512bf16"))
         return kAvx2;
