@@ -1,5 +1,7 @@
 """Measure bfloat16 linear layers at the shapes of Qwen3-0.6B: ours and oneDNN's. Prints JSON.
 
+Where oneDNN has no bfloat16, on CPUs without AVX-512, ours are compared with PyTorch's and with oneDNN's in float32.
+
     python benchmarks/linear.py [--threads N ...] [--rows N ...] [--levels L ...] [--seconds S] [--head]
 
 Times are in microseconds for the four linear layers of a decoder layer, one after the other, or with --head for the
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.bf16_linear import NativeBf16Linear, load_bf16
-from shoal.kernels.linear import Linear, PackedLinear
+from shoal.kernels.linear import Linear, PackedLinear, PlainLinear
 
 LAYER = {"qkv": (4096, 1024), "out": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
 HEAD = {"head": (151936, 1024)}
@@ -38,9 +40,16 @@ def implementations(levels: list[str] | None) -> dict[str, MakeLinear]:
     if library is None:
         raise SystemExit(f"no native implementation: {why}")
     found: dict[str, MakeLinear] = {"oneDNN": lambda weight: PackedLinear(weight, None)}
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found = {"PyTorch": lambda weight: PlainLinear(weight, None), "oneDNN, float32": in_float32}
     for level in levels or library.levels:
         found[level] = lambda weight, level=level: NativeBf16Linear(weight, None, library, level)  # type: ignore[misc]
     return found
+
+
+def in_float32(weight: Tensor) -> Linear:
+    packed = PackedLinear(weight.float(), None)
+    return lambda x: packed(x.float())
 
 
 def measure(layers: dict[str, list[list[Linear]]], inputs: list[Tensor], seconds: float) -> dict[str, list[float]]:

@@ -213,8 +213,10 @@ struct Implementations {
 
     Implementations() {
         for (int32_t type = 0; type < 2; ++type)
-            for (int32_t cache_type = 0; cache_type < 6; ++cache_type)
+            for (int32_t cache_type = 0; cache_type < 6; ++cache_type) {
+                use_avx2(type, cache_type, &of[type][cache_type]);
                 use_avx512(type, cache_type, &of[type][cache_type]);
+            }
     }
 };
 

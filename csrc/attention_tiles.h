@@ -122,6 +122,9 @@ struct AttentionTiles {
 // The implementation for activations of this DataType and a cache of this CacheType on this machine.
 const AttentionTiles& attention_tiles(int32_t type, int32_t cache_type);
 
+// Replaces an implementation by a faster one if this machine has AVX2 and no AVX-512 (csrc/attention_avx2.cpp).
+void use_avx2(int32_t type, int32_t cache_type, AttentionTiles* tiles);
+
 // Replaces functions of an implementation by faster ones if this machine has AVX-512 (csrc/attention_avx512.cpp).
 void use_avx512(int32_t type, int32_t cache_type, AttentionTiles* tiles);
 

@@ -1,6 +1,7 @@
 // The linear layers of shoal.kernels.bf16_linear, in the library _bf16: products of bfloat16, summed in float32.
 //
-// The weight is packed for instructions that multiply pairs of inputs, vdpbf16ps of AVX-512 BF16 and tdpbf16ps of AMX:
+// The weight is packed for instructions that multiply pairs of inputs, vdpbf16ps of AVX-512 BF16 and tdpbf16ps of AMX.
+// With AVX2 a pair is a word, from which two instructions make two numbers in float32:
 //
 //     packed[panel][step][block][pair][output in block][2]    16 pairs of a step; 16 outputs of a block; 2 blocks of
 //                                                             a panel
@@ -11,16 +12,22 @@
 // divided by rows and panels only. Where the steps of a row are not computed in one go, its sums are kept in float32,
 // so nothing is rounded in between. So a row has the same bits in any batch and with any number of threads.
 
-#include "bf16_tiles.h"
+#include "bf16_avx2.h"
+#include "bf16_avx512.h"
 #include "replay.h"
 
 #include <vector>
 
+#if HAS_BF16
+#include <sys/mman.h>
+#endif
+
 namespace {
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
-enum Level : int32_t { kNone = 0, kAvx512 = 1, kAmx = 2 };
+enum Level : int32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum Status : int32_t { kOk = 0, kOutOfMemory = 1 };
 
 constexpr int64_t kProductsPerThread = 1 << 18;  // less takes longer to hand to a thread than to compute
 constexpr int64_t kPiecesPerThread = 8;          // so that threads end at about the same time
@@ -51,32 +58,36 @@ struct Layer {
 // ---------------------------------------------------------------------------------------------------------------------
 // Packing.
 
-// A block of a step: the transposed matrix of 16 rows of 16 pairs. In each round, rows exchange the squares beside the
-// diagonal: first of one pair, then of 2 x 2, 4 x 4 and 8 x 8.
-TARGET_AVX512 void transpose(const uint16_t* const* rows, uint16_t* target) {
-    Words a[kPairs];
-#pragma GCC unroll 16
-    for (int i = 0; i < kPairs; ++i) std::memcpy(&a[i], rows[i], sizeof a[i]);
-#define EXCHANGE(distance, low, high)                                                       \
-    _Pragma("GCC unroll 16") for (int i = 0; i < kPairs; ++i) {                             \
-        if (i & (distance)) continue;                                                       \
-        const Words upper = a[i], lower = a[i + (distance)];                                \
-        a[i] = __builtin_shufflevector(upper, lower, UNPACK low);                           \
-        a[i + (distance)] = __builtin_shufflevector(upper, lower, UNPACK high);             \
+typedef uint32_t Words8 __attribute__((vector_size(32)));
+
+// Transposes 8 x 8 pairs. In each round, rows exchange the squares beside the diagonal: first of one pair, then of 2 x 2
+// and 4 x 4.
+AVX2_INLINE void transpose_eight(const uint16_t* const* rows, int64_t first_input, uint16_t* target) {
+    Words8 a[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) std::memcpy(&a[i], rows[i] + first_input, sizeof a[i]);
+#define EXCHANGE(distance, low, high)                                           \
+    _Pragma("GCC unroll 8") for (int i = 0; i < 8; ++i) {                       \
+        if (i & (distance)) continue;                                           \
+        const Words8 upper = a[i], lower = a[i + (distance)];                   \
+        a[i] = __builtin_shufflevector(upper, lower, UNPACK low);               \
+        a[i + (distance)] = __builtin_shufflevector(upper, lower, UNPACK high); \
     }
 #define UNPACK(...) __VA_ARGS__
-    EXCHANGE(1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-             (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-    EXCHANGE(2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-             (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-    EXCHANGE(4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-             (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-    EXCHANGE(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-             (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    EXCHANGE(1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+    EXCHANGE(2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+    EXCHANGE(4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
 #undef EXCHANGE
 #undef UNPACK
-#pragma GCC unroll 16
-    for (int i = 0; i < kPairs; ++i) std::memcpy(target + i * 2 * kBlock, &a[i], sizeof a[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) std::memcpy(target + i * 2 * kBlock, &a[i], sizeof a[i]);
+}
+
+// A block of a step: the transposed matrix of 16 rows of 16 pairs.
+AVX2 void transpose(const uint16_t* const* rows, uint16_t* target) {
+    for (int64_t o = 0; o < kBlock; o += 8)
+        for (int64_t pair = 0; pair < kPairs; pair += 8)
+            transpose_eight(rows + o, 2 * pair, target + (pair * kBlock + o) * 2);
 }
 
 // Asks for pages of 2 MiB, which are read about a tenth faster. It must be called before the memory is first written.
@@ -113,7 +124,7 @@ void pack_block(const uint16_t* weight, int64_t outputs, int64_t inputs, int64_t
 template <class Tiles>
 void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows,
                      const Output& out) {
-    alignas(64) float sums[kPanelsAtATime][kMaxRows * kPanel];
+    alignas(64) Sums sums;
     const int64_t turns = ceil_div(rows, Tiles::kRows);
     // Many rows go through all panels with some of their inputs, which stay in a core's second cache meanwhile.
     const int64_t part = turns == 1 ? layer.steps : kStepsAtATime;
@@ -132,11 +143,11 @@ void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t en
             for (int64_t turn = 0; turn < turns; ++turn, ahead += steps * ahead_bytes) {
                 const int64_t row = Tiles::first_row(turn, turns, rows);
                 tiles.add(row, Tiles::first_row(turn + 1, turns, rows) - row,
-                          {numbers, blocks, step, steps, ahead, ahead_bytes}, sums[panel - first]);
+                          {numbers, blocks, step, steps, ahead, ahead_bytes, turns == 1}, sums[panel - first]);
             }
         }
     }
-    finish(sums, rows, layer.bias, out, first * kPanel, std::min(end * kPanel, layer.outputs));
+    Tiles::finish(sums, rows, layer.bias, out, first * kPanel, std::min(end * kPanel, layer.outputs));
 }
 
 // The rows of one layer, which are cut into chunks, and its panels, which are cut into groups.
@@ -153,13 +164,14 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
               int64_t threads) {
     const int64_t inputs = layers[0]->steps * kStep, outputs = layers[0]->outputs, panels = layers[0]->panels();
     std::vector<Task> tasks;
-    int64_t rows = 0, chunks = 0;
+    int64_t rows = 0, chunks = 0, most_rows = 0;
     for (int64_t i = 0; i < number; rows += counts[i++]) {
         if (counts[i] == 0) continue;
         const int64_t turns = ceil_div(counts[i], Tiles::kRows);
         tasks.push_back({*layers[i], x + rows * inputs, out + rows * outputs, counts[i], turns,
                          ceil_div(turns, Tiles::most_rows(inputs) / Tiles::kRows), 0});
         chunks += tasks.back().chunks;
+        most_rows = std::max(most_rows, ceil_div(turns, tasks.back().chunks) * Tiles::kRows);
     }
     threads = std::max<int64_t>(1, std::min(threads, rows * inputs * outputs / kProductsPerThread));
     const int64_t groups = std::min(panels, threads == 1 ? 1 : ceil_div(threads * kPiecesPerThread, chunks));
@@ -167,7 +179,8 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
     for (Task& task : tasks) task.first_piece = pieces, pieces += task.chunks * groups;
     const bool streamed = rows * outputs * static_cast<int64_t>(sizeof(uint16_t)) >= kStreamedBytes;
     const bool reused = panels * chunks >= threads * kPanelsAtATime;  // a worker takes that many with the same rows
-    std::vector<typename Tiles::Scratch> scratch(threads);
+    std::vector<typename Tiles::Scratch> scratch(std::min(threads, pieces));
+    for (auto& of_worker : scratch) of_worker.reserve(most_rows, inputs);
     in_parallel(pieces, threads, [&](int64_t piece, int64_t worker) {
         const auto after = [](int64_t number, const Task& task) { return number < task.first_piece; };
         const Task& task = *std::prev(std::upper_bound(tasks.begin(), tasks.end(), piece, after));
@@ -175,7 +188,7 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
         const int64_t start = task.turns * chunk / task.chunks * Tiles::kRows;
         const int64_t count = std::min(task.rows, task.turns * (chunk + 1) / task.chunks * Tiles::kRows) - start;
         const Output of_chunk{task.out + start * outputs, outputs, streamed};
-        Tiles tiles(task.x + start * inputs, count, inputs, reused ? &scratch[worker] : nullptr);
+        Tiles tiles(task.x + start * inputs, count, inputs, scratch[worker], reused);
         const int64_t end = panels * (group + 1) / groups;
         for (int64_t panel = panels * group / groups; panel < end; panel += kPanelsAtATime)
             multiply_panels(tiles, task.layer, panel, std::min(end, panel + kPanelsAtATime), count, of_chunk);
@@ -195,9 +208,10 @@ EXPORT int32_t shoal_bf16_abi_version() { return kAbiVersion; }
 EXPORT int32_t shoal_bf16_level() {
 #if HAS_BF16
     __builtin_cpu_init();
+    if (!has_avx2()) return kNone;
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512bf16"))
-        return kNone;
+        return kAvx2;
     return amx_is_allowed() ? kAmx : kAvx512;
 #else
     return kNone;
@@ -221,19 +235,25 @@ EXPORT void shoal_bf16_pack(const uint16_t* weight, int64_t outputs, int64_t inp
 
 // layers: of one shape and level. x: [sum of counts, steps * 32] and out: [sum of counts, outputs], contiguous; the
 // first counts[0] rows belong to the first layer, and so on.
-EXPORT void shoal_bf16_group(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
-                             uint16_t* out, int64_t threads) {
+EXPORT int32_t shoal_bf16_group(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
+                                uint16_t* out, int64_t threads) {
 #if HAS_BF16
-    if (layers[0]->level == kAmx)
-        multiply<AmxTiles>(layers, counts, number, x, out, threads);
-    else
-        multiply<Avx512Tiles>(layers, counts, number, x, out, threads);
+    try {
+        switch (layers[0]->level) {
+            case kAmx: multiply<AmxTiles>(layers, counts, number, x, out, threads); break;
+            case kAvx512: multiply<Avx512Tiles>(layers, counts, number, x, out, threads); break;
+            default: multiply<Avx2Tiles>(layers, counts, number, x, out, threads);
+        }
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
 #endif
+    return kOk;
 }
 
 // x: [rows, steps * 32] and out: [rows, outputs], contiguous.
-EXPORT void shoal_bf16_linear(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int64_t threads) {
-    shoal_bf16_group(&layer, &rows, 1, x, out, threads);
+EXPORT int32_t shoal_bf16_linear(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int64_t threads) {
+    return shoal_bf16_group(&layer, &rows, 1, x, out, threads);
 }
 
 REPLAYABLE(shoal_bf16_linear)

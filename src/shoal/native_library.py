@@ -23,10 +23,12 @@ def open_library(folder: Path, name: str, version_function: str, version: int) -
     return library, f"{path.name}"
 
 
-def bind(library: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> Callable[..., Any]:
-    """Return a function of a library that takes these types of ctypes, and returns nothing."""
+def bind(
+    library: ctypes.CDLL, name: str, arguments: Sequence[Any], result: type[ctypes.c_int32] | None = None
+) -> Callable[..., Any]:
+    """Return a function of a library that takes these types of ctypes, and returns nothing or a status."""
     function = library[name]
-    function.argtypes, function.restype = list(arguments), None
+    function.argtypes, function.restype = list(arguments), result
     return function
 
 

@@ -18,8 +18,8 @@ from support.example_counts import examples
 LIBRARY, WHY = load_bf16()
 LEVELS = () if LIBRARY is None else LIBRARY.levels
 needs_native = pytest.mark.skipif(LIBRARY is None, reason=WHY)
-# Around the sizes of tiles (12 and 32 rows), of chunks (85 to 256 rows) and beyond.
-COUNTS = (*range(1, 4), 11, 12, 13, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 97, 127, 129, 160, 255, 256, 257, 300)
+# Around the sizes of tiles (6, 12 and 32 rows), of chunks (85 to 256 rows) and beyond.
+COUNTS = (*range(1, 8), 11, 12, 13, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 97, 127, 129, 160, 255, 256, 257, 300)
 
 
 def natives(weight: Tensor, bias: Tensor | None = None) -> list[NativeBf16Linear]:
@@ -134,6 +134,14 @@ def test_results_are_rounded_to_the_nearest_even() -> None:
     bias = torch.tensor([2.0**-8]).bfloat16()
     x = torch.tensor([[1.0, 2.0**-20]]).bfloat16()
     assert all(linear(x).item() == 1 + 2.0**-7 for linear in natives(torch.ones(1, 2).bfloat16(), bias))
+
+
+@needs_native
+def test_subnormal_numbers_keep_their_values_with_avx2() -> None:
+    assert LIBRARY is not None
+    weight, x = torch.full((3, 4), 2.0**-131).bfloat16(), torch.ones(2, 4).bfloat16()
+    out = NativeBf16Linear(weight, None, LIBRARY, "avx2")(x)
+    assert torch.equal(out.double(), torch.full((2, 3), 2.0**-129, dtype=torch.float64))
 
 
 @needs_native

@@ -1,13 +1,12 @@
-"""Linear layers in bfloat16 for CPUs with AVX-512 BF16 or AMX, in C++ (`csrc/bf16_linear.cpp`), called through ctypes.
+"""Linear layers in bfloat16 for CPUs with AVX2, AVX-512 BF16 or AMX, in C++ (`csrc/bf16_linear.cpp`).
 
 A row's result has the same bits in any batch and with any number of threads.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +15,13 @@ from torch import Tensor
 from shoal.kernels.native_calls import NativeFunction, compute, empty
 from shoal.native_library import bind, open_library
 
-ABI_VERSION = 2
-NO_INSTRUCTIONS = "the CPU has no AVX-512 BF16"
+ABI_VERSION = 3
+NO_INSTRUCTIONS = "the CPU has no AVX2"
 
-_LEVELS = ("none", "avx512_bf16", "amx_bf16")  # the instructions that are used, by their number in C++
+_LEVELS = ("none", "avx2", "avx512_bf16", "amx_bf16")  # the instructions that are used, by their number in C++
 _OUTPUTS_OF_BLOCK, _OUTPUTS_OF_PANEL, _INPUTS_OF_STEP = 16, 32, 32  # as in csrc/bf16_tiles.h
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES: dict[str, list[Any]] = {
-    "shoal_bf16_pack": [_POINTER, _LONG, _LONG, _POINTER, _LONG],
-    "shoal_bf16_group": [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG],
-}
 
 
 class _Layer(ctypes.Structure):
@@ -48,16 +43,18 @@ class Bf16Library:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.pack = _function(library, "shoal_bf16_pack")
-        self.multiply = NativeFunction(library, "shoal_bf16_linear", [_POINTER, _POINTER, _LONG, _POINTER, _LONG])
-        self.multiply_group = _function(library, "shoal_bf16_group")
+        self.pack = bind(library, "shoal_bf16_pack", [_POINTER, _LONG, _LONG, _POINTER, _LONG])
+        self.multiply = NativeFunction(library, "shoal_bf16_linear", [_POINTER, _POINTER, _LONG, _POINTER, _LONG], _INT)
+        self.multiply_group = bind(
+            library, "shoal_bf16_group", [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG], _INT
+        )
         self.levels = _LEVELS[1 : int(library.shoal_bf16_level()) + 1]
 
 
 class NativeBf16Linear:
     """A linear layer with a packed copy of its weight. It keeps no reference to the weight that is passed in.
 
-    Sums are in float32, with subnormal numbers taken as 0, and rounded once.
+    Sums are in float32, and rounded once. With AVX-512 BF16 and AMX subnormal numbers count as 0.
 
     Args:
         weight: bfloat16 [outputs, inputs].
@@ -91,7 +88,7 @@ class NativeBf16Linear:
         rows = x.shape[0]
         out = empty((rows, self.outputs), x.dtype)
         if rows:
-            self.library.multiply(self.address, x.data_ptr(), rows, out.data_ptr(), _threads())
+            _check(self.library.multiply(self.address, x.data_ptr(), rows, out.data_ptr(), _threads()))
         return out
 
     def padded(self, x: Tensor) -> Tensor:
@@ -122,8 +119,10 @@ class NativeBf16Group:
             raise ValueError(f"{len(x)} rows in {len(counts)} parts of {sum(counts)} for {len(self._layers)} layers")
         if len(x):
             of_layers = (ctypes.c_int64 * len(counts))(*counts)
-            first.library.multiply_group(
-                self._addresses, of_layers, len(counts), x.data_ptr(), out.data_ptr(), _threads()
+            _check(
+                first.library.multiply_group(
+                    self._addresses, of_layers, len(counts), x.data_ptr(), out.data_ptr(), _threads()
+                )
             )
         return out
 
@@ -138,8 +137,9 @@ def load_bf16() -> tuple[Bf16Library | None, str]:
     return (found, found.levels[-1]) if found.levels else (None, NO_INSTRUCTIONS)
 
 
-def _function(library: ctypes.CDLL, name: str) -> Callable[..., Any]:
-    return bind(library, name, _SIGNATURES[name])
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("out of memory for the rows of a linear layer in float32")
 
 
 def _multiple(number: int, unit: int) -> int:

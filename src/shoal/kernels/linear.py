@@ -1,6 +1,6 @@
 """Linear layers. On a CPU their weights are packed once into the layout that is multiplied fastest.
 
-In bfloat16 our own code multiplies them on CPUs with AVX-512 BF16, oneDNN on others. In float32 it is oneDNN.
+In bfloat16 our own code multiplies them on CPUs with AVX2 or more, in float32 oneDNN.
 """
 
 from collections.abc import Callable, Sequence
