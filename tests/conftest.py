@@ -110,15 +110,17 @@ def _quick_subset(items: list[pytest.Item]) -> Iterator[pytest.Item]:
 
 # These files start first if several run at a time, since other workers would wait for long tests at the end.
 LONGEST = (
-    "test_matrix.py",
+    "test_ray.py",
     "test_serving_over_hosts.py",
-    "test_kills.py",
-    "test_properties.py",
-    "test_greedy_tokens.py",
-    "test_pipeline.py",
-    "test_robustness.py",
+    "test_torchrun.py",
+    "test_ray_serve.py",
     "test_dashboard.py",
+    "test_kills.py",
+    "test_nodes.py",
+    "test_properties.py",
+    "test_matrix.py",
     "test_data_parallel_by_hand.py",
+    "test_robustness.py",
     "test_async_llm.py",
 )
 

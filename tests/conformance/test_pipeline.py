@@ -23,7 +23,6 @@ from shoal.wire.ranks import RankStats, StepPlan, StepResult
 from shoal.worker import kv_cache
 from shoal.worker.runner import Runner
 from support import other_models
-from support.checkpoints import MAKERS
 from support.fakes import this_rank
 
 THREADS: dict[str, Any] = {"distributed_executor_backend": "threads", "kv_cache_memory_bytes": 2**21}
@@ -41,13 +40,6 @@ def staged(folder: Path, prompts: Sequence[Sequence[int]], pp: int, tp: int = 1,
 
 def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[tuple[int, ...]]]:
     return [[sample.token_ids for sample in output.outputs] for output in outputs]
-
-
-@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (3, 2)])  # test_matrix.py has the others
-@pytest.mark.parametrize("name", sorted(MAKERS))
-def test_every_family(checkpoint: Checkpoint, name: str, pp: int, tp: int) -> None:
-    folder = checkpoint(name)
-    assert_same(folder, FEW, staged(folder, FEW, pp, tp))
 
 
 @pytest.mark.parametrize("name", sorted(other_models.ALL))

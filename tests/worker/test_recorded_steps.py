@@ -1,5 +1,7 @@
 """Recorded decoding steps have the bits of steps that are computed operation by operation, for every family."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -213,3 +215,17 @@ def test_a_trace_sees_the_layers_of_steps_that_were_recorded(checkpoint: Callabl
     rank.decoder.watch_layers(None)
     assert torch.equal(step(), recorded)
     assert len(ended) == len(rank.decoder.layers)
+
+
+@pytest.mark.slow
+def test_an_engine_does_not_load_the_compiler_of_pytorch() -> None:
+    """Loading it takes as long as starting the rank otherwise does."""
+    program = """
+import sys
+from shoal import LLM, SamplingParams
+with LLM(max_model_len=64, kv_cache_memory_bytes="2MiB") as llm:
+    llm.generate("1 + 2 =", SamplingParams(max_tokens=8), use_tqdm=False)
+assert "torch" in sys.modules
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -128,6 +128,11 @@ class Recorder(TorchDispatchMode):
         self._at_work = False
         self._kept: list[Any] = []  # what the words of the calls point to, beside the pool
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell PyTorch that its compiler need not be kept away from this class: that would load the compiler."""
+        return False
+
     def __enter__(self) -> Self:
         set_recorder(self)
         super().__enter__()  # type: ignore[no-untyped-call]

@@ -1,16 +1,14 @@
 """A process for one rank: `python -m shoal.worker --fd N --parent PID --store N`.
 
-Its first message says whether it is a rank at once, or a warm spare, which loads everything and waits to become a rank.
+Its first order says whether it is a rank at once, or a warm spare, which loads everything and waits to become a rank.
 
-The main thread computes. A second thread reads messages, and tells the engine twice a second that the process is alive
-and what it is doing, even while the main thread waits for another rank. It ends the process when the engine's process
-has ended. When another rank with which it exchanges tensors was replaced, it ends the main thread's wait for the rank
-that has died.
+The main thread reads messages and computes. A second thread tells the engine twice a second that the process is alive
+and what it is doing, even while the main thread waits for another rank. It also looks after the channel while the main
+thread computes: it ends the process when the engine's process has ended, and when another rank with which this one
+exchanges tensors was replaced, it ends the main thread's wait for the rank that has died.
 """
 
-import contextlib
 import os
-import queue
 import signal
 import threading
 import time
@@ -21,14 +19,14 @@ import click
 from shoal.devices import cpu
 from shoal.log import configure_logging
 from shoal.process import garbage_collector
-from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.process import die_with_parent
-from shoal.wire.base import Ids, Stop, encode, replace_fields
+from shoal.wire.base import Stop, encode
 from shoal.wire.credentials import NO_CREDENTIALS, Credentials
-from shoal.wire.ranks import Heartbeat, PrepareSpare, RankSetup, SpareReady, TakeRank, ToRank, to_rank
+from shoal.wire.ranks import Heartbeat, PrepareSpare, RankSetup, SpareReady, TakeRank, ToRankProcess
+from shoal.worker.inbox import Inbox
 
 _HEARTBEAT_S = 0.5
-_SPARE_WAIT_S = 3600.0  # a spare sends no heartbeats, so that it takes no processor time
 _NICE = 5  # of the thread that loads a spare: it gets a third of what a rank gets on the same core
 
 
@@ -43,10 +41,21 @@ def main(fd: int, parent: int, store: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     configure_logging("(spare) ")
     channel = Channel.from_fd(fd)
-    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
     status = _Status()
-    threading.Thread(target=_listen, args=(channel, inbox, status), daemon=True, name="listen").start()
-    order = status.orders.get()
+    inbox = Inbox(channel, status.note)
+    threading.Thread(target=_watch, args=(channel, inbox, status), daemon=True, name="watch").start()
+    try:
+        _run(channel, inbox, status, store)
+        channel.flush(timeout=1.0)
+    except ChannelClosed:
+        os._exit(1)
+    os._exit(0)  # nothing must be saved, and the teardown of torch would let the engine wait
+
+
+def _run(channel: Channel, inbox: Inbox, status: "_Status", store: int) -> None:
+    """Obey the first order, and then handle messages until one says to stop."""
+    while not isinstance(order := inbox.get(), PrepareSpare | TakeRank):
+        pass
     if isinstance(order, PrepareSpare):
         _prepare_aside(order)
 
@@ -60,14 +69,17 @@ def main(fd: int, parent: int, store: int) -> None:
     if status.place is None:
         channel.send(encode(SpareReady(cpu.anonymous_memory())))
     while not isinstance(message := inbox.get(), Stop):
-        groups.credentials = status.credentials  # they came before the first message
-        if cores := status.take_cores():
-            bind_threads(cores)
-        answer = rank.answer(message)
-        if answer is not None:
-            channel.send(encode(answer))
-    channel.flush(timeout=1.0)
-    os._exit(0)  # nothing must be saved, and the teardown of torch would let the engine wait
+        match message:
+            case TakeRank():
+                if message.cores:
+                    bind_threads(message.cores)
+            case Credentials() | PrepareSpare():
+                pass
+            case _:
+                groups.credentials = status.credentials
+                answer = rank.answer(message)
+                if answer is not None:
+                    channel.send(encode(answer))
 
 
 def _prepare_aside(order: PrepareSpare) -> None:
@@ -106,10 +118,9 @@ class _Abortable(Protocol):
 
 
 class _Status:
-    """The state of the main thread, as the listening thread sees it."""
+    """What both threads know about the process."""
 
     def __init__(self) -> None:
-        self.orders: queue.SimpleQueue[PrepareSpare | TakeRank] = queue.SimpleQueue()
         self.place: TakeRank | None = None  # None: it is no rank yet
         self.rank: _Describable | None = None  # None: it is still loading torch
         self.groups: _Abortable | None = None
@@ -117,18 +128,16 @@ class _Status:
         self._position: tuple[object, ...] = ()
         self._moved = 0.0  # when the position was seen first
 
-    def obey(self, order: PrepareSpare | TakeRank) -> None:
-        if isinstance(order, TakeRank):
-            configure_logging(f"(rank {order.rank}) ")
-            self.place = order
-        self.orders.put(order)
-
-    def take_cores(self) -> Ids:
-        """Return the cores to which the threads are still to be bound."""
-        if self.place is None or not self.place.cores:
-            return ()
-        cores, self.place = self.place.cores, replace_fields(self.place, cores=())
-        return cores
+    def note(self, message: ToRankProcess) -> None:
+        """Do at once what a message asks of the process, whatever its main thread does."""
+        match message:
+            case Credentials():
+                self.credentials = message
+            case TakeRank():
+                configure_logging(f"(rank {message.rank}) ")
+                self.place = message
+            case RankSetup() if self.groups is not None:
+                self.groups.abort_before(message.incarnation)
 
     def heartbeat(self, number: int) -> Heartbeat:
         if self.rank is None:
@@ -139,37 +148,15 @@ class _Status:
         return Heartbeat(number, self.rank.last_step, self.rank.doing, now - self._moved, self.rank.waits)
 
 
-def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
-    next_heartbeat = time.monotonic()
+def _watch(channel: Channel, inbox: Inbox, status: _Status) -> None:
+    """Send heartbeats, unless the process is a spare, and look after the channel in between."""
     try:
         while True:
-            if wait([channel], _SPARE_WAIT_S if status.place is None else next_heartbeat - time.monotonic()):
-                for frame in channel.receive():
-                    message = to_rank.decode(frame)
-                    if isinstance(message, Credentials):
-                        status.credentials = message
-                        continue
-                    if isinstance(message, PrepareSpare | TakeRank):
-                        status.obey(message)
-                        continue
-                    if isinstance(message, RankSetup):
-                        _drop_before(message, inbox, status)
-                    inbox.put(message)
-            if status.place is not None and time.monotonic() >= next_heartbeat:
-                if not channel.backlog:  # an idle engine reads nothing, and heartbeats must not pile up
-                    channel.send(encode(status.heartbeat(status.place.rank)))
-                next_heartbeat = time.monotonic() + _HEARTBEAT_S
+            if status.place is not None and not channel.backlog:  # an idle engine reads nothing: they must not pile up
+                channel.send(encode(status.heartbeat(status.place.rank)))
+            inbox.watch(_HEARTBEAT_S)
     except ChannelClosed:
         os._exit(1)
-
-
-def _drop_before(setup: RankSetup, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
-    """Drop all messages before a setup, and have the main thread end what it is doing for them."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            inbox.get_nowait()
-    if status.groups is not None:
-        status.groups.abort_before(setup.incarnation)
 
 
 if __name__ == "__main__":
