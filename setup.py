@@ -45,7 +45,10 @@ _LIBRARIES = [
     _Library(
         "kernels._quantized",
         ["csrc/quantized.cpp", "csrc/int8_linear.cpp", "csrc/int4_linear.cpp", "csrc/int4_quantize.cpp"],
-        ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h", "csrc/integer_rows.h"],
+        [
+            *("csrc/common.h", "csrc/chunks.h", "csrc/replay.h", "csrc/integer_rows.h", "csrc/int8_tiles.h"),
+            "csrc/int4_tiles.h",
+        ],
         ["-ffp-contract=off"],
     ),
     _Library(

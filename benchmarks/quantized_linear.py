@@ -1,6 +1,6 @@
-"""Measure quantized linear layers at the shapes of a layer of Qwen3-0.6B, beside oneDNN's int8 and packed bfloat16.
+"""Measure quantized linear layers at the shapes of a layer of Qwen3-0.6B, beside plain ones and oneDNN's int8.
 
-    python benchmarks/quantized_linear.py [--threads N] [--seconds S]
+    python benchmarks/quantized_linear.py [--threads N] [--seconds S] [--rows N ...] [--only NAME ...]
 
 Prints JSON. Times are medians in microseconds for the four linear layers of a decoder layer, one after the other; with
 one thread they are those of the processor. Several layers are used in turn, as in a model, so that weights come from
@@ -55,10 +55,18 @@ class OneDnnInt8Linear:
         return product.mul_(scales).to(x.dtype)
 
 
+def float32_linear(weight: Tensor) -> Linear:
+    linear = make_linear(weight.float(), None)
+    return lambda x: linear(x.float())
+
+
 def implementations() -> dict[str, Callable[[Tensor], Linear]]:
     """Return for each implementation how to make a layer from a bfloat16 weight."""
     library, _ = load_quantized()
-    found: dict[str, Callable[[Tensor], Linear]] = {"bf16": lambda weight: make_linear(weight, None)}
+    found: dict[str, Callable[[Tensor], Linear]] = {
+        "bf16": lambda weight: make_linear(weight, None),
+        "float32": float32_linear,
+    }
     if library is not None:
         for level in library.levels:
             found[f"int8 {level}"] = lambda weight, level=level: NativeInt8Linear(  # type: ignore[misc]
@@ -77,14 +85,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times linear layers with quantized weights.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="for each number of rows")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--only", nargs="+", default=[""], help="how the names of implementations begin")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     weights = [[torch.randn(shape).bfloat16() for shape in SHAPES.values()] for _ in range(LAYERS)]
-    made = {name: [[make(weight) for weight in layer] for layer in weights] for name, make in implementations().items()}
+    makers = {name: make for name, make in implementations().items() if name.startswith(tuple(options.only))}
+    made = {name: [[make(weight) for weight in layer] for layer in weights] for name, make in makers.items()}
     numbers = sum(outputs * inputs for outputs, inputs in SHAPES.values())
     results = []
-    for rows in ROWS:
+    for rows in options.rows:
         inputs = [torch.randn(rows, shape[1]).bfloat16() for shape in SHAPES.values()]
         times: dict[str, list[float]] = {name: [] for name in made}
         end, i = time.perf_counter() + options.seconds, -1

@@ -13,14 +13,13 @@
 //
 //     packed[panel][step][block][output in block][4]      4 inputs of a step; 16 outputs of a block; 4 blocks of a panel
 //
-// The last panel may have fewer blocks. Absent outputs and inputs are zeros. The codes of x are stored with 128 added, as
-// unsigned bytes; `offsets`, 128 times the sum of an output's codes, is what this adds to each sum.
+// The last panel may have fewer blocks. Absent outputs and inputs are zeros. For that instruction the codes of x are stored
+// with 128 added, as unsigned bytes; `offsets`, 128 times the sum of an output's codes, is what this adds to each sum. Other
+// instructions read the same panels (int8_tiles.h).
 
-#include "integer_rows.h"
+#include "int8_tiles.h"
 
 namespace {
-
-constexpr uint8_t kZero = 128;  // the code of 0
 
 // A layer as Python describes it (shoal.kernels.int8_linear). Offsets, scales and bias have a number for each output of
 // all blocks; there may be no bias.
@@ -35,96 +34,31 @@ struct Layer {
     int64_t steps() const { return ceil_div(inputs, kStep); }
     int64_t blocks() const { return ceil_div(outputs, kBlock); }
     int64_t panels() const { return ceil_div(outputs, kPanel); }
-    int64_t row_bytes() const { return ceil_div(inputs, kRowAlignment) * kRowAlignment; }
+    int64_t row_bytes() const { return ceil_div(inputs, kRowAlignment) * kRowAlignment * bytes_of_code(level); }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantizing rows.
 
+// Writes 16 codes of a row as the tiles of the level read them.
+ALWAYS_INLINE void store_codes(uint8_t* row, int64_t first, Words codes, bool as_shorts) {
+    if (as_shorts)
+        store_shorts(row + first * sizeof(int16_t),
+                     __builtin_shufflevector(codes, codes, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+    else
+        store_bytes(row + first, codes + uint32_t{kZero});
+}
+
 // Writes the codes of a row and returns its scale. A row with an infinite or undefined number has the scale NaN, which
 // makes all outputs NaN.
 template <class T>
-ALWAYS_INLINE float quantize_row(const T* x, int64_t size, uint8_t* codes, int64_t row_bytes) {
+ALWAYS_INLINE float quantize_row(const T* x, int64_t size, uint8_t* codes, bool as_shorts) {
     const float top = largest_of(x, size);
     const float inverse = 127.0f / top;
     for (int64_t i = 0; i < size; i += kLanes)
-        store_bytes(codes + i, nearest(in_order(x + i, size - i) * inverse) + uint32_t{kZero});
-    const int64_t written = ceil_div(size, kLanes) * kLanes;
-    std::memset(codes + written, kZero, row_bytes - written);
+        store_codes(codes, i, nearest(in_order(x + i, size - i) * inverse), as_shorts);
     return top / 127.0f;
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Tiles: up to kMaxRows rows times the outputs of a panel.
-
-// rows: the codes of the tile's rows, `row_bytes` apart; sums: [rows][kPanel].
-using Tile = void (*)(const uint8_t* rows, int64_t row_bytes, const int8_t* panel, const int32_t* offsets,
-                      int64_t steps, int32_t* sums);
-
-#if HAS_VNNI
-template <int kRows, int kBlocks>
-VNNI_CODE void vnni_tile(const uint8_t* rows, int64_t row_bytes, const int8_t* panel, const int32_t* offsets,
-                         int64_t steps, int32_t* sums) {
-    __m512i total[kRows][kBlocks];
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
-        const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(offsets + b * kBlock));
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) total[r][b] = start;
-    }
-    for (int64_t step = 0; step < steps; ++step) {
-        __m512i weights[kBlocks];
-#pragma GCC unroll 8
-        for (int b = 0; b < kBlocks; ++b) weights[b] = _mm512_loadu_si512(panel + (step * kBlocks + b) * kStepBytes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            int32_t four;
-            std::memcpy(&four, rows + r * row_bytes + step * kStep, sizeof four);
-            const __m512i codes = _mm512_set1_epi32(four);
-#pragma GCC unroll 8
-            for (int b = 0; b < kBlocks; ++b) total[r][b] = _mm512_dpbusd_epi32(total[r][b], codes, weights[b]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-        for (int b = 0; b < kBlocks; ++b) _mm512_storeu_si512(sums + r * kPanel + b * kBlock, total[r][b]);
-}
-#endif
-
-// One row times `blocks` blocks, for every CPU. Two products of 8-bit numbers fit into 16 bits.
-CLONED void portable_row(const uint8_t* row, const int8_t* panel, int64_t blocks, int64_t steps, int32_t* sums) {
-    Ints total[kPanelBlocks] = {};
-    for (int64_t step = 0; step < steps; ++step) {
-        const uint8_t* four = row + step * kStep;
-        const auto pair = [&](int i) {  // the codes i and i + 2, as in the halves of a word of the weights
-            const uint32_t low = static_cast<uint16_t>(four[i] - kZero), high = static_cast<uint16_t>(four[i + 2] - kZero);
-            return (Shorts)(Words{} + (low | high << 16));
-        };
-        const Shorts even = pair(0), odd = pair(1);
-        for (int64_t b = 0; b < blocks; ++b) {
-            Shorts weights;
-            std::memcpy(&weights, panel + (step * blocks + b) * kStepBytes, sizeof weights);
-            const Shorts low = (Shorts)((UnsignedShorts)weights << 8) >> 8, high = weights >> 8;
-            const Ints products = (Ints)(low * even + high * odd);
-            total[b] += ((Ints)((Words)products << 16) >> 16) + (products >> 16);
-        }
-    }
-    std::memcpy(sums, total, sizeof total);
-}
-
-template <int kRows, int kBlocks>
-void portable_tile(const uint8_t* rows, int64_t row_bytes, const int8_t* panel, const int32_t*, int64_t steps,
-                   int32_t* sums) {
-    for (int r = 0; r < kRows; ++r) portable_row(rows + r * row_bytes, panel, kBlocks, steps, sums + r * kPanel);
-}
-
-constexpr Tile kTiles[][kMaxRows][kPanelBlocks] = {
-    TILES(portable_tile),
-#if HAS_VNNI
-    TILES(vnni_tile),
-#endif
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to outputs.
@@ -143,10 +77,11 @@ ALWAYS_INLINE void finish_row(const Layer& layer, const int32_t* sums, float row
 }
 
 #define DEFINE_LOOPS(T)                                                                                               \
-    CLONED void quantize_rows(const T* x, int64_t size, uint8_t* codes, int64_t row_bytes, float* scales,             \
-                              int64_t first, int64_t end) {                                                           \
+    CLONED void quantize_rows(const T* x, const Layer& layer, uint8_t* codes, float* scales, int64_t first,           \
+                              int64_t end) {                                                                          \
+        const int64_t size = layer.inputs, row_bytes = layer.row_bytes();                                             \
         for (int64_t row = first; row < end; ++row)                                                                   \
-            scales[row] = quantize_row(x + row * size, size, codes + row * row_bytes, row_bytes);                     \
+            scales[row] = quantize_row(x + row * size, size, codes + row * row_bytes, layer.level == kAvx2);          \
     }                                                                                                                 \
     CLONED void finish_rows(const Layer& layer, const int32_t* sums, const float* row_scales, T* out, int64_t rows,   \
                             int64_t first) {                                                                          \
@@ -165,8 +100,7 @@ void multiply(const Layer& layer, const T* x, int64_t rows, uint8_t* codes, floa
     const int64_t row_bytes = layer.row_bytes(), steps = layer.steps(), panels = layer.panels();
     const int64_t quantizers = std::max<int64_t>(1, std::min(threads, rows * layer.inputs / kNumbersPerThread));
     in_parallel(quantizers, quantizers, [&](int64_t piece, int64_t) {
-        quantize_rows(x, layer.inputs, codes, row_bytes, scales, rows * piece / quantizers,
-                      rows * (piece + 1) / quantizers);
+        quantize_rows(x, layer, codes, scales, rows * piece / quantizers, rows * (piece + 1) / quantizers);
     });
     const int64_t products = rows * layer.inputs * layer.outputs;
     threads = std::max<int64_t>(1, std::min(threads, products / kProductsPerThread));

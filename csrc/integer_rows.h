@@ -6,16 +6,19 @@
 #include "replay.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define HAS_VNNI 1
+#define HAS_X86_TILES 1
 #include <immintrin.h>
+#define AVX2_CODE __attribute__((target("avx2,fma")))
 #define VNNI_CODE __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+// Adds to a sum happen in the order written: GCC would add the products of two halves first, and keep most in memory.
+#define KEEP_ORDER(sum) asm("" : "+x"(sum))
 #else
-#define HAS_VNNI 0
+#define HAS_X86_TILES 0
 #endif
 
 namespace {
 
-enum Level : int32_t { kPortable = 0, kVnni = 1 };  // the instructions that are used
+enum Level : int32_t { kPortable = 0, kAvx2 = 1, kVnni = 2 };  // the instructions that are used
 
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
@@ -30,6 +33,7 @@ constexpr int64_t kStep = 4;                       // inputs
 constexpr int64_t kStepBytes = kBlock * kStep;     // of a block, with a byte for each number
 constexpr int64_t kRowAlignment = 64;              // the bytes of a quantized row are a multiple of this
 constexpr int64_t kMaxRows = 6;                    // that a tile has; 6 x 4 sums, 4 weights and a row fill 32 registers
+constexpr int64_t kAhead = 8192;                   // bytes of weights that are fetched before they are needed
 constexpr int64_t kRowsPerPiece = 96;              // whose codes stay in a core's cache while it goes through a panel
 constexpr int64_t kProductsPerThread = 1 << 17;    // less takes longer to hand to a thread than to compute
 constexpr int64_t kNumbersPerThread = 1 << 15;     // the same, for quantizing rows
@@ -74,6 +78,11 @@ ALWAYS_INLINE void store_bytes(uint8_t* p, Words x) {
     std::memcpy(p, &bytes, sizeof bytes);
 }
 
+ALWAYS_INLINE void store_shorts(uint8_t* p, Words x) {
+    const Halves shorts = __builtin_convertvector(x, Halves);
+    std::memcpy(p, &shorts, sizeof shorts);
+}
+
 ALWAYS_INLINE void store_in_order(float* p, Floats x, int64_t left) {
     std::memcpy(p, &x, left >= kLanes ? sizeof x : left * sizeof(float));
 }
@@ -81,6 +90,10 @@ ALWAYS_INLINE void store_in_order(BFloat16* p, Floats x, int64_t left) {
     const Halves bits = __builtin_convertvector(bfloat16_bits(x) >> 16, Halves);
     std::memcpy(p, &bits, left >= kLanes ? sizeof bits : left * sizeof(BFloat16));
 }
+
+// The blocks that a tile of AVX2 goes through at a time, so that their sums (2 for each row), 2 weights, the codes of a row
+// and a product fit into 16 registers. One row takes the whole panel, which it then reads in one piece.
+constexpr int avx2_blocks(int rows, int blocks) { return rows == 1 ? blocks : rows == 2 && blocks % 2 == 0 ? 2 : 1; }
 
 // Tables of tiles: a function for each number of rows and of blocks.
 #define TILES_OF(tile, rows) {tile<rows, 1>, tile<rows, 2>, tile<rows, 3>, tile<rows, 4>}

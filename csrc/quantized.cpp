@@ -3,18 +3,20 @@
 #include "integer_rows.h"
 
 namespace {
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 }
 
 EXPORT int32_t shoal_quantized_abi_version() { return kAbiVersion; }
 
 // The best level of this CPU.
 EXPORT int32_t shoal_quantized_level() {
-#if HAS_VNNI
+#if HAS_X86_TILES
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni"))
         return kVnni;
+    if (avx2) return kAvx2;
 #endif
     return kPortable;
 }

@@ -180,9 +180,3 @@ def test_a_host_that_does_not_say_how_much_memory_it_has(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "sysconf", lambda _: -1)
     with pytest.raises(ConfigError, match=r"proc/meminfo can't be read.*ProcSubset=all"):
         cpu.discover(root=host(tmp_path, V2, {}, meminfo=False))
-
-
-def test_ranks_share_out_the_cores() -> None:
-    shares = [cpu.cores_of_rank((2, 3, 5, 7, 8), rank, 2) for rank in range(2)]
-    assert shares == [(2, 3, 5), (7, 8)]
-    assert [cpu.cores_of_rank((2, 3), rank, 3) for rank in range(3)] == [(2,), (3,), (2,)]

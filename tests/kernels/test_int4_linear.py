@@ -98,6 +98,17 @@ def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, inputs: int, o
         assert torch.equal(linear(x[299:]), together[299:])
 
 
+@needs_native
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_every_number_of_rows_and_blocks_of_a_tile(blocks: int) -> None:
+    """With up to 6 rows weights are unpacked as they are read; with more, once for several tiles of 3 to 6 rows."""
+    weight, bias = random_layer(16 * blocks, 150, torch.bfloat16, True, INT4[64])
+    x = torch.randn(12, 150).bfloat16()
+    wanted = TorchInt4Linear(weight, bias)(x)
+    for native in natives(weight, bias):
+        assert [rows for rows in range(1, 13) if not same_bits(native(x[:rows]), wanted[:rows])] == []
+
+
 def test_threads_change_no_bit() -> None:
     weight, bias = random_layer(1000, 500, torch.float32, True, INT4[64])
     linear, x = make_linear(weight, bias), torch.randn(40, 500)

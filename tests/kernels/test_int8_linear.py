@@ -85,6 +85,16 @@ def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, inputs: int, o
 
 
 @needs_native
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_every_number_of_rows_and_blocks_of_a_tile(blocks: int) -> None:
+    weight, bias = random_layer(16 * blocks, 150, torch.bfloat16, bias=True)
+    x = torch.randn(6, 150).bfloat16()
+    wanted = TorchInt8Linear(weight, bias)(x)
+    for native in natives(weight, bias):
+        assert [rows for rows in range(1, 7) if not same_bits(native(x[:rows]), wanted[:rows])] == []
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_largest_sums(dtype: torch.dtype) -> None:
     """A sum of products that are all as large as can be fits into its integer."""
@@ -165,5 +175,5 @@ def test_the_weight_and_rows_in_other_layouts() -> None:
 def test_the_bytes_of_a_weight() -> None:
     assert INT8.weight_bytes((64, 1024)) == INT8.packed_bytes((64, 1024)) + 8 * 64 == 64 * 1024 + 8 * 64
     assert INT8.weight_bytes((65, 1023)) == INT8.packed_bytes((65, 1023)) + 8 * padded_outputs(65) == 80 * 1024 + 8 * 80
-    assert (INT8.row_bytes(64), INT8.row_bytes(65)) == (68, 132)
+    assert (INT8.row_bytes(64), INT8.row_bytes(65)) == (132, 260)
     assert [INT8.takes(shape) for shape in ((1, 16), (1, 15), (0, 64), (64,), (64, 0))] == [True] + [False] * 4

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 
 from shoal.planner.device_groups import (
     Distance,
-    by_numa_node,
     distances,
     group_devices,
     group_sizes,
     visible_devices,
 )
-from shoal.wire.topology import Device, DeviceLink, HostTopology, NumaNode
+from shoal.wire.topology import Device, DeviceLink, HostTopology
 from support.example_counts import examples
 
 DEVICES = tuple(Device(index=i, uuid=f"GPU-{i}f00", numa=i // 2) for i in range(4))
@@ -101,13 +100,3 @@ def test_the_ranks_of_a_host_by_tensor_parallel_group() -> None:
 )
 def test_devices_are_numbered_as_cuda_shows_them(names: tuple[str, ...], count: int, indices: list[int]) -> None:
     assert [device.index for device in visible_devices(CROSSED, names, count)] == indices
-
-
-@settings(max_examples=examples(60), deadline=None)
-@given(st.sets(st.integers(0, 15), min_size=1), st.integers(1, 4))
-def test_cores_of_a_numa_node_follow_each_other(cores: set[int], nodes: int) -> None:
-    numa = [NumaNode(number=node, cores=tuple(range(node, 12, nodes))) for node in range(nodes)]
-    ordered = by_numa_node(tuple(sorted(cores)), numa)
-    assert sorted(ordered) == sorted(cores)
-    places = [core % nodes if core < 12 else nodes for core in ordered]
-    assert places == sorted(places), "those of no node come last"

@@ -17,6 +17,7 @@ from shoal.comm.local import LocalComm
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.devices import cuda
 from shoal.devices.hardware import Hardware
+from shoal.devices.numa import MemoryNode
 from shoal.errors import ConfigError
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.registry import read_spec
@@ -28,7 +29,7 @@ from shoal.planner.model_reader import ModelReader
 from shoal.planner.placement import ReplicaHost
 from shoal.planner.planner import Planner
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ReplicaPlace
-from shoal.wire.topology import ClusterTopology, Device, DeviceLink, HostTopology, NumaNode
+from shoal.wire.topology import ClusterTopology, Device, DeviceLink, HostTopology
 from shoal.worker.rank_model import RankModel
 from support.checkpoints import SIZES
 from support.gpus import pose_as_host_with
@@ -408,14 +409,13 @@ def test_a_replica_on_gpus_has_its_own(checkpoint: Checkpoint) -> None:
 
 
 def crossed(name: str = "here") -> Measured:
-    """Return a measured host with four GPUs, of which 0 and 2 have NVLink, and so have 1 and 3; and two NUMA nodes."""
+    """Return a measured host with four GPUs, of which 0 and 2 have NVLink, and so have 1 and 3."""
     pairs = itertools.combinations(range(4), 2)
     links = tuple(
         DeviceLink(first=i, second=j, kind="nvlink" if j == i + 2 else "pcie", path="NV4" if j == i + 2 else "SYS")
         for i, j in pairs
     )
-    numa = tuple(NumaNode(number=node, cores=tuple(range(node, 8, 2))) for node in range(2))
-    known = HostTopology(name=name, devices=tuple(Device(index=i) for i in range(4)), links=links, numa=numa)
+    known = HostTopology(name=name, devices=tuple(Device(index=i) for i in range(4)), links=links)
     return Measured(ClusterTopology(hosts=(known,)), "--topology FILE")
 
 
@@ -454,10 +454,26 @@ def test_devices_that_were_not_measured_keep_their_order(checkpoint: Checkpoint)
 
 
 def test_the_cores_of_a_rank_are_of_one_numa_node(checkpoint: Checkpoint) -> None:
-    cores = host(num_devices=8, cores=tuple(range(8)))
-    found = measured_plan(checkpoint("llama"), cores, crossed(), tensor_parallel_size=2, pipeline_parallel_size=2)
+    nodes = tuple(MemoryNode(node, tuple(range(node, 8, 2))) for node in range(2))
+    cores = host(num_devices=8, cores=tuple(range(8)), nodes=nodes)
+    found = plan(checkpoint("llama"), cores, tensor_parallel_size=4)
     assert [rank.cores for rank in found.ranks] == [(0, 2), (4, 6), (1, 3), (5, 7)]
-    assert "here: ranks get cores by NUMA node (node 0: 0,2,4,6; node 1: 1,3,5,7)" in found.reasons
+    assert [rank.numa_node for rank in found.ranks] == [0, 0, 1, 1]
+    near = "rank 0 on node 0, rank 1 on node 0, rank 2 on node 1, rank 3 on node 1"
+    assert f"here: cores and memory by NUMA node: {near}" in found.reasons
+    found = plan(checkpoint("llama"), cores, tensor_parallel_size=2, cpu_cores="0,2,4|1,3,6")
+    assert [rank.numa_node for rank in found.ranks] == [0, None]
+    assert "here: cores and memory by NUMA node: rank 0 on node 0, rank 1 on no single node" in found.reasons
+    found = plan(checkpoint("llama"), cores, tensor_parallel_size=2, cpu_cores="nobind")
+    assert [rank.numa_node for rank in found.ranks] == [None, None]
+
+
+def test_each_replica_of_a_host_has_its_own_node(checkpoint: Checkpoint) -> None:
+    nodes = tuple(MemoryNode(node, tuple(range(4 * node, 4 * node + 4))) for node in range(2))
+    cores = host(num_devices=8, cores=tuple(range(8)), nodes=nodes)
+    planner = planner_of(checkpoint("llama"), hardware=cores, data_parallel_size=2)
+    second = planner.plan(ReplicaPlace(1, 2, local_rank=1, local_size=2))
+    assert [(rank.cores, rank.numa_node) for rank in second.ranks] == [((4, 5, 6, 7), 1)]
 
 
 def test_a_topology_of_other_hosts_is_refused(checkpoint: Checkpoint) -> None:

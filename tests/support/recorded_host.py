@@ -8,6 +8,14 @@ from shoal.doctor.tools import RunTool, ToolOutput
 Tree = Callable[[Mapping[str, str]], Path]
 
 
+def write_tree(root: Path, files: Mapping[str, str]) -> Path:
+    """Write files as the kernel would show them, and return their root."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
 def recorded(outputs: Mapping[str, str]) -> RunTool:
     """Return a function in place of `run_tool` that prints recorded outputs, by the beginning of the command."""
 

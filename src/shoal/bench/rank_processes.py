@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from shoal.devices import cpu
+from shoal.devices.numa import share_cores
 from shoal.errors import EngineError, RankFailed
 from shoal.transport.channel import ChannelClosed, wait
 from shoal.transport.process import ChildProcess, end_all
@@ -26,8 +27,8 @@ def measure_on_ranks(
         RankFailed: a rank died or stands still.
         EngineError: the ranks could not reach each other, or a rank has found a mistake.
     """
-    store, cores = os.memfd_create("shoal-store"), cpu.discover().cores
-    own = [cpu.cores_of_rank(cores, rank, ranks)[:1] for rank in range(ranks)]
+    store, hardware = os.memfd_create("shoal-store"), cpu.discover()
+    own = [cores[:1] for cores in share_cores(hardware.cores, ranks, hardware.nodes)]
     text = json.dumps({**question, "measurement": measurement, "ranks": ranks, "cores": own})
     children: list[ChildProcess] = []
     try:

@@ -96,6 +96,13 @@ def _table(plan: EnginePlan) -> Table:
     return table
 
 
+def _device(rank: RankPlan) -> str:
+    if rank.device == "cuda":
+        return f"cuda:{rank.device_index}"
+    node = "" if rank.numa_node is None else f" (NUMA node {rank.numa_node})"
+    return f"cores {','.join(map(str, rank.cores))}{node}"
+
+
 def _row(rank: RankPlan) -> list[str]:
     shard = rank.shard
     first, after = shard.layers
@@ -103,7 +110,7 @@ def _row(rank: RankPlan) -> list[str]:
     return [
         str(rank.rank),
         rank.host,
-        f"cuda:{rank.device_index}" if rank.device == "cuda" else f"cores {','.join(map(str, rank.cores))}",
+        _device(rank),
         str(shard.stage),
         f"{first}-{after - 1}",
         str(shard.q_heads[1] - shard.q_heads[0]),

@@ -6,6 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
+from shoal.devices import numa
 from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
 
@@ -38,7 +39,14 @@ def discover(num_devices: int | None = None, root: Path = ROOT) -> Hardware:
         device_memory=None,
         devices_shareable=num_devices is None,
         limits=_limits(len(allowed), len(cores), quota, root),
+        nodes=_nodes(cores, root),
     )
+
+
+def _nodes(cores: tuple[int, ...], root: Path) -> tuple[numa.MemoryNode, ...]:
+    """Return the NUMA nodes with these cores; none if the host has only one node."""
+    nodes = numa.read_nodes(root)
+    return tuple(node for node in nodes if set(node.cores) & set(cores)) if len(nodes) > 1 else ()
 
 
 def _limits(allowed: int, used: int, quota: float | None, root: Path) -> tuple[str, ...]:
@@ -163,15 +171,6 @@ def anonymous_memory() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def cores_of_rank(cores: tuple[int, ...], rank: int, ranks: int) -> tuple[int, ...]:
-    """Return the cores of a rank: its own, or with more ranks than cores the one core that it shares."""
-    if ranks > len(cores):
-        return (cores[rank % len(cores)],)
-    whole, rest = divmod(len(cores), ranks)
-    start = rank * whole + min(rank, rest)
-    return cores[start : start + whole + (rank < rest)]
 
 
 def pinning_environment(cores: tuple[int, ...]) -> dict[str, str]:

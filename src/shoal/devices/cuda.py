@@ -48,6 +48,7 @@ def discover(num_devices: int | None = None) -> Hardware | None:
         device_memory=min(memories) if len(memories) == len(gpus) else None,
         devices_shareable=False,
         limits=host.limits,
+        nodes=host.nodes,
         visible_devices=variable,
         visible=() if variable is None else tuple(gpu.name for gpu in gpus),
     )

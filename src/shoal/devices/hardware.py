@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from shoal.devices.numa import MemoryNode
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -18,3 +20,4 @@ class Hardware:
     visible_devices: str | None = None  # the value of CUDA_VISIBLE_DEVICES; None: it is not set
     visible: tuple[str, ...] = ()  # the names of the devices in CUDA_VISIBLE_DEVICES, if that is set
     limits: tuple[str, ...] = ()  # for the user: why there is less than the machine has
+    nodes: tuple[MemoryNode, ...] = ()  # the NUMA nodes with these cores; () on a host that has only one node

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.devices import cpu
+from shoal.devices import cpu, numa
 from shoal.devices.hardware import Hardware
 from shoal.doctor.kinds import failure, ok, warning
 from shoal.values import format_bytes
 from shoal.wire.doctor import Finding
 from shoal.wire.topology import NumaNode
 
-NODES = Path("sys/devices/system/node")
 _LEAST_MEMORY, _LITTLE_MEMORY = 1 << 30, 4 << 30
 
 
@@ -37,46 +36,18 @@ def gather(root: Path = cpu.ROOT) -> CoreFacts:
         machine_cores=os.cpu_count() or 1,
         allowed_cores=tuple(sorted(os.sched_getaffinity(0))),
         quota=cpu.cpu_quota(root),
-        allowed_nodes=_allowed_nodes(root),
-        nodes=read_nodes(root),
+        allowed_nodes=numa.allowed_nodes(root),
+        nodes=tuple(
+            NumaNode(number=node.number, cores=node.cores, memory=node.memory, distances=node.distances)
+            for node in numa.read_nodes(root)
+        ),
         machine_memory=_machine_memory(root),
     )
-
-
-def read_nodes(root: Path) -> tuple[NumaNode, ...]:
-    """Return the NUMA nodes, as /sys shows them."""
-    found = []
-    for folder in (root / NODES).glob("node[0-9]*"):
-        memory = re.search(r"MemTotal:\s*(\d+) kB", _text(folder / "meminfo"))
-        found.append(
-            NumaNode(
-                number=int(folder.name.removeprefix("node")),
-                cores=read_list(_text(folder / "cpulist")),
-                memory=int(memory[1]) * 1024 if memory else None,
-                distances=tuple(map(int, _text(folder / "distance").split())),
-            )
-        )
-    return tuple(sorted(found, key=lambda node: node.number))
-
-
-def read_list(text: str) -> tuple[int, ...]:
-    """Return the numbers of a list of the kernel, such as 0-3,8-11."""
-    found: list[int] = []
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        if first.isdigit():
-            found += range(int(first), int(last or first) + 1)
-    return tuple(found)
 
 
 def _machine_memory(root: Path) -> int | None:
     match = re.search(r"^MemTotal:\s*(\d+) kB", _text(root / cpu.MEMORY), re.MULTILINE)
     return int(match[1]) * 1024 if match else None
-
-
-def _allowed_nodes(root: Path) -> tuple[int, ...]:
-    match = re.search(r"^Mems_allowed_list:\s*(\S+)", _text(root / "proc/self/status"), re.MULTILINE)
-    return read_list(match[1]) if match else ()
 
 
 def _text(file: Path) -> str:

@@ -12,12 +12,12 @@ from torch import Tensor
 from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.native_library import bind, open_library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 _NUMBERS_AT_A_TIME = 1 << 22  # inputs and outputs in float32 where they are converted
-_LEVELS = ("portable", "avx512_vnni")  # the instructions that are used, by their number in C++
+_LEVELS = ("portable", "avx2", "avx512_vnni")  # the instructions that are used, by their number in C++
 _MULTIPLY = [INT, POINTER, POINTER, LONG, POINTER, POINTER, LONG]
 _SIGNATURES: dict[str, list[Any]] = {
     "shoal_int8_pack": [POINTER, LONG, LONG, POINTER, POINTER, LONG],

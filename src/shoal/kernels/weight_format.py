@@ -42,10 +42,11 @@ class WeightFormat:
     def row_bytes(self, inputs: int) -> int:
         """Return the bytes of a row of activations that was quantized: its codes, and what its groups have beside them.
 
-        Without groups that is a scale. With groups each of them has its full size, a scale and a sum of codes.
+        Without groups that is a scale, and codes may have two bytes, as AVX2 takes them. With groups each of them has
+        its full size, a scale and a sum of codes.
         """
         if self.group is None:
-            return _multiple(inputs, _ROW_ALIGNMENT) + _FLOAT
+            return 2 * _multiple(inputs, _ROW_ALIGNMENT) + _FLOAT
         return self.groups(inputs) * (self.group + 2 * _FLOAT)
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:

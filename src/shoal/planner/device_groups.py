@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, groupby, pairwise
 
 from shoal.wire.base import Ids
-from shoal.wire.topology import Device, DeviceLink, HostTopology, NumaNode
+from shoal.wire.topology import Device, DeviceLink, HostTopology
 
 _MOST_TRIED = 8  # devices of which all groups are tried: up to 2520
 # Bytes per second and direction by which ways between devices are compared where the vendor's tool states none: a link
@@ -127,9 +127,3 @@ def _speed(link: DeviceLink) -> float:
     if link.kind in _LINK:
         return _LINK[link.kind] * max(link.links, 1)
     return _PCIE.get(link.path, _UNKNOWN)
-
-
-def by_numa_node(cores: Ids, nodes: Sequence[NumaNode]) -> Ids:
-    """Return the cores, ordered by NUMA node, so that ranks that follow each other share one as far as possible."""
-    node_of = {core: place for place, node in enumerate(nodes) for core in node.cores}
-    return tuple(sorted(cores, key=lambda core: (node_of.get(core, len(nodes)), core)))

@@ -3,15 +3,17 @@
 import dataclasses
 import math
 import socket
+from collections.abc import Sequence
 
 from shoal import env
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.devices.hardware import Hardware
+from shoal.devices.numa import share_cores
 from shoal.errors import ConfigError
 from shoal.wire.base import Ids
 from shoal.wire.hosts import HostFacts
-from shoal.wire.plan import ReplicaPlace
+from shoal.wire.plan import RankPlan, ReplicaPlace
 
 
 def discover(options: EngineOptions) -> Hardware:
@@ -130,9 +132,26 @@ def check_devices(
 
 
 def rank_cores(options: EngineOptions, hardware: Hardware, place: ReplicaPlace, ranks: int) -> tuple[Ids, ...]:
-    """Return the CPU cores of each of a replica's `ranks` ranks on a host. The replicas of a host divide its cores."""
+    """Return the CPU cores of each of a replica's `ranks` ranks on a host. The replicas of a host divide its cores.
+
+    Without a list for each rank, a rank has cores of one NUMA node where they fit.
+    """
     first, lists = place.local_rank * ranks, options.parallel.cpu_cores
     if place.local_size and lists is not None and len(lists) > 1:
         return lists[first : first + ranks]
     count = max(place.local_size, 1) * ranks
-    return tuple(cpu.cores_of_rank(hardware.cores, first + rank, count) for rank in range(ranks))
+    return share_cores(hardware.cores, count, hardware.nodes)[first : first + ranks]
+
+
+def describe_nodes(ranks: Sequence[RankPlan], facts: Sequence[HostFacts]) -> list[str]:
+    """Return a line for each host that has several NUMA nodes: whose memory each rank prefers."""
+    lines = []
+    for number, host in enumerate(facts):
+        if host.hardware.nodes:
+            near = (f"rank {rank.rank} {_near(rank)}" for rank in ranks if rank.node == number)
+            lines.append(f"{host.name}: cores and memory by NUMA node: {', '.join(near)}")
+    return lines
+
+
+def _near(rank: RankPlan) -> str:
+    return "on no single node" if rank.numa_node is None else f"on node {rank.numa_node}"

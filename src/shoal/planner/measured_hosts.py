@@ -1,16 +1,15 @@
-"""The hosts of a replica as they were measured, and what the planner takes from that: the links, devices and cores."""
+"""The hosts of a replica as they were measured, and what the planner takes from that: the links and the devices."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from shoal.config.engine_options import EngineOptions
 from shoal.models.manifest import ITEM_BYTES
 from shoal.models.spec import ModelSpec
-from shoal.planner.device_groups import by_numa_node, distances, group_devices, group_sizes, visible_devices
+from shoal.planner.device_groups import distances, group_devices, group_sizes, visible_devices
 from shoal.planner.host_links import Measured, PlacedHost, find_hosts, host_links
 from shoal.planner.host_traffic import MeasuredStep
 from shoal.planner.placement import ReplicaHost
-from shoal.wire.base import Ids, replace_fields
+from shoal.wire.base import Ids
 from shoal.wire.plan import Layout
 from shoal.wire.topology import HostTopology
 
@@ -53,34 +52,19 @@ class MeasuredHosts:
                 tokens=min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens),
             )
 
-    def order_devices(
-        self, hosts: Sequence[ReplicaHost], placed: Sequence[Ids], replicas: int
-    ) -> tuple[list[ReplicaHost], tuple[Ids, ...]]:
-        """Return the hosts with their cores ordered by NUMA node, and the order in which ranks take its devices.
-
-        An order of () is that of the numbers of the devices.
+    def order_devices(self, hosts: Sequence[ReplicaHost], placed: Sequence[Ids], replicas: int) -> tuple[Ids, ...]:
+        """Return the order in which ranks take the devices of each host; (): that of their numbers.
 
         Args:
             placed: the ranks of each host.
             replicas: how many replicas each host has.
         """
-        ordered, orders = [], []
-        for host, known, ranks in zip(hosts, self._hosts, placed, strict=True):
-            ordered.append(host if known is None else self._by_numa_node(host, known))
-            gpus = known is not None and host.facts.hardware.device == "cuda"
-            orders.append(self._group_devices(host, known, ranks, replicas) if gpus and known is not None else ())
-        return ordered, tuple(orders)
-
-    def _by_numa_node(self, host: ReplicaHost, known: HostTopology) -> ReplicaHost:
-        hardware = host.facts.hardware
-        cores = by_numa_node(hardware.cores, known.numa)
-        if cores == hardware.cores:
-            return host
-        used = [node for node in known.numa if set(node.cores) & set(cores)]
-        shares = "; ".join(f"node {node.number}: {_listed(node.cores)}" for node in used)
-        self._reasons.append(f"{host.facts.name}: ranks get cores by NUMA node ({shares})")
-        facts = replace_fields(host.facts, hardware=dataclasses.replace(hardware, cores=cores))
-        return dataclasses.replace(host, facts=facts)
+        return tuple(
+            ()
+            if known is None or host.facts.hardware.device != "cuda"
+            else self._group_devices(host, known, ranks, replicas)
+            for host, known, ranks in zip(hosts, self._hosts, placed, strict=True)
+        )
 
     def _group_devices(self, host: ReplicaHost, known: HostTopology, ranks: Ids, replicas: int) -> Ids:
         hardware, sizes = host.facts.hardware, group_sizes(ranks, self._layout.tp) * replicas

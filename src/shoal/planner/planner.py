@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from shoal.config.engine_options import EngineOptions, Executor
 from shoal.devices.hardware import Hardware
+from shoal.devices.numa import node_of
 from shoal.errors import ConfigError
 from shoal.models.implementation import implementation_of, rank_shards
 from shoal.models.manifest import ITEM_BYTES, Cut, Shard
@@ -22,7 +23,7 @@ from shoal.planner.budgets import budgets_of_added_replica, kv_budgets, num_bloc
 from shoal.planner.comm_backend import check_comm_backend
 from shoal.planner.context_length import context_length
 from shoal.planner.costs import cost_shares, draft_cost
-from shoal.planner.host_devices import check_devices, device_of, rank_cores, restrict_cores
+from shoal.planner.host_devices import check_devices, describe_nodes, device_of, rank_cores, restrict_cores
 from shoal.planner.host_links import Measured
 from shoal.planner.kv_dtype import plan_kv_dtype
 from shoal.planner.layout import plan_layout
@@ -122,7 +123,7 @@ class Planner:
         self.hosts = [self._restricted(host, ranks) for host, ranks in zip(hosts, self._placed, strict=True)]
         if place.local_size and len(hosts) == 1:
             check_devices(options, place, self.hosts[0].facts.hardware, [], [])
-        self.hosts, self._device_orders = found.order_devices(self.hosts, self._placed, place.local_size)
+        self._device_orders = found.order_devices(self.hosts, self._placed, place.local_size)
         self.hardware = self.hosts[0].facts.hardware
         self._executor = _executor(
             options, self._layout, self.hardware, self._reasons, hosts=max(len(hosts), options.nodes.nnodes)
@@ -196,13 +197,16 @@ class Planner:
             reasons=reasons,
             warnings=warnings,
         )
+        ranks = self._rank_plans(place, layout, shares, budgets)
+        if place.local_size:
+            reasons += describe_nodes(ranks, [host.facts for host in self.hosts])
         scheduler, parallel = options.scheduler, options.parallel
         return EnginePlan(
             name=options.model or "",
             place=place,
             model=_model_plan(self.files.folder, self.files.state, self.model, options),
             layout=layout,
-            ranks=self._rank_plans(place, layout, shares, budgets),
+            ranks=ranks,
             executor=self._executor,
             dtype=self._dtype,
             kv_dtype=self._kv_dtype,
@@ -337,16 +341,18 @@ class Planner:
         plans = _shard_plans(shares.shards, layout.tp)
         drafts: list[ShardPlan | None] = [None] * ends
         drafts += _shard_plans(shares.draft_shards, layout.tp) or [None] * layout.tp
-        node_of, index_of, cores_of = {}, {}, {}
+        bound = self.options.parallel.cpu_cores != ()  # otherwise their threads run on any core
+        host_of, index_of, cores_of, memory_of = {}, {}, {}, {}
         for number, (host, ranks) in enumerate(zip(self.hosts, self._placed, strict=True)):
             cores = rank_cores(host.options, host.facts.hardware, place, len(ranks))
             for position, rank in enumerate(ranks):
-                node_of[rank], cores_of[rank] = number, cores[position]
+                host_of[rank], cores_of[rank] = number, cores[position]
+                memory_of[rank] = node_of(cores[position], host.facts.hardware.nodes) if bound else None
                 index_of[rank] = device_of(self._device_orders[number], place.local_rank * len(ranks) + position)
         return tuple(
             RankPlan(
                 rank=rank,
-                host=self.hosts[node_of[rank]].facts.name,
+                host=self.hosts[host_of[rank]].facts.name,
                 device=self.hardware.device,
                 device_index=index_of[rank],
                 cores=cores_of[rank],
@@ -358,7 +364,8 @@ class Planner:
                 block_bytes=memory.block,
                 kv_budget=budgets[rank],
                 cost_share=shares.costs[rank],
-                node=node_of[rank],
+                node=host_of[rank],
+                numa_node=memory_of[rank],
             )
             for rank, memory in enumerate(shares.memories)
         )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 18
+WIRE_VERSION = 19
 
 Ids = tuple[int, ...]
 

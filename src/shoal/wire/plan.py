@@ -105,6 +105,7 @@ class RankPlan(Wire, frozen=True):
     kv_budget: int | None  # size of the KV cache; None: the rank measures how much memory its device has left
     cost_share: float  # the estimated part of a token's cost that falls on this rank; over all ranks the sum is 1
     node: int = 0  # the number of its node in `EnginePlan.nodes`
+    numa_node: int | None = None  # the NUMA node that has its cores, and whose memory it prefers; None: no single one
 
 
 class NodePlan(Wire, frozen=True):

@@ -38,6 +38,7 @@ from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.rank_model import RankModel
 from shoal.worker.rank_trace import RankTrace
 from shoal.worker.runner import Runner
+from shoal.worker.thread_binding import prefer_memory
 
 log = get_logger("worker")
 
@@ -59,6 +60,7 @@ class Worker:
         self._handling = False
         self._num_handled = 0  # messages so far
         self._anonymous_at_import = cpu.anonymous_memory()
+        prefer_memory(setup.rank, setup.rank_plan.numa_node)
         torch.get_num_threads()  # without this first call, a new thread may get the number that another thread has set
         torch.set_num_threads(len(setup.rank_plan.cores))
         mine, plan = setup.rank_plan, setup.plan
