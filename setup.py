@@ -32,11 +32,11 @@ _LIBRARIES = [
         "kernels._native",
         [
             *("csrc/rows.cpp", "csrc/cache_rows.cpp", "csrc/attention.cpp", "csrc/attention_tiles.cpp"),
-            *("csrc/attention_avx512.cpp", "csrc/attention_bytes.cpp", "csrc/replay.cpp"),
+            *("csrc/attention_avx512.cpp", "csrc/attention_bytes.cpp", "csrc/replay.cpp", "csrc/sums.cpp"),
         ],
         [
             *("csrc/common.h", "csrc/chunks.h", "csrc/cache_types.h", "csrc/cache_rows.h", "csrc/attention_tiles.h"),
-            *("csrc/attention_unit.h", "csrc/avx512.h", "csrc/attention_bytes.h", "csrc/replay.h"),
+            *("csrc/attention_unit.h", "csrc/avx512.h", "csrc/attention_bytes.h", "csrc/over_rows.h", "csrc/replay.h"),
         ],
         ["-fno-signed-zeros"],
     ),
@@ -49,7 +49,9 @@ _LIBRARIES = [
         ["-ffp-contract=off"],
     ),
     _Library("kernels._bf16", ["csrc/bf16_linear.cpp"], ["csrc/bf16_tiles.h", "csrc/common.h", "csrc/replay.h"], []),
-    _Library("comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
+    _Library(
+        "comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h"], []
+    ),
 ]
 
 setup(
