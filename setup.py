@@ -33,10 +33,12 @@ _LIBRARIES = [
         [
             *("csrc/rows.cpp", "csrc/cache_rows.cpp", "csrc/attention.cpp", "csrc/attention_tiles.cpp"),
             *("csrc/attention_avx2.cpp", "csrc/attention_avx512.cpp", "csrc/attention_bytes.cpp", "csrc/replay.cpp"),
+            "csrc/sums.cpp",
         ],
         [
             *("csrc/common.h", "csrc/chunks.h", "csrc/cache_types.h", "csrc/cache_rows.h", "csrc/attention_tiles.h"),
-            *("csrc/attention_unit.h", "csrc/avx2.h", "csrc/avx512.h", "csrc/attention_bytes.h", "csrc/replay.h"),
+            *("csrc/attention_unit.h", "csrc/avx2.h", "csrc/avx512.h", "csrc/attention_bytes.h", "csrc/over_rows.h"),
+            "csrc/replay.h",
         ],
         ["-fno-signed-zeros"],
     ),
@@ -60,7 +62,9 @@ _LIBRARIES = [
         ],
         [],
     ),
-    _Library("comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
+    _Library(
+        "comm._shared_memory", ["csrc/shared_memory.cpp"], ["csrc/common.h", "csrc/chunks.h", "csrc/replay.h"], []
+    ),
 ]
 
 setup(

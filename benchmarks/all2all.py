@@ -41,10 +41,10 @@ def _sent_bytes(backend: str, ranks: int, experts: int, top_k: int, hidden: int)
         x = torch.randn(_TOKENS, hidden, generator=generator).bfloat16()
         chosen = torch.rand(_TOKENS, experts, generator=generator).topk(top_k).indices
         dispatch.begin_step(_TOKENS)
-        totals = mesh.ep.comm.progress.totals
+        totals = mesh.ep.comm.progress.read_totals()
         before = sum(total.sent_bytes for total in totals.values())
         routed = dispatch.dispatch(x, chosen, torch.ones(chosen.shape))
-        dispatch.combine(routed, routed.x, None)
+        dispatch.combine(routed.x, None)
         return sum(total.sent_bytes for total in totals.values()) - before
 
     with ThreadPoolExecutor(ranks) as pool:

@@ -7,10 +7,12 @@ struct RecordedCall {
     const int64_t* words;
 };
 
-// Calls one function after the other. Returns -1, or the number of the first call whose status was not 0.
-EXPORT int64_t shoal_replay(const RecordedCall* calls, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        if (calls[i].function(calls[i].words) != 0) return i;
+// Calls one function after the other, up to the first whose status is not 0. Returns that status, or 0. `done`: how many
+// have returned 0.
+EXPORT int32_t shoal_replay(const RecordedCall* calls, int64_t count, int64_t* done) {
+    for (*done = 0; *done < count; ++*done) {
+        const RecordedCall& call = calls[*done];
+        if (const int32_t status = call.function(call.words)) return status;
     }
-    return -1;
+    return 0;
 }

@@ -1,7 +1,8 @@
-// The row operations of shoal.kernels.native, in the library _native: norms, activations, weighted sums of rows, and
-// rotation of queries and keys with the writes to the KV cache.
+// The row operations of shoal.kernels.native, in the library _native: norms, activations, and rotation of queries and
+// keys with the writes to the KV cache.
 
 #include "cache_rows.h"
+#include "over_rows.h"
 #include "replay.h"
 
 #include <cmath>
@@ -9,22 +10,10 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 6;  // of the whole library, including attention.cpp
+constexpr int32_t kAbiVersion = 7;  // of the whole library, including attention.cpp
 
 enum NormKind : int32_t { kNoNorm = -1, kRms = 0, kRmsWide = 1, kLayer = 2 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
-
-// Element-wise work with fewer elements per thread than this takes longer to hand to a thread than to compute.
-constexpr int64_t kElementsPerThread = 32768;
-
-template <class Work>
-void over_rows(int64_t rows, int64_t row_elements, int64_t threads, const Work& work) {
-    const int64_t worthwhile = rows * row_elements / kElementsPerThread;
-    threads = std::max<int64_t>(1, std::min(threads, worthwhile));
-    in_parallel(threads, threads, [&](int64_t piece, int64_t) {
-        work(rows * piece / threads, rows * (piece + 1) / threads);
-    });
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Norms.
@@ -206,25 +195,6 @@ ALWAYS_INLINE void activate_gated_row(const T* gate, T* out, int64_t size) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sums.
-
-// out = the sum of weights[j] * x[indices[j]] for j from 0 to k - 1; negative indices are left out. x: [p, size].
-template <class T>
-ALWAYS_INLINE void weighted_sum_row(const T* x, const int64_t* indices, const float* weights, int64_t k, T* out,
-                                    int64_t size) {
-    for (int64_t i = 0; i < size; i += kChunk) {
-        Chunk total = {};
-        for (int64_t j = 0; j < k; ++j) {
-            if (indices[j] < 0) continue;
-            const Chunk value = load(x + indices[j] * size + i, size - i);
-            total.first += value.first * weights[j];
-            total.second += value.second * weights[j];
-        }
-        store(out + i, total, size - i);
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Rotation.
 
 // Rotates element i with element half + i, for i < half; elements from 2 * half on do not change. `out` may be `x`.
@@ -334,11 +304,6 @@ ALWAYS_INLINE void rotate_and_store_rows(const RotateArgs<T>& a, int64_t first, 
                 activate_gated_row<a>(gate_up + row * 2 * size, out + row * size, size);                              \
         });                                                                                                           \
     }                                                                                                                 \
-    CLONED void weighted_sum_rows(const T* x, const int64_t* indices, const float* weights, int64_t k, T* out,         \
-                                  int64_t size, int64_t first, int64_t end) {                                         \
-        for (int64_t row = first; row < end; ++row)                                                                   \
-            weighted_sum_row(x, indices + row * k, weights + row * k, k, out + row * size, size);                      \
-    }                                                                                                                 \
     CLONED void rotate_rows(const RotateArgs<T>& a, int64_t first, int64_t end) {                                     \
         if (a.kind == kNoNorm)                                                                                        \
             rotate_and_store_rows<kNoNorm>(a, first, end);                                                            \
@@ -382,14 +347,6 @@ void activate_gated(Activation activation, const void* gate_up, void* out, int64
     });
 }
 
-template <class T>
-void weighted_sum(const void* x, const int64_t* indices, const float* weights, void* out, int64_t rows, int64_t k,
-                  int64_t size, int64_t threads) {
-    over_rows(rows, k * size, threads, [=](int64_t first, int64_t end) {
-        weighted_sum_rows(static_cast<const T*>(x), indices, weights, k, static_cast<T*>(out), size, first, end);
-    });
-}
-
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -422,12 +379,6 @@ EXPORT void shoal_activate_gated(int32_t type, int32_t activation, const void* g
                                                                           size, threads);
 }
 
-// x: [p, size]; indices and weights: [rows, k]; out: [rows, size].
-EXPORT void shoal_weighted_sum(int32_t type, const void* x, const int64_t* indices, const float* weights, void* out,
-                               int64_t rows, int64_t k, int64_t size, int64_t threads) {
-    (type == kFloat32 ? weighted_sum<float> : weighted_sum<BFloat16>)(x, indices, weights, out, rows, k, size, threads);
-}
-
 // cache_type: of keys and values; scales: null unless that type has some. kind: of the norms of queries and keys,
 // kNoNorm for none. half: 0 for no rotation.
 EXPORT void shoal_rotate_and_store(int32_t type, int32_t cache_type, int32_t kind, const void* qkv,
@@ -458,5 +409,4 @@ REPLAYABLE(shoal_norm)
 REPLAYABLE(shoal_add_norm)
 REPLAYABLE(shoal_activate)
 REPLAYABLE(shoal_activate_gated)
-REPLAYABLE(shoal_weighted_sum)
 REPLAYABLE(shoal_rotate_and_store)

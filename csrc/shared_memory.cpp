@@ -25,6 +25,7 @@
 #include <new>
 
 #include "chunks.h"
+#include "replay.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -52,10 +53,10 @@ enum Operation : int32_t {
     kNone, kAllReduce, kAllGather, kReduceScatter, kAllToAll, kBroadcast, kSend, kReceive, kBarrier, kOperations
 };
 
-enum Status : int64_t { kDone = 0, kTimeout = 1, kAborted = 2, kDied = 3, kMismatch = 4, kBroken = 5 };
+enum Status : int32_t { kDone = 0, kTimeout = 1, kAborted = 2, kDied = 3, kMismatch = 4, kBroken = 5 };
 
 // A status and the rank that it is about, as one number.
-int64_t outcome(Status status, int64_t rank) { return status | rank << 8; }
+int32_t outcome(Status status, int64_t rank) { return status | static_cast<int32_t>(rank) << 8; }
 
 enum ElementType : int32_t {
     kElementFloat32, kElementBFloat16, kElementFloat16, kElementFloat64, kElementInt32, kElementInt64, kElementUInt8
@@ -65,8 +66,7 @@ struct alignas(128) RankState {
     Word round;                         // the last round that the rank has published
     Word sleepers;                      // ranks that sleep on `round`
     std::atomic<uint64_t> signature[2];  // of the operation of a round, by parity: the same on all ranks
-    std::atomic<int32_t> operation;     // kNone between operations
-    std::atomic<uint64_t> number;       // of the operation, or of the last one
+    std::atomic<uint64_t> position;     // the operation in the upper 16 bits, kNone between operations; its number below
 };
 
 struct Part {
@@ -103,7 +103,7 @@ struct Places {
 };
 
 struct Totals {
-    int64_t count, nanoseconds, waited;
+    int64_t count, sent_bytes, nanoseconds, waited;
     int64_t waited_for[kMaxRanks];  // by the rank that came last
 };
 
@@ -173,7 +173,7 @@ bool has_ended(int32_t process) {
 // Waits until ready(value of the word), for rank `whom`. First it spins, if each rank has a core; then it yields its core
 // to whoever is ready to run; then it sleeps.
 template <class Ready>
-int64_t wait_for(Context& c, Word& word, Word& sleepers, int64_t whom, int64_t deadline, const Ready& ready) {
+int32_t wait_for(Context& c, Word& word, Word& sleepers, int64_t whom, int64_t deadline, const Ready& ready) {
     if (ready(word.load(std::memory_order_acquire))) return kDone;
     const int64_t begun = now_ns();
     const int64_t spin_until = begun + c.spin_ns, yield_until = spin_until + kYieldNs;
@@ -207,16 +207,22 @@ int64_t wait_for(Context& c, Word& word, Word& sleepers, int64_t whom, int64_t d
 // The work of one operation of this rank. Its end is noted when the scope ends.
 class Running {
   public:
-    Running(Context& c, Operation operation) : c_(c), operation_(operation), begun_(now_ns()) {
-        RankState& state = c.state(c.rank);
-        state.number.store(++c.number, std::memory_order_relaxed);
-        state.operation.store(operation, std::memory_order_relaxed);
-        ++c.totals[operation].count;
+    // `sent_bytes`: what is counted as sent. If `status` is not kDone, the operation cannot begin.
+    Running(Context& c, Operation operation, int64_t sent_bytes) : c_(c), operation_(operation), begun_(now_ns()) {
+        note_position(operation, ++c.number);
+        Totals& totals = c.totals[operation];
+        ++totals.count;
+        totals.sent_bytes += sent_bytes;
+        if (c.group().aborted.load(std::memory_order_seq_cst))
+            status = outcome(kAborted, c.rank);
+        else if (c.broken)
+            status = outcome(kBroken, c.rank);
     }
 
+    // After an error the position stays, since it shows where the rank stopped.
     ~Running() {
         if (status == kDone)
-            c_.state(c_.rank).operation.store(kNone, std::memory_order_relaxed);
+            note_position(kNone, c_.number);
         else
             c_.broken = true;
         c_.totals[operation_].nanoseconds += now_ns() - begun_;
@@ -255,9 +261,14 @@ class Running {
 
     uint32_t round() const { return c_.round; }
 
-    int64_t status = kDone;
+    int32_t status = kDone;
 
   private:
+    void note_position(Operation operation, uint64_t number) {
+        const uint64_t position = static_cast<uint64_t>(operation) << 48 | number;
+        c_.state(c_.rank).position.store(position, std::memory_order_relaxed);
+    }
+
     void note_wait(int64_t whom, int64_t begun) {
         if (whom < 0) return;
         const int64_t waited = now_ns() - begun;
@@ -269,16 +280,6 @@ class Running {
     const Operation operation_;
     const int64_t begun_;
 };
-
-bool may_run(const Context& c, int64_t* status) {
-    if (c.group().aborted.load(std::memory_order_seq_cst))
-        *status = outcome(kAborted, c.rank);
-    else if (c.broken)
-        *status = outcome(kBroken, c.rank);
-    else
-        return true;
-    return false;
-}
 
 uint64_t signature_of(Operation operation, int32_t detail, int64_t bytes) {
     return static_cast<uint64_t>(operation) << 56 | static_cast<uint64_t>(detail & 0xffff) << 40 |
@@ -395,7 +396,7 @@ struct Span {
 // ---------------------------------------------------------------------------------------------------------------------
 // Collectives.
 
-int64_t all_reduce_in_one_round(Context& c, Running& running, int32_t type, const char* in, char* out, int64_t count,
+int32_t all_reduce_in_one_round(Context& c, Running& running, int32_t type, const char* in, char* out, int64_t count,
                                 int64_t bytes, uint64_t signature) {
     std::memcpy(c.input(c.rank, c.round + 1), in, bytes);
     if (!running.next_round(signature)) return running.status;
@@ -406,7 +407,7 @@ int64_t all_reduce_in_one_round(Context& c, Running& running, int32_t type, cons
 }
 
 // Each rank sums its share of a piece and publishes the result together with its input of the next piece.
-int64_t all_reduce_in_pieces(Context& c, Running& running, int32_t type, const char* in, char* out, int64_t count,
+int32_t all_reduce_in_pieces(Context& c, Running& running, int32_t type, const char* in, char* out, int64_t count,
                              uint64_t signature) {
     const int64_t size = element_bytes(type), piece = kPipelined / size;
     const int64_t pieces = (count + piece - 1) / piece;
@@ -448,7 +449,7 @@ int64_t all_reduce_in_pieces(Context& c, Running& running, int32_t type, const c
 
 }  // namespace
 
-EXPORT int32_t shoal_shared_memory_version() { return 2; }
+EXPORT int32_t shoal_shared_memory_version() { return 3; }
 
 EXPORT int64_t shoal_shared_memory_bytes(int32_t ranks) { return Places(ranks).end; }
 
@@ -508,43 +509,47 @@ EXPORT void shoal_shared_memory_abort(char* memory, int32_t ranks) {
     }
 }
 
-// What a rank is doing: the code of the operation in the upper half (0 between operations), its number in the lower.
+// What a rank is doing: the code of the operation in the upper 16 bits (0 between operations), its number in the others.
 EXPORT uint64_t shoal_shared_memory_position(const Context* c, int32_t rank) {
-    const RankState& state = c->state(rank);
-    return static_cast<uint64_t>(state.operation.load(std::memory_order_relaxed)) << 48 |
-           state.number.load(std::memory_order_relaxed);
+    return c->state(rank).position.load(std::memory_order_relaxed);
 }
 
-// Fills out[0..2] with the totals of an operation (calls, nanoseconds, nanoseconds of waiting), and the rest, one
-// for each rank, with the nanoseconds of waiting by the rank that came last.
+// Fills out[0..3] with the totals of an operation (calls, sent bytes, nanoseconds, nanoseconds of waiting), and the rest,
+// one for each rank, with the nanoseconds of waiting by the rank that came last.
 EXPORT void shoal_shared_memory_totals(const Context* c, int32_t operation, int64_t* out) {
     const Totals& totals = c->totals[operation];
     out[0] = totals.count;
-    out[1] = totals.nanoseconds;
-    out[2] = totals.waited;
-    std::copy(totals.waited_for, totals.waited_for + c->ranks, out + 3);
+    out[1] = totals.sent_bytes;
+    out[2] = totals.nanoseconds;
+    out[3] = totals.waited;
+    std::copy(totals.waited_for, totals.waited_for + c->ranks, out + 4);
 }
 
-EXPORT int64_t shoal_shared_memory_all_reduce(Context* c, int32_t type, const char* in, char* out, int64_t count) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
+// The operations. `sent_bytes` is what they count as sent. They return kDone, or what has failed and the rank that it is
+// about.
+
+EXPORT int32_t shoal_shared_memory_all_reduce(Context* c, int32_t type, const char* in, char* out, int64_t count,
+                                            int64_t sent_bytes) {
     const int64_t bytes = count * element_bytes(type);
-    Running running(*c, kAllReduce);
+    Running running(*c, kAllReduce, sent_bytes);
+    if (running.status != kDone) return running.status;
     const uint64_t signature = signature_of(kAllReduce, type, bytes);
     return bytes <= kOneRound ? all_reduce_in_one_round(*c, running, type, in, out, count, bytes, signature)
                               : all_reduce_in_pieces(*c, running, type, in, out, count, signature);
 }
 
+REPLAYABLE(shoal_shared_memory_all_reduce)
+
 // Concatenates the ranks' bytes, sizes[r] of rank r.
-EXPORT int64_t shoal_shared_memory_all_gather(Context* c, const char* in, char* out, const int64_t* sizes) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
+EXPORT int32_t shoal_shared_memory_all_gather(Context* c, const char* in, char* out, const int64_t* sizes,
+                                            int64_t sent_bytes) {
     int64_t total = 0, largest = 0;
     for (int64_t r = 0; r < c->ranks; ++r) {
         total += sizes[r];
         largest = std::max(largest, sizes[r]);
     }
-    Running running(*c, kAllGather);
+    Running running(*c, kAllGather, sent_bytes);
+    if (running.status != kDone) return running.status;
     const uint64_t signature = signature_of(kAllGather, 0, total);
     for (int64_t done = 0; done < largest || done == 0; done += kSlot) {
         copy(c->input(c->rank, c->round + 1), in + done, std::min(kSlot, sizes[c->rank] - done), c->threads);
@@ -559,17 +564,16 @@ EXPORT int64_t shoal_shared_memory_all_gather(Context* c, const char* in, char* 
 }
 
 // Sums elements of which sizes[r] belong to rank r, and writes those of this rank.
-EXPORT int64_t shoal_shared_memory_reduce_scatter(Context* c, int32_t type, const char* in, char* out,
-                                                  const int64_t* sizes) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
+EXPORT int32_t shoal_shared_memory_reduce_scatter(Context* c, int32_t type, const char* in, char* out,
+                                                const int64_t* sizes, int64_t sent_bytes) {
     int64_t first = 0, total = 0;
     for (int64_t r = 0; r < c->ranks; ++r) {
         if (r < c->rank) first += sizes[r];
         total += sizes[r];
     }
     const int64_t size = element_bytes(type), end = first + sizes[c->rank], piece = kSlot / size;
-    Running running(*c, kReduceScatter);
+    Running running(*c, kReduceScatter, sent_bytes);
+    if (running.status != kDone) return running.status;
     const uint64_t signature = signature_of(kReduceScatter, type, total * size);
     for (int64_t done = 0; done < total || done == 0; done += piece) {
         const int64_t to = std::min(total, done + piece);
@@ -590,17 +594,16 @@ EXPORT int64_t shoal_shared_memory_reduce_scatter(Context* c, int32_t type, cons
 }
 
 // Sends send[r] bytes of `in` to rank r, and receives receive[r] bytes from it, both in rank order.
-EXPORT int64_t shoal_shared_memory_all_to_all(Context* c, const char* in, char* out, const int64_t* send,
-                                              const int64_t* receive) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
+EXPORT int32_t shoal_shared_memory_all_to_all(Context* c, const char* in, char* out, const int64_t* send,
+                                            const int64_t* receive, int64_t sent_bytes) {
     int64_t before = 0, total = 0;  // what lies in `in` before this rank's own share, and all of it
     for (int64_t r = 0; r < c->ranks; ++r) {
         if (r < c->rank) before += send[r];
         total += send[r];
     }
     const int64_t own = send[c->rank];
-    Running running(*c, kAllToAll);
+    Running running(*c, kAllToAll, sent_bytes);
+    if (running.status != kDone) return running.status;
     const uint64_t signature = signature_of(kAllToAll, 0, 0);
     if (own != receive[c->rank]) return running.status = outcome(kMismatch, c->rank);
     int64_t sizes[kMaxRanks], starts[kMaxRanks];  // what each rank publishes in all, and where this rank's part of it is
@@ -642,10 +645,10 @@ EXPORT int64_t shoal_shared_memory_all_to_all(Context* c, const char* in, char* 
     return kDone;
 }
 
-EXPORT int64_t shoal_shared_memory_broadcast(Context* c, char* data, int64_t bytes, int32_t root) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
-    Running running(*c, kBroadcast);
+EXPORT int32_t shoal_shared_memory_broadcast(Context* c, char* data, int64_t bytes, int32_t root,
+                                           int64_t sent_bytes) {
+    Running running(*c, kBroadcast, sent_bytes);
+    if (running.status != kDone) return running.status;
     const uint64_t signature = signature_of(kBroadcast, root, bytes);
     for (int64_t done = 0; done < bytes || done == 0; done += kSlot) {
         const int64_t length = std::min(kSlot, bytes - done);
@@ -656,10 +659,9 @@ EXPORT int64_t shoal_shared_memory_broadcast(Context* c, char* data, int64_t byt
     return kDone;
 }
 
-EXPORT int64_t shoal_shared_memory_barrier(Context* c) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
-    Running running(*c, kBarrier);
+EXPORT int32_t shoal_shared_memory_barrier(Context* c) {
+    Running running(*c, kBarrier, 0);
+    if (running.status != kDone) return running.status;
     running.next_round(signature_of(kBarrier, 0, 0));
     return running.status;
 }
@@ -680,10 +682,10 @@ static int64_t room_for(const Context& c, const Pair& pair, int64_t to, int64_t 
 }
 
 // Copies the message to the pair's arena. Waits only while the arena has no room.
-EXPORT int64_t shoal_shared_memory_send(Context* c, const char* data, int64_t bytes, int32_t to) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
-    Running running(*c, kSend);
+EXPORT int32_t shoal_shared_memory_send(Context* c, const char* data, int64_t bytes, int32_t to,
+                                      int64_t sent_bytes) {
+    Running running(*c, kSend, sent_bytes);
+    if (running.status != kDone) return running.status;
     Pair& pair = c->pair(c->rank, to);
     for (int64_t done = 0; done < bytes || done == 0; done += kPart) {
         const int64_t length = std::min(kPart, bytes - done);
@@ -702,10 +704,9 @@ EXPORT int64_t shoal_shared_memory_send(Context* c, const char* data, int64_t by
     return kDone;
 }
 
-EXPORT int64_t shoal_shared_memory_receive(Context* c, char* data, int64_t bytes, int32_t from) {
-    int64_t status;
-    if (!may_run(*c, &status)) return status;
-    Running running(*c, kReceive);
+EXPORT int32_t shoal_shared_memory_receive(Context* c, char* data, int64_t bytes, int32_t from) {
+    Running running(*c, kReceive, 0);
+    if (running.status != kDone) return running.status;
     Pair& pair = c->pair(from, c->rank);
     for (int64_t done = 0; done < bytes || done == 0; done += kPart) {
         const uint32_t number = c->received[from];

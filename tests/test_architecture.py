@@ -17,8 +17,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # Every package may import these. None of them imports a package that is not in this list.
 COMMON = {
-    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "native_library", "outputs",
-    "parameter_forms", "params", "process", "sampling_table", "values", "shoal",
+    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "native_call", "native_library",
+    "outputs", "parameter_forms", "params", "process", "sampling_table", "values", "shoal",
 }  # fmt: skip
 
 # package -> the other packages of Shoal that it may import: those below it

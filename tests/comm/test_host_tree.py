@@ -9,7 +9,8 @@ from torch import Tensor
 
 from shoal.comm import formation
 from shoal.comm.process_comm import ProcessComm
-from shoal.comm.shared_memory import SharedMemory, load_library
+from shoal.comm.shared_memory import SharedMemory
+from shoal.comm.shared_memory_library import load_library
 from shoal.comm.torch_distributed import c10d
 from shoal.errors import CommAborted, CommTimeout
 from support.fakes import on_threads
@@ -82,7 +83,7 @@ def test_its_description_and_its_counts(connect: Connect) -> None:
     comms = connect("aab")
     assert comms[0].backend == "shm and gloo (3 ranks on 2 hosts: sums are formed on each host first)"
     on_threads(3, lambda rank: comms[rank].all_reduce(torch.ones(3)))
-    assert {name: total.count for name, total in comms[0].progress.totals.items()} == {"all_reduce": 1}
+    assert {name: total.count for name, total in comms[0].progress.read_totals().items()} == {"all_reduce": 1}
     assert str(comms[0].progress) == "after operation #1"
 
 

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ from torch import Tensor
 
 from shoal.comm import formation
 from shoal.comm.process_comm import ProcessComm
-from shoal.comm.shared_memory import SharedMemory, SharedMemoryComm, load_library
+from shoal.comm.shared_memory import SharedMemory, SharedMemoryComm
+from shoal.comm.shared_memory_library import load_library
 from shoal.comm.torch_distributed import c10d
-from shoal.errors import CommAborted, CommError
+from shoal.errors import CommAborted, CommError, CommTimeout
+from shoal.kernels.native import load_native
+from shoal.kernels.native_calls import sum_over
+from shoal.kernels.recording import Pool, Recorder
 from support.example_counts import examples
 from support.fakes import on_threads
 
@@ -30,11 +34,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 COPIED_DTYPES = [torch.bfloat16, torch.bool, torch.int8]  # no sums
 
 
-def connect(size: int, requested: Any = "shm", store: Any = None) -> list[ProcessComm]:
-    store = c10d.HashStore() if store is None else store
+def connect(size: int, requested: Any = "shm", timeout_s: float = 60) -> list[ProcessComm]:
+    store, cpu = c10d.HashStore(), torch.device("cpu")
     return on_threads(
         size,
-        lambda rank: ProcessComm(store, "g", rank, size, requested=requested, timeout_s=60, device=torch.device("cpu")),
+        lambda rank: ProcessComm(store, "g", rank, size, requested=requested, timeout_s=timeout_s, device=cpu),
     )
 
 
@@ -193,6 +197,105 @@ def test_memory_of_another_group_is_refused() -> None:
     memory.nonce += 1
     with pytest.raises(CommError, match="that of another group"):
         SharedMemoryComm(memory, 0, [os.getpid()] * 2, timeout_s=1)
+
+
+# --- replays -----------------------------------------------------------------------------------------------------
+
+needs_native = pytest.mark.skipif(load_native()[0] is None, reason=load_native()[1])
+
+
+def replayed(comm: ProcessComm, x: Tensor) -> Tensor:
+    """Do the same as `all_reduce`, by a replay without Python in it."""
+    with Recorder(Pool()) as recorder:
+        sum_over(comm, x)
+    recording = recorder.recording()
+    assert recording.parts == 1
+    recording.replay()
+    return x
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_replays_and_calls_are_the_same_operation(groups: dict[int, list[ProcessComm]], dtype: torch.dtype) -> None:
+    """Rank 1 replays what the others call. All count and measure it in the same way."""
+    for count in (33, 4097, 70_001):
+        inputs = [numbers(rank, count, dtype) for rank in range(3)]
+        before = [comm.progress.read_total("all_reduce") for comm in groups[3]]
+
+        def run(rank: int) -> Tensor:
+            return (replayed if rank == 1 else ProcessComm.all_reduce)(groups[3][rank], inputs[rank].clone())  # noqa: B023
+
+        assert all(torch.equal(each, in_rank_order(inputs)) for each in on_threads(3, run))
+        after = [comm.progress.read_total("all_reduce") for comm in groups[3]]
+        totals = list(zip(before, after, strict=True))
+        assert [now.count - then.count for then, now in totals] == [1] * 3
+        assert len({now.sent_bytes - then.sent_bytes for then, now in totals}) == 1
+        assert all((now.ns or 0) > (then.ns or 0) for then, now in totals)
+
+
+def failures(cause: str, all_reduce: Callable[[ProcessComm, Tensor], Tensor]) -> list[tuple[type[CommError], str]]:
+    """Let rank 0 fail twice, and return its errors."""
+    comms = connect(2, timeout_s=0.2 if cause == "a rank that does not come" else 60)
+    found: list[tuple[type[CommError], str]] = []
+
+    def other() -> None:
+        if cause == "another size":
+            with pytest.raises(CommError):
+                comms[1].all_reduce(torch.ones(3))
+        if cause == "an abort":
+            while not comms[0].progress.operation:
+                pass
+            comms[1].abort()
+
+    def run(rank: int) -> None:
+        if rank == 1:
+            other()
+            return
+        for _ in range(2):
+            with pytest.raises(CommError) as caught:
+                all_reduce(comms[0], torch.ones(2))
+            found.append((caught.type, str(caught.value)))
+            assert comms[0].progress.operation == "all_reduce"
+
+    on_threads(2, run)
+    return found
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("cause", "error", "text"),
+    [
+        ("a rank that does not come", CommTimeout, "waited 0.2 s for rank 1"),
+        ("an abort", CommAborted, "was aborted"),
+        ("another size", CommError, "rank 1 called another operation, or the same with another size"),
+    ],
+)
+def test_a_replay_fails_like_the_call(cause: str, error: type[CommError], text: str) -> None:
+    """It raises the same error with the same text, and the rank stays in the operation."""
+    found = failures(cause, replayed)
+    assert found == failures(cause, ProcessComm.all_reduce)
+    assert found[0][0] is error
+    assert found[0][1].startswith("rank 0: all_reduce #1")
+    assert text in found[0][1]
+    assert found[1][1].startswith("rank 0: all_reduce #2")
+
+
+@needs_native
+def test_a_rank_in_a_replay_is_seen_in_the_operation() -> None:
+    """Other threads see it, and other ranks name it."""
+    comms = connect(2, timeout_s=60)
+
+    def run(rank: int) -> tuple[int, str]:
+        if rank == 0:
+            replayed(comms[0], torch.ones(2))
+            return comms[0].progress.count, str(comms[0].progress)
+        while not comms[0].progress.operation:
+            pass
+        seen = comms[0].progress.count, str(comms[0].progress)
+        comms[1].all_reduce(torch.ones(2))
+        return seen
+
+    assert on_threads(2, run) == [(1, "after operation #1"), (1, "all_reduce #1")]
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

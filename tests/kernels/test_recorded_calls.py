@@ -10,7 +10,7 @@ from torch import Tensor
 from shoal.kernels.base import Norm
 from shoal.kernels.linear import make_linear
 from shoal.kernels.native import NativeKernels, load_native
-from shoal.kernels.native_calls import compute, exchange
+from shoal.kernels.native_calls import compute, sum_over
 from shoal.kernels.recording import NotRecordable, Pool, Recorder
 
 NATIVE, WHY = load_native()
@@ -40,17 +40,21 @@ def test_a_replay_computes_with_what_is_in_the_inputs_now() -> None:
         assert torch.equal(out, linear(kernels().norm(inputs(seed), NORM)))
 
 
-def test_exchanges_are_made_by_replays_only() -> None:
+def test_sums_over_ranks_are_made_by_replays_only() -> None:
     """A result in other memory is copied, and the tensor that was sent is then not written to any more."""
     sent: list[Tensor] = []
     x = inputs(0)
 
-    def double(tensor: Tensor) -> Tensor:
-        sent.append(tensor)
-        return tensor * 2
+    class Doubling:
+        def all_reduce(self, tensor: Tensor) -> Tensor:
+            sent.append(tensor)
+            return tensor * 2
+
+        def native_all_reduce(self, _: Tensor) -> None:
+            return None
 
     with Recorder(Pool()) as recorder:
-        out = kernels().norm(exchange(double, kernels().norm(x, NORM)), NORM)
+        out = kernels().norm(sum_over(Doubling(), kernels().norm(x, NORM)), NORM)
     assert sent == []
     recording = recorder.recording()
     recording.replay()
@@ -78,13 +82,21 @@ def test_a_step_without_calls_is_refused() -> None:
         recorder.recording()
 
 
-def test_declared_operations_of_pytorch_are_made_again() -> None:
-    x = inputs(0)
+def test_declared_operations_are_made_again() -> None:
+    """They may call kernels, and take several tensors."""
+    x, y = inputs(0), inputs(2)
+
+    def operation(first: Tensor, second: Tensor) -> Tensor:
+        return kernels().norm(first + second, NORM) - 1
+
     with Recorder(Pool()) as recorder:
-        out = compute(lambda found: found - 1, kernels().norm(x, NORM), x.shape)
+        out = compute(operation, kernels().norm(x, NORM), x.shape, y)
     x.copy_(inputs(1))
-    recorder.recording().replay()
-    assert torch.equal(out, kernels().norm(inputs(1), NORM) - 1)
+    y.copy_(inputs(3))
+    recording = recorder.recording()
+    recording.replay()
+    assert torch.equal(out, operation(kernels().norm(inputs(1), NORM), inputs(3)))
+    assert recording.parts == 2
 
 
 def test_memory_is_used_again_when_no_view_of_a_tensor_is_left() -> None:

@@ -78,7 +78,7 @@ def make_attention(latent: LatentSpec, weights: Weights, kernels: Kernels, dtype
         norm(weights.kv_norm),
         make_head_linear(weights.k_up.transpose(1, 2).to(dtype)),
         make_head_linear(weights.v_up.to(dtype)),
-        RowParallelLinear(make_linear(torch.eye(HEADS * latent.value_dim, dtype=dtype), None), None, ALONE),
+        RowParallelLinear(make_linear(torch.eye(HEADS * latent.value_dim, dtype=dtype), None), None, ALONE, kernels),
         rope_tables(latent.rope, latent.cached_dim, 400, torch.device("cpu")),
         HeadLayout(HEADS, 1, latent.cached_dim, (0,) * HEADS),
         AttentionParams(SCALE),

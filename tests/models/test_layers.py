@@ -32,7 +32,9 @@ class Sublayer:
 
     def __init__(self) -> None:
         self.inner = random(HIDDEN)
-        self.out = self.down = RowParallelLinear(PlainLinear(random(HIDDEN, HIDDEN), None), random(HIDDEN), ALONE)
+        self.out = self.down = RowParallelLinear(
+            PlainLinear(random(HIDDEN, HIDDEN), None), random(HIDDEN), ALONE, KERNELS
+        )
 
     def attend(self, x: Tensor, *_: object) -> Tensor:
         return torch.tanh(x * self.inner)

@@ -125,7 +125,7 @@ def step(mesh: Mesh, layout: Layout, backend: str, given_: Tokens, *, partial: b
     for _ in range(2):
         routed = dispatch.dispatch(x, given_.experts, given_.weights)
         part = x * (mesh.tp.rank + 1) if partial else None
-        x = dispatch.combine(routed, compute(held, weights, routed), part)
+        x = dispatch.combine(compute(held, weights, routed), part)
         assert x.dtype == given_.x.dtype
     return x
 
@@ -233,10 +233,10 @@ def test_a_token_is_sent_once_to_each_rank_that_has_one_of_its_experts(layout: L
         replica = number // layout.tp
         given_ = tokens(layout, counts[replica], replica)
         dispatch.begin_step(len(given_.x))
-        total = mesh.ep.comm.progress.totals["all_to_all"]
+        total = mesh.ep.comm.progress.read_totals()["all_to_all"]
         routed = dispatch.dispatch(given_.x, given_.experts, given_.weights)
         there = total.sent_bytes - 8 * (layout.ranks - 1)  # counts go first
-        dispatch.combine(routed, routed.x, None)
+        dispatch.combine(routed.x, None)
         return there, total.sent_bytes - there - 8 * (layout.ranks - 1)
 
     pairs = set()  # (token, from, to)
@@ -264,7 +264,7 @@ def test_a_token_on_a_rank_without_its_experts_arrives_once_for_all_of_them() ->
         experts = torch.tensor([[2, 3], [3, 0]])[: 2 - 2 * number]  # rank 0 has experts 0 and 1, and both tokens
         dispatch.begin_step(len(experts))
         routed = dispatch.dispatch(torch.ones(len(experts), HIDDEN), experts, torch.ones(experts.shape))
-        dispatch.combine(routed, routed.x, None)
+        dispatch.combine(routed.x, None)
         return routed.experts.tolist(), len(routed.x)
 
     assert on_threads(2, rank) == [([[-1, 0]], 1), ([[0, 1], [1, -1]], 2)]
@@ -287,10 +287,12 @@ def test_expected_bytes_match_the_bytes_sent(backend: str, dp: int, tp: int) -> 
         dispatch = make_dispatch(mesh, layout.placement, backend, torch.device("cpu"))
         given_ = tokens(layout, count, number // tp)
         dispatch.begin_step(count)
-        before = sum(total.sent_bytes for axis in mesh.axes for total in axis.comm.progress.totals.values())
+        before = sum(total.sent_bytes for axis in mesh.axes for total in axis.comm.progress.read_totals().values())
         routed = dispatch.dispatch(given_.x, given_.experts, given_.weights)
-        dispatch.combine(routed, routed.x, None)
-        return sum(total.sent_bytes for axis in mesh.axes for total in axis.comm.progress.totals.values()) - before
+        dispatch.combine(routed.x, None)
+        return (
+            sum(total.sent_bytes for axis in mesh.axes for total in axis.comm.progress.read_totals().values()) - before
+        )
 
     sent = sum(on_threads(layout.ranks, rank))
     exchange = ExpertExchange(tuple(len(held) for held in layout.placement), layout.top_k, HIDDEN, 4, tp)

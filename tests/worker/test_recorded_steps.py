@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
+from shoal.comm.process_comm import ProcessComm
+from shoal.comm.shared_memory_library import load_library
 from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.comm.torch_distributed import c10d
 from shoal.kernels.base import KVCache, PagedBatch
 from shoal.kernels.native import load_native
 from shoal.kernels.select import make_kernels
@@ -33,21 +37,6 @@ BLOCK_SIZE, BLOCKS, SEQUENCES = 16, 3, 4
 CPU = torch.device("cpu")
 # The numbers of sequences of decoding steps: each size is recorded, then replayed with other inputs.
 SIZES = (3, 1, 3, 4, 1, 4, 3)
-# PyTorch computes something between their matrix products.
-NOT_RECORDED = {
-    "deepseek_v2": "mixture",
-    "deepseek_v2_lite": "mixture",
-    "deepseek_v3": "mixture",
-    "deepseek_v3_halves": "mixture",
-    "granitemoe": "mixture",
-    "mixtral": "mixture",
-    "qwen2_moe": "mixture",
-    "qwen3_moe": "mixture",
-    "gpt_neox": "sum of attention and MLP",
-    "phi": "sum of attention and MLP",
-    "phi_qk_norm": "sum of attention and MLP",
-    "opt_350m": "norms of the stream itself",
-}
 
 
 class Rank:
@@ -135,7 +124,7 @@ def test_recorded_steps_have_the_same_bits(
     (shard,) = make_shards(read_spec(folder), 1)
     rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), dtype, quantization)
     run(rank)
-    assert sorted(rank.steps.recorded) == ([] if name in NOT_RECORDED else sorted(set(SIZES)))
+    assert sorted(rank.steps.recorded) == sorted(set(SIZES))
 
 
 @pytest.mark.parametrize("kv", ["int8", "fp8_e4m3"])
@@ -147,28 +136,48 @@ def test_recorded_steps_read_and_write_small_kv_caches(checkpoint: Callable[[str
     assert sorted(rank.steps.recorded) == sorted(set(SIZES))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
-@pytest.mark.parametrize("weights", [(1, 1), (1, 2, 1), (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)])
-def test_recorded_steps_exchange_tensors_with_other_ranks(
-    checkpoint: Callable[[str], Path], name: str, weights: tuple[int, ...]
-) -> None:
-    """Some of ten ranks have no heads, and decide for themselves whether they record."""
-    folder, size = checkpoint(name), len(weights)
-    group = ThreadGroup(size, timeout_s=60)
+def record_on_ranks(
+    folder: Path, weights: tuple[int, ...], comm_of: Callable[[int], Communicator], quantization: str = ""
+) -> list[dict[int, int]]:
+    """Run a model on ranks that are threads, and return what each has recorded."""
+    size = len(weights)
 
-    def of(shard: Shard) -> int:
-        tp = Axis("tp", shard.rank, size, ThreadComm(group, shard.rank))
+    def of(shard: Shard) -> dict[int, int]:
+        comm = comm_of(shard.rank)
         try:
-            rank = Rank(folder, shard, tp, torch.bfloat16, "")
+            rank = Rank(folder, shard, Axis("tp", shard.rank, size, comm), torch.bfloat16, quantization)
             run(rank)
         except BaseException:
-            group.abort()
+            comm.abort()
             raise
-        return len(rank.steps.recorded)
+        return rank.steps.recorded
 
     with ThreadPoolExecutor(size) as pool:
-        recorded = list(pool.map(of, make_shards(read_spec(folder), size, weights)))
-    assert (max(recorded) == len(set(SIZES))) == (name not in NOT_RECORDED)
+        return list(pool.map(of, make_shards(read_spec(folder), size, weights)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)])
+def test_recorded_steps_add_over_ranks(checkpoint: Callable[[str], Path], name: str, weights: tuple[int, ...]) -> None:
+    """Some of ten ranks have no heads, and decide for themselves whether they record."""
+    group = ThreadGroup(len(weights), timeout_s=60)
+    found = record_on_ranks(checkpoint(name), weights, lambda rank: ThreadComm(group, rank))
+    assert max(map(len, found)) == len(set(SIZES))
+
+
+@pytest.mark.skipif(load_library()[0] is None, reason=load_library()[1])
+@pytest.mark.parametrize(("name", "quantization"), [("llama", "int8"), ("gemma2", "int8"), ("mixtral", "")])
+def test_recorded_steps_add_in_shared_memory(checkpoint: Callable[[str], Path], name: str, quantization: str) -> None:
+    """The layers of a rank whose linear layers are in C++ are one call from Python."""
+    weights, store = (1, 2, 1), c10d.HashStore()
+
+    def comm(rank: int) -> ProcessComm:
+        return ProcessComm(store, "tp", rank, len(weights), requested="shm", timeout_s=60, device=CPU)
+
+    found = record_on_ranks(checkpoint(name), weights, comm, quantization)
+    assert [sorted(each) for each in found] == [sorted(set(SIZES))] * 3
+    if quantization:
+        assert {calls for each in found for calls in each.values()} == {1}
 
 
 @torch.inference_mode()
@@ -179,7 +188,7 @@ def test_prompts_and_large_steps_are_not_recorded(checkpoint: Callable[[str], Pa
     rank.both([3] * 2 * SEQUENCES, batch_of(range(SEQUENCES), [0] * SEQUENCES, 2))
     many = [i % SEQUENCES for i in range(MOST_TOKENS + 1)]
     rank.both([3] * len(many), batch_of(many, [5] * len(many), 1))
-    assert rank.steps.recorded == ()
+    assert rank.steps.recorded == {}
 
 
 @torch.inference_mode()
@@ -189,7 +198,7 @@ def test_nothing_is_recorded_if_that_is_switched_off(checkpoint: Callable[[str],
     rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), torch.bfloat16, "")
     steps = RecordedSteps(rank.decoder, rank.caches, max_blocks=BLOCKS, alone=True, enabled=False)
     steps.hidden(torch.tensor([3]), batch_of([0], [5], 1), None)
-    assert steps.recorded == ()
+    assert steps.recorded == {}
 
 
 @torch.inference_mode()

@@ -1,6 +1,5 @@
 """The interface through which ranks exchange tensors, and the helpers that its implementations share."""
 
-import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from shoal.native_call import NativeCall
 
 
 @dataclass(slots=True)
@@ -31,21 +32,26 @@ class OperationTotal:
             if last is not None and waited_ns:
                 self.waited_for[last] = self.waited_for.get(last, 0) + waited_ns
 
-    def add_times_of(self, other: "OperationTotal") -> None:
-        """Add the times of another total."""
+    def add(self, other: "OperationTotal") -> None:
+        """Add another total."""
+        self.count += other.count
+        self.sent_bytes += other.sent_bytes
         self.add_time(other.ns, other.waited_ns)
         for rank, waited_ns in other.waited_for.items():
             self.waited_for[rank] = self.waited_for.get(rank, 0) + waited_ns
 
 
-class Times(Protocol):
-    """The times that a library has measured itself. Counts and bytes in them are not read."""
+class Counter(Protocol):
+    """A library that counts and measures the operations that it executes. Any thread may ask it."""
 
-    def all(self) -> Mapping[str, OperationTotal]:
-        """Return the times of each operation that was called."""
+    def position(self) -> tuple[str, int]:
+        """Return the current operation, "" between operations, and how many operations were begun."""
 
-    def of(self, operation: str) -> OperationTotal:
-        """Return the times of one operation."""
+    def totals(self) -> Mapping[str, OperationTotal]:
+        """Return the totals of each operation that was called."""
+
+    def total(self, operation: str) -> OperationTotal:
+        """Return the totals of one operation."""
 
 
 class OperationWatch(Protocol):
@@ -58,35 +64,54 @@ class OperationWatch(Protocol):
         """The operation has ended. It may be the forming of the group, whose beginning is not told."""
 
 
-@dataclass(slots=True)
 class Progress:
     """The operation that a communicator is executing, and the totals of all operations so far.
 
-    The rank's own thread writes it; other threads may read the current operation.
+    The rank's own thread writes it, or a library that counts itself; other threads may read the current operation.
     """
 
-    operation: str = ""  # "" between operations
-    number: int = 0  # of the current operation, or of the last one
-    count: int = 0  # operations begun so far
-    totals: dict[str, OperationTotal] = field(default_factory=lambda: defaultdict(OperationTotal))  # by operation
-    watch: OperationWatch | None = None
-    _times: Times | None = None  # of the library that measures the operations, if one does
+    def __init__(self) -> None:
+        self.watch: OperationWatch | None = None
+        self.totals: dict[str, OperationTotal] = defaultdict(OperationTotal)  # of what no library counts, by operation
+        self._operation = ""
+        self._number = 0  # of the current operation, or of the last one
+        self._count = 0
+        self._counter: Counter | None = None
+
+    @property
+    def operation(self) -> str:
+        """The current operation, "" between operations."""
+        return self._operation or self._counted()[0]
+
+    @property
+    def number(self) -> int:
+        """The number of the current operation, or of the last one."""
+        return self._number if self._counter is None or self._operation else self.count
+
+    @property
+    def count(self) -> int:
+        """How many operations were begun so far."""
+        return self._count + self._counted()[1]
+
+    def _counted(self) -> tuple[str, int]:
+        counter = self._counter
+        return ("", 0) if counter is None else counter.position()
 
     def begin(self, operation: str, sent_bytes: int = 0) -> None:
         """Count a new operation and show it as the current one. Does what `during` does, but measures no time."""
-        self.count += 1
+        self._count += 1
         total = self.totals[operation]
         total.count += 1
         total.sent_bytes += sent_bytes
-        self.operation, self.number = operation, self.count
+        self._operation, self._number = operation, self._count
         if self.watch is not None:
             self.watch.began(operation, sent_bytes)
 
     def end(self) -> None:
         """Show that the current operation has ended. After an error it stays, since it shows where the rank stopped."""
         if self.watch is not None:
-            self.watch.ended(self.operation)
-        self.operation = ""
+            self.watch.ended(self._operation)
+        self._operation = ""
 
     @contextmanager
     def during(self, operation: str, sent_bytes: int = 0, *, timed: bool = True) -> Iterator[None]:
@@ -106,7 +131,7 @@ class Progress:
     def finishing(self, operation: str, number: int, *, timed: bool = True) -> Iterator[None]:
         """Show an operation that was begun earlier as the current one until the block ends, and add this time to it."""
         begun = time.perf_counter_ns()
-        self.operation, self.number = operation, number
+        self._operation, self._number = operation, number
         if self.watch is not None:
             self.watch.began(operation, 0)
         yield
@@ -116,35 +141,32 @@ class Progress:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """Show that the group is being formed until the block ends. It does not count, since it moves no tensors."""
-        self.operation, self.number = "connect", self.count + 1
+        """Show that the group is being formed until the block ends. It does not count, since it moves no tensors.
+
+        What the library of a former group has counted stays in the totals.
+        """
+        count = self.count
+        self.totals = defaultdict(OperationTotal, self.read_totals())
+        self._operation, self._number, self._count, self._counter = "connect", count + 1, count, None
         yield
         self.end()
 
-    def take_times(self, times: Times) -> None:
-        """Take the times of operations from a library from now on. Those of an earlier one stay in the totals."""
-        for operation, total in self._measured().items():
-            self.totals[operation].add_times_of(total)
-        self._times = times
-
-    def _measured(self) -> Mapping[str, OperationTotal]:
-        """Return the times that the library has measured."""
-        return {} if self._times is None else self._times.all()
+    def take_from(self, counter: Counter) -> None:
+        """Take the current operation and the totals from a library from now on, in addition to those so far."""
+        self._counter = counter
 
     def read_totals(self) -> dict[str, OperationTotal]:
-        """Return a copy of the totals, with the times that a library has measured."""
-        found = copy.deepcopy(dict(self.totals))
-        for operation, total in self._measured().items():
-            found.setdefault(operation, OperationTotal()).add_times_of(total)
-        return found
+        """Return a copy of the totals, with those that a library has counted."""
+        counted = {} if self._counter is None else self._counter.totals()
+        return {operation: self.read_total(operation) for operation in {**self.totals, **counted}}
 
-    def read_times(self, operation: str) -> OperationTotal:
-        """Return the times of one operation, as in `read_totals`. The object may change with the next operation."""
-        if self._times is None:
-            return self.totals[operation]
+    def read_total(self, operation: str) -> OperationTotal:
+        """Return a copy of the totals of one operation."""
         found = OperationTotal()
-        found.add_times_of(self.totals[operation])
-        found.add_times_of(self._times.of(operation))
+        if operation in self.totals:
+            found.add(self.totals[operation])
+        if self._counter is not None:
+            found.add(self._counter.total(operation))
         return found
 
     def __str__(self) -> str:
@@ -202,6 +224,12 @@ class Communicator(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, with the same bits on each rank."""
+
+    def native_all_reduce(self, x: Tensor) -> NativeCall | None:
+        """Return a call that replaces x, which is contiguous, by the sum over ranks; None if there is none.
+
+        It does the same as `all_reduce`, but does not tell a watch. It belongs to the group that is connected now.
+        """
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """Concatenate the ranks' tensors along `dim`, where rank r's tensor has size `sizes[r]` (0 is allowed)."""

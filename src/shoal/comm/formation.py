@@ -14,7 +14,8 @@ from shoal.comm.base import Communicator, Progress
 from shoal.comm.host_tree import HostTreeComm
 from shoal.comm.local import LocalComm
 from shoal.comm.select import Member, Requested, choose_backend
-from shoal.comm.shared_memory import SharedMemory, SharedMemoryComm, host_identity, load_library
+from shoal.comm.shared_memory import SharedMemory, SharedMemoryComm, host_identity
+from shoal.comm.shared_memory_library import load_library
 from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import CommAborted, CommError, CommTimeout
 

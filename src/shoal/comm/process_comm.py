@@ -15,6 +15,7 @@ from shoal.comm.base import Communicator, PendingSend, Progress
 from shoal.comm.formation import Formation
 from shoal.comm.select import Requested
 from shoal.errors import CommAborted
+from shoal.native_call import NativeCall
 
 
 class ProcessComm:
@@ -89,6 +90,9 @@ class ProcessComm:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._connected.all_reduce(x)
+
+    def native_all_reduce(self, x: Tensor) -> NativeCall | None:
+        return self._connected.native_all_reduce(x)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         return self._connected.all_gather(x, sizes, dim)

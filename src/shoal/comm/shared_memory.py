@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from shoal.comm.base import OperationTotal, PendingSend, Progress, bytes_to_others, reduced_bytes
+from shoal.comm.shared_memory_library import Library, loaded_library
 from shoal.errors import CommAborted, CommError, CommTimeout
-from shoal.native_library import open_library
+from shoal.native_call import NativeCall
 
-VERSION = 2
 _SPIN_US = 300  # how long a wait keeps its core, if there is a core for each rank
 
 _OPERATIONS = (
@@ -39,60 +39,7 @@ _TYPES = {
 }
 _TIMEOUT, _ABORTED, _DIED, _MISMATCH = 1, 2, 3, 4
 
-_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "bytes": (_LONG, [_INT]),
-    "map": (_LONG, [_INT, _INT]),
-    "unmap": (None, [_POINTER, _INT]),
-    "max_ranks": (_INT, []),
-    "sums": (_INT, [_INT]),
-    "prepare": (None, [_POINTER, _INT, ctypes.c_uint64]),
-    "attach": (_POINTER, [_POINTER, _INT, _INT, ctypes.c_uint64, _POINTER, _LONG, _LONG, _LONG]),
-    "detach": (None, [_POINTER]),
-    "abort": (None, [_POINTER, _INT]),
-    "position": (ctypes.c_uint64, [_POINTER, _INT]),
-    "totals": (None, [_POINTER, _INT, _POINTER]),
-    "all_reduce": (_LONG, [_POINTER, _INT, _POINTER, _POINTER, _LONG]),
-    "all_gather": (_LONG, [_POINTER, _POINTER, _POINTER, _POINTER]),
-    "reduce_scatter": (_LONG, [_POINTER, _INT, _POINTER, _POINTER, _POINTER]),
-    "all_to_all": (_LONG, [*[_POINTER] * 5]),
-    "broadcast": (_LONG, [_POINTER, _POINTER, _LONG, _INT]),
-    "barrier": (_LONG, [_POINTER]),
-    "send": (_LONG, [_POINTER, _POINTER, _LONG, _INT]),
-    "receive": (_LONG, [_POINTER, _POINTER, _LONG, _INT]),
-}
-
-
-class _Library:
-    """The functions of the library."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = library[f"shoal_shared_memory_{name}"]
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:  # only for types: all functions are attributes
-        raise AttributeError(name)
-
-
-@cache
-def load_library() -> tuple[_Library | None, str]:
-    """Return the library, or None, and one line that names it or says why there is none."""
-    library, reason = open_library(Path(__file__).parent, "_shared_memory", "shoal_shared_memory_version", VERSION)
-    return (None if library is None else _Library(library)), reason
-
-
-def _loaded() -> _Library:
-    """Return the library.
-
-    Raises:
-        CommError: there is none.
-    """
-    library, reason = load_library()
-    if library is None:
-        raise CommError(f"shared memory cannot be used: {reason}")
-    return library
+_INT, _LONG = ctypes.c_int32, ctypes.c_int64
 
 
 def host_identity() -> str:
@@ -113,7 +60,7 @@ class SharedMemory:
         self._unmap: Callable[[], object] = lambda: None
         self.ranks = ranks
         self.nonce = nonce
-        library = _loaded()
+        library = loaded_library()
         self.address = library.map(file, ranks)
         if self.address < 0:
             number = -self.address
@@ -128,7 +75,7 @@ class SharedMemory:
         Raises:
             OSError: there is no address space or no file descriptor for it.
         """
-        library = _loaded()
+        library = loaded_library()
         file = os.memfd_create("shoal-comm", os.MFD_CLOEXEC)
         try:
             os.ftruncate(file, library.bytes(ranks))
@@ -171,42 +118,48 @@ class SharedMemory:
 
     def abort(self) -> None:
         """End all operations on this memory, current and future, on all ranks."""
-        _loaded().abort(self.address, self.ranks)
+        loaded_library().abort(self.address, self.ranks)
 
 
 class _Attachment:
-    """The state of one rank in the library. It outlives the communicator while its times are still read."""
+    """The state of one rank in the library, which counts and measures the operations (see `comm.base.Counter`).
 
-    def __init__(self, library: _Library, context: int, ranks: int) -> None:
+    It outlives the communicator while what it has counted is still read.
+    """
+
+    def __init__(self, library: Library, context: int, rank: int, memory: SharedMemory) -> None:
         self.context = context
         self._library = library
-        self._ranks = ranks
+        self._rank = rank
+        self._memory = memory  # which has the positions
 
     def __del__(self) -> None:
         self._library.detach(self.context)
 
-    def all(self) -> dict[str, OperationTotal]:
-        """Return the times of each operation that was called."""
-        found = {operation: self._read(code) for code, operation in enumerate(_OPERATIONS)}
-        return {operation: total for operation, total in found.items() if total is not None}
+    def position(self) -> tuple[str, int]:
+        return self.position_of(self._rank)
 
-    def of(self, operation: str) -> OperationTotal:
-        """Return the times of one operation."""
-        return self._read(_OPERATIONS.index(operation)) or OperationTotal()
+    def position_of(self, rank: int) -> tuple[str, int]:
+        """Return the operation that a rank executes, "" between operations, and its number or that of the last one."""
+        position = self._library.position(self.context, rank)
+        return _OPERATIONS[position >> 48], position & (2**48 - 1)
 
-    def _read(self, code: int) -> OperationTotal | None:
-        """Return the times of the operation with this code; None if it was not called."""
-        numbers = (_LONG * (3 + self._ranks))()
-        self._library.totals(self.context, code, numbers)
-        count, ns, waited_ns, *waited_for = numbers
+    def totals(self) -> dict[str, OperationTotal]:
+        found = {operation: self.total(operation) for operation in _OPERATIONS[1:]}
+        return {operation: total for operation, total in found.items() if total.count}
+
+    def total(self, operation: str) -> OperationTotal:
+        numbers = (_LONG * (4 + self._memory.ranks))()
+        self._library.totals(self.context, _OPERATIONS.index(operation), numbers)
+        count, sent_bytes, ns, waited_ns, *waited_for = numbers
         if not count:
-            return None
+            return OperationTotal()
         waits = {rank: waited for rank, waited in enumerate(waited_for) if waited}
-        return OperationTotal(ns=ns, waited_ns=waited_ns, waited_for=waits)
+        return OperationTotal(count, sent_bytes, ns, waited_ns, waits)
 
 
 class SharedMemoryComm:
-    """One rank's communicator on shared memory. The library measures the times of its operations.
+    """One rank's communicator on shared memory. The library counts and measures its operations.
 
     Sends copy their tensor and do not wait, unless a quarter of a gigabyte is on its way to one rank.
     """
@@ -241,7 +194,7 @@ class SharedMemoryComm:
         self._processes = tuple(processes)
         self._numbers = tuple(range(self.size) if numbers is None else numbers)
         self._timeout_s = timeout_s
-        self._library = library = _loaded()
+        self._library = library = loaded_library()
         self._summed = {dtype: code for dtype, code in _TYPES.items() if library.sums(code)}
         self._watched = [self._watch(process) for process in processes]
         self._context = library.attach(
@@ -256,8 +209,8 @@ class SharedMemoryComm:
         )
         if not self._context:
             raise CommError("the shared memory is that of another group")
-        self._attachment = _Attachment(library, self._context, self.size)
-        self.progress.take_times(self._attachment)
+        self._attachment = _Attachment(library, self._context, rank, memory)
+        self.progress.take_from(self._attachment)
 
     def _watch(self, process: int) -> int:
         """Return a descriptor that tells of the end of a process, or -1."""
@@ -273,13 +226,23 @@ class SharedMemoryComm:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _end(self, status: int) -> None:
-        """End an operation, or raise the error that its status means."""
-        if status:
-            raise self._error(status & 0xFF, status >> 8)
-        self.progress.end()
+    def _run(self, operation: str, sent_bytes: int, function: Callable[..., int], *arguments: Any) -> None:
+        """Execute an operation. `arguments`: of the function, behind the context.
 
-    def _error(self, kind: int, whom: int) -> CommError:
+        Raises:
+            CommError: it has failed.
+        """
+        watch = self.progress.watch
+        if watch is not None:
+            watch.began(operation, sent_bytes)
+        status = function(self._context, *arguments)
+        if status:
+            raise self._error(status)
+        if watch is not None:
+            watch.ended(operation)
+
+    def _error(self, status: int) -> CommError:
+        kind, whom = status & 0xFF, status >> 8
         where = f"rank {self._numbers[self.rank]}: {self.progress}"
         if kind == _ABORTED:
             return CommAborted(f"{where} was aborted")
@@ -295,8 +258,7 @@ class SharedMemoryComm:
 
     def _describe(self, rank: int) -> str:
         """Describe a rank and what it is doing."""
-        position = self._library.position(self._context, rank)
-        operation, number = _OPERATIONS[position >> 48], position & (2**48 - 1)
+        operation, number = self._attachment.position_of(rank)
         process = self._processes[rank]
         doing = f"in {operation} #{number}" if operation else f"after operation #{number}"
         with contextlib.suppress(OSError, IndexError):
@@ -306,10 +268,16 @@ class SharedMemoryComm:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        address = x.data_ptr()
-        self.progress.begin("all_reduce", reduced_bytes(x, self.size))
-        self._end(self._library.all_reduce(self._context, self._type(x), address, address, x.numel()))
+        sent, address = reduced_bytes(x, self.size), x.data_ptr()
+        self._run("all_reduce", sent, self._library.all_reduce, self._type(x), address, address, x.numel(), sent)
         return x
+
+    def native_all_reduce(self, x: Tensor) -> NativeCall | None:
+        if x.dtype not in self._summed:
+            return None
+        address, sent = x.data_ptr(), reduced_bytes(x, self.size)
+        arguments = self._context, self._type(x), address, address, x.numel(), sent
+        return self._library.recorded_all_reduce.call(arguments, self._error)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         if dim != 0:
@@ -318,8 +286,8 @@ class SharedMemoryComm:
         out = x.new_empty((sum(sizes), *x.shape[1:]))
         row = _row_bytes(x)
         counts = (_LONG * self.size)(*(size * row for size in sizes))
-        self.progress.begin("all_gather", x.nbytes * (self.size - 1))
-        self._end(self._library.all_gather(self._context, x.data_ptr(), out.data_ptr(), counts))
+        sent = x.nbytes * (self.size - 1)
+        self._run("all_gather", sent, self._library.all_gather, x.data_ptr(), out.data_ptr(), counts, sent)
         return out
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -327,40 +295,37 @@ class SharedMemoryComm:
         out = x.new_empty((sizes[self.rank], *x.shape[1:]))
         row = _row_bytes(x) // x.itemsize
         counts = (_LONG * self.size)(*(size * row for size in sizes))
-        self.progress.begin("reduce_scatter", bytes_to_others(x, sizes, self.rank))
-        self._end(self._library.reduce_scatter(self._context, self._type(x), x.data_ptr(), out.data_ptr(), counts))
+        arguments = self._type(x), x.data_ptr(), out.data_ptr(), counts
+        sent = bytes_to_others(x, sizes, self.rank)
+        self._run("reduce_scatter", sent, self._library.reduce_scatter, *arguments, sent)
         return out
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         x = x.contiguous()
         out = x.new_empty((sum(receive), *x.shape[1:]))
         row = _row_bytes(x)
-        sent, received = ((_LONG * self.size)(*(size * row for size in sizes)) for sizes in (send, receive))
-        self.progress.begin("all_to_all", bytes_to_others(x, send, self.rank))
-        self._end(self._library.all_to_all(self._context, x.data_ptr(), out.data_ptr(), sent, received))
+        counts = ((_LONG * self.size)(*(size * row for size in sizes)) for sizes in (send, receive))
+        sent = bytes_to_others(x, send, self.rank)
+        self._run("all_to_all", sent, self._library.all_to_all, x.data_ptr(), out.data_ptr(), *counts, sent)
         return out
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         x = x.contiguous()
         sent = x.nbytes * (self.size - 1) if self.rank == root else 0
-        self.progress.begin("broadcast", sent)
-        self._end(self._library.broadcast(self._context, x.data_ptr(), x.nbytes, root))
+        self._run("broadcast", sent, self._library.broadcast, x.data_ptr(), x.nbytes, root, sent)
         return x
 
     def send(self, x: Tensor, to: int) -> PendingSend:
         x = x.contiguous()
-        self.progress.begin("send", x.nbytes)
-        self._end(self._library.send(self._context, x.data_ptr(), x.nbytes, to))
+        self._run("send", x.nbytes, self._library.send, x.data_ptr(), x.nbytes, to, x.nbytes)
         return _DONE
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        self.progress.begin("recv")
-        self._end(self._library.receive(self._context, x.data_ptr(), x.nbytes, source))
+        self._run("recv", 0, self._library.receive, x.data_ptr(), x.nbytes, source)
         return x
 
     def barrier(self) -> None:
-        self.progress.begin("barrier")
-        self._end(self._library.barrier(self._context))
+        self._run("barrier", 0, self._library.barrier)
 
     def abort(self) -> None:
         self._memory.abort()

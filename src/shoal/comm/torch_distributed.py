@@ -159,6 +159,9 @@ class TorchComm:
             self._wait(self._group.allreduce([x]))
         return x
 
+    def native_all_reduce(self, x: Tensor) -> None:
+        return None
+
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         if dim != 0:
             return self.all_gather(x.transpose(0, dim), sizes).transpose(0, dim).contiguous()

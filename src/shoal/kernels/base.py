@@ -123,6 +123,12 @@ class Kernels(Protocol):
     def activate_gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """Return activation(gate) * up: [n, m]. gate_up: [n, 2 * m], the gates first."""
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return x + y, rounded to x's dtype: [n, m]. y: [n, m], or [m] for each row. May overwrite x."""
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """Return x * factor, where the factor is rounded to float32: [n, m]. May overwrite x."""
+
     def weighted_sum(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Return, as row i, the sum of weights[i, j] * x[indices[i, j]] over j, added in the order of j.
 

@@ -1,4 +1,4 @@
-"""The kernels in C++ for the CPU (`csrc/rows.cpp`, `csrc/attention.cpp`), called through ctypes.
+"""The kernels in C++ for the CPU (`csrc/rows.cpp`, `csrc/sums.cpp`, `csrc/attention.cpp`), called through ctypes.
 
 A row's result has the same bits in any batch, with any number of threads, and however a prompt is cut into chunks.
 """
@@ -26,7 +26,7 @@ from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.kernels.reference import ReferenceKernels
 from shoal.native_library import open_library
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _CACHE_TYPE_CODES = {dtype: code for code, dtype in enumerate(KV_DTYPES.values())}  # as in csrc/cache_types.h
@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "shoal_add_norm": [_INT, _INT, *[_POINTER] * 4, _LONG, _LONG, _FLOAT, _LONG],
     "shoal_activate": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
     "shoal_activate_gated": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
+    "shoal_add": [_INT, *[_POINTER] * 2, *[_LONG] * 4],
+    "shoal_scale": [_INT, _POINTER, _FLOAT, *[_LONG] * 3],
     "shoal_weighted_sum": [_INT, *[_POINTER] * 4, *[_LONG] * 4],
     "shoal_rotate_and_store": [
         *[_INT, _INT, _INT, _POINTER],
@@ -65,6 +67,8 @@ class NativeKernels:
         self._add_norm = _function(library, "shoal_add_norm")
         self._activate = _function(library, "shoal_activate")
         self._activate_gated = _function(library, "shoal_activate_gated")
+        self._add = _function(library, "shoal_add")
+        self._scale = _function(library, "shoal_scale")
         self._weighted_sum = _function(library, "shoal_weighted_sum")
         self._rotate_and_store = _function(library, "shoal_rotate_and_store")
         self._attend = _function(library, "shoal_attend", _INT)
@@ -124,6 +128,20 @@ class NativeKernels:
             _TYPE_CODES[gate_up.dtype], code, gate_up.data_ptr(), out.data_ptr(), rows, size, _threads()
         )
         return out
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = x.contiguous(), y.contiguous()
+        rows, size = x.shape
+        if y.dtype is not x.dtype or y.shape not in (x.shape, x.shape[1:]):
+            raise ValueError(f"{list(y.shape)} in {y.dtype} cannot be added to {list(x.shape)} in {x.dtype}")
+        step = size if y.dim() == 2 else 0
+        self._add(_TYPE_CODES[x.dtype], x.data_ptr(), y.data_ptr(), step, rows, size, _threads())
+        return x
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        x = x.contiguous()
+        self._scale(_TYPE_CODES[x.dtype], x.data_ptr(), factor, x.shape[0], x.shape[1], _threads())
+        return x
 
     def weighted_sum(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         x, indices, weights = x.contiguous(), indices.contiguous(), weights.contiguous()

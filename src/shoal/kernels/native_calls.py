@@ -4,7 +4,6 @@ A recorder belongs to the thread that has started it, so ranks that are threads 
 """
 
 import ctypes
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,46 +11,51 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_FORMATS: dict[Any, str] = {ctypes.c_int32: "q", ctypes.c_int64: "q", ctypes.c_void_p: "Q", ctypes.c_float: "f4x"}
+from shoal.native_call import NativeCall, WordsFunction
 
 
 class NativeFunction:
-    """A function of a library. A second one, with `_words` behind its name, takes the arguments as words (replay.h)."""
+    """A function of a library, which has a second form for calls that are recorded (`WordsFunction`)."""
 
     def __init__(
         self, library: ctypes.CDLL, name: str, arguments: Sequence[Any], result: type[ctypes.c_int32] | None = None
     ) -> None:
         """`result`: c_int32 if the function returns a status, which is 0 unless it failed."""
-        self.name = name
+        self._name = name
         self._function = library[name]
         self._function.argtypes, self._function.restype = list(arguments), result
-        self._words = struct.Struct("<" + "".join(_FORMATS[kind] for kind in arguments))
-        self.address = ctypes.cast(library[f"{name}_words"], ctypes.c_void_p).value or 0
+        self._words_function = WordsFunction(library, name, arguments)
 
     def __call__(self, *arguments: Any) -> Any:
         if _here.recorder is not None:
-            _here.recorder.add_call(self, arguments)
+            _here.recorder.add_call(self._words_function.call(arguments, self._out_of_memory))
         return self._function(*arguments)
 
-    def pack(self, arguments: Sequence[Any]) -> bytes:
-        """Return the arguments as words."""
-        return self._words.pack(*map(_number, arguments))
+    def _out_of_memory(self, _: int) -> MemoryError:
+        """Return the error of a call that is made again: arguments that are refused were refused the first time."""
+        return MemoryError(f"out of memory for the intermediate results of {self._name}")
 
 
-def _number(argument: Any) -> Any:
-    if argument is None:
-        return 0
-    return ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else argument
+class Ranks(Protocol):
+    """Ranks that add tensors, such as a communicator."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum over the ranks. It may overwrite x."""
+
+    def native_all_reduce(self, x: Tensor) -> NativeCall | None:
+        """Return a call that replaces x, which is contiguous, by the sum over the ranks; None if there is none."""
 
 
 class Recorder(Protocol):
     """Takes down what is called and allocated."""
 
-    def add_call(self, function: NativeFunction, arguments: Sequence[Any]) -> None: ...
+    def add_call(self, call: NativeCall) -> None: ...
 
-    def add_exchange(self, exchange: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
+    def add_sum(self, ranks: Ranks, x: Tensor) -> Tensor: ...
 
-    def add_operation(self, operation: Callable[[Tensor], Tensor], x: Tensor, shape: Sequence[int]) -> Tensor: ...
+    def add_operation(
+        self, operation: Callable[..., Tensor], inputs: Sequence[Tensor], shape: Sequence[int]
+    ) -> Tensor: ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
 
@@ -75,21 +79,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def exchange(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the result of an operation with other ranks, such as an all-reduce, which has the shape and dtype of x.
+def sum_over(ranks: Ranks, x: Tensor) -> Tensor:
+    """Return the sum of x over the ranks, and perhaps overwrite x. A replay adds again, in the same place."""
+    if _here.recorder is not None:
+        return _here.recorder.add_sum(ranks, x)
+    return ranks.all_reduce(x)
 
-    The operation may overwrite x. A replay calls it again, in the same place.
+
+def compute(operation: Callable[..., Tensor], x: Tensor, shape: Sequence[int], *others: Tensor) -> Tensor:
+    """Return the result of an operation of Python on x and other tensors, of this shape and the dtype of x.
+
+    A replay calls it again. So it must depend on nothing that changes but these tensors, the KV cache and the batch of
+    the step, and exchange nothing with other ranks.
     """
     if _here.recorder is not None:
-        return _here.recorder.add_exchange(operation, x)
-    return operation(x)
-
-
-def compute(operation: Callable[[Tensor], Tensor], x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the result of an operation of PyTorch, of this shape and the dtype of x. A replay calls it again.
-
-    The operation must depend on nothing that changes but x.
-    """
-    if _here.recorder is not None:
-        return _here.recorder.add_operation(operation, x, shape)
-    return operation(x)
+        return _here.recorder.add_operation(operation, (x, *others), shape)
+    return operation(x, *others)

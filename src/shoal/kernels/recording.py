@@ -3,8 +3,8 @@
 Between two layers' matrix products a step calls many small functions, and calling them from Python takes longer than
 some of them do. For a batch of a given size all these calls have the same arguments in each step, if the tensors lie
 in the same memory. So a `Recorder` takes down the calls of one step, and a `Recording` makes the same calls again:
-those of C++ functions in one go. In between, Python makes the exchanges with other ranks, and the matrix products that
-PyTorch computes.
+those of C++ functions in one go. In between, Python computes what is declared with `compute`, such as the matrix
+products of PyTorch, and adds over the ranks where their communicator has no C++ function for it.
 
 A step can be recorded if PyTorch itself computes nothing else in it: the recorder sees every operation of PyTorch, and
 refuses those that do more than look at a tensor in another way.
@@ -14,7 +14,8 @@ import ctypes
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Self
@@ -25,11 +26,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.kernels.native import load_native_library
-from shoal.kernels.native_calls import NativeFunction, set_recorder
+from shoal.kernels.native_calls import Ranks, set_recorder
+from shoal.native_call import NativeCall
 
 _ALIGNMENT = 64
 _SLAB_BYTES = 1 << 20
-_ALL_DONE = -1
 
 _aten = torch.ops.aten
 # The operations that compute nothing.
@@ -109,24 +110,22 @@ class Pool:
 class _Segment:
     """Calls of C++ functions in a row, and what is done in Python after them."""
 
-    functions: list[NativeFunction] = field(default_factory=list)
-    words: list[bytes] = field(default_factory=list)
+    calls: list[NativeCall] = field(default_factory=list)
     then: Callable[[], None] | None = None
 
 
 class Recorder(TorchDispatchMode):
     """Takes down what this thread does until the end of the `with` block.
 
-    Exchanges with other ranks are not made meanwhile: the first replay makes them. So results are wrong if there are
-    any, and every rank may decide for itself whether it replays, as the exchanges are the same in both cases.
+    Nothing is added over the ranks meanwhile: the first replay does that. So results are wrong if something is, and
+    every rank may decide for itself whether it replays, as the exchanges are the same in both cases.
     """
 
     def __init__(self, pool: Pool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._segments = [_Segment()]
-        self._at_work = False
-        self._kept: list[Any] = []  # what the words of the calls point to, beside the pool
+        self._paused = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -143,39 +142,45 @@ class Recorder(TorchDispatchMode):
         set_recorder(None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _VIEWS and not self._at_work:
+        if func not in _VIEWS and not self._paused:
             raise NotRecordable(f"PyTorch computes {func}")
         return func(*args, **(kwargs or {}))
 
-    def add_call(self, function: NativeFunction, arguments: Sequence[Any]) -> None:
-        segment = self._segments[-1]
-        segment.functions.append(function)
-        segment.words.append(function.pack(arguments))
-        self._kept += [argument for argument in arguments if isinstance(argument, ctypes.Array)]
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Record nothing in this block."""
+        self._paused = True
+        set_recorder(None)
+        yield
+        set_recorder(self)
+        self._paused = False
 
-    def add_exchange(self, exchange: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def add_call(self, call: NativeCall) -> None:
+        self._segments[-1].calls.append(call)
+
+    def add_sum(self, ranks: Ranks, x: Tensor) -> Tensor:
         if not x.is_contiguous():
             raise NotRecordable("a tensor for other ranks is not contiguous")
-
-        self._at_work = True
-        target = self._pool.alias(x)
-        self._at_work = False
-
-        self._end_segment(_Exchange(exchange, target))
+        with self._pause():
+            target = self._pool.alias(x)
+            call = ranks.native_all_reduce(target)
+        if call is None:
+            self._end_segment(_Sum(ranks.all_reduce, target))
+        else:
+            self.add_call(call)
         return x
 
-    def add_operation(self, operation: Callable[[Tensor], Tensor], x: Tensor, shape: Sequence[int]) -> Tensor:
-        if not x.is_contiguous():
+    def add_operation(self, operation: Callable[..., Tensor], inputs: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        if not all(x.is_contiguous() for x in inputs):
             raise NotRecordable("the input of an operation is not contiguous")
-        self._at_work = True
-        out = self._pool.empty(shape, x.dtype)
-        source, target = self._pool.alias(x), self._pool.alias(out)
+        with self._pause():
+            out = self._pool.empty(shape, inputs[0].dtype)
+            sources, target = [self._pool.alias(x) for x in inputs], self._pool.alias(out)
 
-        def compute() -> None:
-            target.copy_(operation(source))
+            def compute() -> None:
+                target.copy_(operation(*sources))
 
-        compute()
-        self._at_work = False
+            compute()
         self._end_segment(compute)
         return out
 
@@ -184,10 +189,8 @@ class Recorder(TorchDispatchMode):
         self._segments.append(_Segment())
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        self._at_work = True
-        made = self._pool.empty(shape, dtype)
-        self._at_work = False
-        return made
+        with self._pause():
+            return self._pool.empty(shape, dtype)
 
     def recording(self) -> "Recording":
         """Return what was recorded.
@@ -195,23 +198,23 @@ class Recorder(TorchDispatchMode):
         Raises:
             NotRecordable: there is nothing.
         """
-        if not self._segments[0].functions:
+        if not self._segments[0].calls:
             raise NotRecordable("no kernel in C++ is called")
-        return Recording(self._segments, self._kept, self._pool)
+        return Recording(self._segments, self._pool)
 
 
-class _Exchange:
-    """An exchange with other ranks, whose result overwrites the tensor that was sent."""
+class _Sum:
+    """An addition over ranks in Python, whose result overwrites the tensor that was sent."""
 
-    def __init__(self, exchange: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self._exchange = exchange
+    def __init__(self, all_reduce: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self._all_reduce = all_reduce
         self._x = x
         self._in_place = False  # not known before the first call
 
     def __call__(self) -> None:
         # Where results are new tensors, other ranks may still read what was sent while this rank goes on.
         sent = self._x if self._in_place else self._x.clone()
-        found = self._exchange(sent)
+        found = self._all_reduce(sent)
         self._in_place = found.data_ptr() == sent.data_ptr()
         if found is not self._x:
             self._x.copy_(found)
@@ -223,36 +226,50 @@ class _Call(ctypes.Structure):
     _fields_ = (("function", ctypes.c_void_p), ("words", ctypes.c_void_p))
 
 
+class _Calls:
+    """Calls of C++ functions in a row, which are made by one call of another one."""
+
+    def __init__(self, calls: Sequence[NativeCall]) -> None:
+        self._calls = list(calls)
+        self._words = [ctypes.create_string_buffer(call.words, len(call.words)) for call in calls]
+        addresses = [call.address for call in calls]
+        self._packed = (_Call * len(calls))(*zip(addresses, map(ctypes.addressof, self._words), strict=True))
+        self._done = ctypes.c_int64()
+        self._arguments = self._packed, len(calls), ctypes.byref(self._done)
+        self._replay = _replay()
+
+    def __call__(self) -> None:
+        status = self._replay(*self._arguments)
+        if status:
+            raise self._calls[self._done.value].error(status)
+
+
 class Recording:
     """Calls that can be made again."""
 
-    def __init__(self, segments: Sequence[_Segment], kept: list[Any], pool: Pool) -> None:
-        self._kept = [kept, pool]
-        self._replay = _replay()
-        self._parts = [self._part(segment) for segment in segments]
+    def __init__(self, segments: Sequence[_Segment], pool: Pool) -> None:
+        self._pool = pool
+        self._parts: list[Callable[[], None]] = []
+        for segment in segments:
+            if segment.calls:
+                self._parts.append(_Calls(segment.calls))
+            if segment.then is not None:
+                self._parts.append(segment.then)
 
-    def _part(self, segment: _Segment) -> tuple[Any, list[NativeFunction], Callable[[], None] | None]:
-        calls = (_Call * len(segment.functions))()
-        for call, function, words in zip(calls, segment.functions, segment.words, strict=True):
-            buffer = ctypes.create_string_buffer(words, len(words))
-            self._kept.append(buffer)
-            call.function, call.words = function.address, ctypes.addressof(buffer)
-        return calls, segment.functions, segment.then
+    @property
+    def parts(self) -> int:
+        """How many calls a replay makes from Python."""
+        return len(self._parts)
 
     def replay(self) -> None:
         """Make the calls again.
 
         Raises:
             MemoryError: there is no memory for the intermediate results of a C++ function.
-            CommError: an exchange with other ranks has failed.
+            CommError: the addition over the ranks has failed.
         """
-        for calls, functions, then in self._parts:
-            failed = self._replay(calls, len(calls))
-            if failed != _ALL_DONE:
-                # Arguments that a function refuses were refused when the step was recorded.
-                raise MemoryError(f"out of memory for the intermediate results of {functions[failed].name}")
-            if then is not None:
-                then()
+        for part in self._parts:
+            part()
 
 
 @cache
@@ -262,5 +279,5 @@ def _replay() -> Any:
     if library is None:
         raise NotRecordable(reason)
     replay = library.shoal_replay
-    replay.argtypes, replay.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+    replay.argtypes, replay.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], ctypes.c_int32
     return replay

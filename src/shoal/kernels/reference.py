@@ -46,6 +46,12 @@ class ReferenceKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return _ACTIVATIONS[activation](gate) * up
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
     def weighted_sum(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros((len(indices), x.shape[1]), device=x.device)
         if len(x):

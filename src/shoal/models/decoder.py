@@ -307,7 +307,7 @@ class _Builder:
 
     def row(self, name: str) -> RowParallelLinear:
         inner = make_linear(self.linear(f"{name}.weight"), None)
-        return RowParallelLinear(inner, self.optional(f"{name}.bias"), self.tp)
+        return RowParallelLinear(inner, self.optional(f"{name}.bias"), self.tp, self.kernels)
 
     def linear(self, name: str) -> Tensor | LinearWeights:
         return self.weights.linear(name, self.device)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from shoal.kernels.native_calls import compute
 from shoal.parallel.mesh import Axis
 
 
@@ -27,6 +29,8 @@ class Dispatch(Protocol):
     Every rank of the group calls the same methods in the same order, even if it has no tokens.
     """
 
+    keeps_tokens: bool  # no token leaves its rank: `dispatch` exchanges nothing
+
     def begin_step(self, tokens: int) -> None:
         """Tell the group how many tokens this replica computes in this step. Called before the first layer."""
 
@@ -37,11 +41,12 @@ class Dispatch(Protocol):
         model's experts; weights: float32 [n, k].
         """
 
-    def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
+    def combine(self, out: Tensor, partial: Tensor | None) -> Tensor:
         """Return the sum of the results of each token's experts: [n, hidden], equal on each tensor-parallel rank.
 
-        out: [m, hidden], for each row of `routed` the weighted sum of the results of this rank's experts. partial:
-        [n, hidden], this rank's term of another sum over the tensor-parallel ranks, which is added to the result.
+        out: [m, hidden], for each row that the last `dispatch` has returned the weighted sum of the results of this
+        rank's experts. partial: [n, hidden], this rank's term of another sum over the tensor-parallel ranks, which is
+        added to the result.
         """
 
 
@@ -51,6 +56,8 @@ class TensorParallelDispatch:
     No token is sent; the results are summed over the tensor-parallel ranks. Either each rank has a part of every
     expert, or each expert is whole on one rank.
     """
+
+    keeps_tokens = True
 
     def __init__(self, tp: Axis, expert_map: Tensor | None = None) -> None:
         """expert_map: see `make_expert_map`; None if this rank has a part of every expert."""
@@ -63,5 +70,5 @@ class TensorParallelDispatch:
     def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> Routed:
         return Routed(x, experts if self.expert_map is None else self.expert_map[experts], weights)
 
-    def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
-        return self.tp.comm.all_reduce(out if partial is None else out + partial)
+    def combine(self, out: Tensor, partial: Tensor | None) -> Tensor:
+        return self.tp.sum(out if partial is None else compute(torch.add, out, out.shape, partial))

@@ -2,13 +2,9 @@
 
 from torch import Tensor
 
+from shoal.kernels.base import Kernels
 from shoal.kernels.linear import Linear
-from shoal.kernels.native_calls import compute, exchange
 from shoal.parallel.mesh import Axis
-
-
-def _sum_over(tp: Axis, x: Tensor) -> Tensor:
-    return tp.comm.all_reduce(x) if tp.size == 1 else exchange(tp.comm.all_reduce, x)
 
 
 class RowParallelLinear:
@@ -17,14 +13,15 @@ class RowParallelLinear:
     The bias is added after the all-reduce, once: every rank adds the same bias to the same sum.
     """
 
-    def __init__(self, inner: Linear, bias: Tensor | None, tp: Axis) -> None:
+    def __init__(self, inner: Linear, bias: Tensor | None, tp: Axis, kernels: Kernels) -> None:
         self.inner = inner
         self.bias = bias
         self.tp = tp
+        self.kernels = kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        out, bias = _sum_over(self.tp, self.inner(x)), self.bias
-        return out if bias is None else compute(lambda sums: sums + bias, out, out.shape)
+        out = self.tp.sum(self.inner(x))
+        return out if self.bias is None else self.kernels.add(out, self.bias)
 
 
 class RowParallelSum:
@@ -37,5 +34,6 @@ class RowParallelSum:
         self.bias = sum(biases[1:], start=biases[0]) if biases else None
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        out = _sum_over(self.first.tp, self.first.inner(a) + self.second.inner(b))
-        return out if self.bias is None else out + self.bias
+        kernels = self.first.kernels
+        out = self.first.tp.sum(kernels.add(self.first.inner(a), self.second.inner(b)))
+        return out if self.bias is None else kernels.add(out, self.bias)

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
+from shoal.kernels.native_calls import sum_over
 from shoal.parallel.topology import Topology
 
 
@@ -17,6 +20,10 @@ class Axis:
     size: int
     comm: Communicator
     ranks: tuple[int, ...] = ()  # the members, by their numbers among the ranks of all replicas; (): nobody asks
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the axis, as `Communicator.all_reduce` does. Recorded steps may contain it."""
+        return x if self.size == 1 else sum_over(self.comm, x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import torch
 from shoal.comm.base import Communicator
 from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
-from shoal.comm.shared_memory import load_library
+from shoal.comm.shared_memory_library import load_library
 from shoal.comm.threads import ThreadComm, ThreadGroup
 from shoal.errors import ShoalError
 from shoal.transport.channel import Channel, wait

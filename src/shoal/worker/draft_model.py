@@ -16,6 +16,7 @@ from shoal.parallel.mesh import Axis
 from shoal.wire.base import Ids
 from shoal.wire.ranks import Work
 from shoal.worker.batch import SequenceTable, StepInput
+from shoal.worker.recorded_steps import RecordedSteps
 from shoal.worker.sampler import VocabShare, sample
 
 
@@ -31,15 +32,20 @@ class DraftModel:
         tp: Axis,
         *,
         count: int,
+        record_steps: bool = True,
     ) -> None:
         """Take over a loaded model.
 
         Args:
             caches: the draft model's own KV cache, by layer.
             count: how many drafts to make at a time.
+            record_steps: record the decoding steps where that is possible.
         """
         self._model = model
-        self._caches = caches
+        self._steps = RecordedSteps(
+            model, caches, max_blocks=table.max_blocks, alone=tp.size == 1, enabled=record_steps
+        )
+        self._device = caches[0].keys.device
         self._table = table
         self._share = share
         self._tp = tp
@@ -48,7 +54,7 @@ class DraftModel:
     def follow(self, step: StepInput) -> None:
         """Compute the tokens of a step, only for their keys and values."""
         nothing = torch.zeros(0, dtype=torch.int64, device=step.tokens.device)
-        self._model.hidden(step.tokens, step.batch, self._caches, nothing)
+        self._steps.hidden(step.tokens, step.batch, nothing)
 
     def propose(self, works: Sequence[Work], sampled: Sequence[Sequence[int]]) -> list[Ids]:
         """Return drafts for the tokens after those that were just drawn.
@@ -70,12 +76,8 @@ class DraftModel:
         drafts: list[list[int]] = []
         for _ in range(self._count):
             batch, sampling = self._table.draft_step(seqs, positions)
-            hidden = self._model.hidden(tokens, batch, self._caches, None)
+            hidden = self._steps.hidden(tokens, batch, None)
             tokens = sample(self._model.logits(hidden).float(), self._share, self._tp, sampling)
             drafts.append(tokens.tolist())
             positions = positions + 1
         return [tuple(each) for each in zip(*drafts, strict=True)]
-
-    @property
-    def _device(self) -> torch.device:
-        return self._caches[0].keys.device

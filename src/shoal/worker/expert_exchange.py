@@ -46,11 +46,11 @@ def _exchange(mesh: Mesh, dispatch: Dispatch, tokens: int, question: dict[str, A
         mesh.ep.comm.barrier()
         before, begun = _sent_bytes(mesh), time.perf_counter()
         routed = dispatch.dispatch(x, experts, weights)
-        dispatch.combine(routed, routed.x, None)
+        dispatch.combine(routed.x, None)
         times.append(time.perf_counter() - begun)
         sent = _sent_bytes(mesh) - before
     return {"us": 1e6 * statistics.median(times[1:]), "sent_bytes": sent}
 
 
 def _sent_bytes(mesh: Mesh) -> int:
-    return sum(total.sent_bytes for total in mesh.ep.comm.progress.totals.values())
+    return sum(total.sent_bytes for total in mesh.ep.comm.progress.read_totals().values())

@@ -125,7 +125,7 @@ class _OperationTimes:
 
     def _note_wait(self, operation: str, begun: int, ended: int) -> None:
         """Record the wait of an operation that has just ended, if its backend tells of one."""
-        total = self._progress.read_times(operation)
+        total = self._progress.read_total(operation)
         before, by_rank = self._waited.get(operation, (0, {}))
         waited = (total.waited_ns or 0) - before
         if not waited:

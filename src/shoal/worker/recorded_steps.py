@@ -65,9 +65,9 @@ class RecordedSteps:
         self._pool = Pool()
 
     @property
-    def recorded(self) -> tuple[int, ...]:
-        """The numbers of tokens of the steps that were recorded."""
-        return tuple(self._recordings)
+    def recorded(self) -> dict[int, int]:
+        """The numbers of tokens of the steps that were recorded, and how many calls from Python a replay takes."""
+        return {tokens: step.recording.parts for tokens, step in self._recordings.items()}
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, rows: Tensor | None) -> Tensor:
         """Do the same as `CausalModel.hidden`."""

@@ -286,6 +286,7 @@ class Worker:
                 vocabulary,
                 tp,
                 count=setup.plan.num_drafts,
+                record_steps=setup.plan.record_steps,
             )
         parts = model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline
         self._runner = Runner(*parts, draft=draft, record_steps=setup.plan.record_steps)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
 from shoal.kernels.linear import Linear
+from shoal.kernels.native_calls import compute
 from shoal.parallel.linear import RowParallelLinear, RowParallelSum
 
 
@@ -107,14 +108,14 @@ class Norms:
     def enter(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the input of the sublayer, and the residual stream."""
         if self.before is None:
-            stream = x + residual
+            stream = self.kernels.add(x, residual)
             return stream, stream
         return self.kernels.add_norm(x, residual, self.before)
 
     def leave(self, x: Tensor) -> Tensor:
         """Return what is added to the residual stream for the sublayer's output `x`."""
         x = x if self.after is None else self.kernels.norm(x, self.after)
-        return x if self.scale is None else x * self.scale
+        return x if self.scale is None else self.kernels.scale(x, self.scale)
 
 
 class SerialLayer:
@@ -172,10 +173,10 @@ class NormSumLayer:
         self.kernels = kernels
 
     def __call__(self, x: Tensor, residual: Tensor, batch: PagedBatch, cache: KVCache) -> tuple[Tensor, Tensor]:
-        stream = x + residual
+        stream = self.kernels.add(x, residual)
         stream, _ = self.kernels.add_norm(self.attention(stream, batch, cache), stream, self.attention_norm)
         stream, _ = self.kernels.add_norm(self.mlp(stream), stream, self.mlp_norm)
-        return torch.zeros_like(stream), stream
+        return compute(torch.zeros_like, stream, stream.shape), stream
 
     def join(self) -> None:
         self.mlp.join()

@@ -5,12 +5,15 @@ keys of a head is multiplied into its queries instead; the matrix that would tur
 weighted sum of latents. So all heads attend over one KV head, whose values are the first dimensions of its keys.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, Rope
 from shoal.kernels.kv_rows import store_rows
 from shoal.kernels.linear import HeadLinear, Linear
+from shoal.kernels.native_calls import compute
 from shoal.kernels.reference import rotate
 from shoal.models.spec import LatentSpec
 from shoal.parallel.linear import RowParallelLinear
@@ -67,14 +70,25 @@ class LatentAttention:
 
     def attend(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
         """Return the output of this rank's heads, [n, heads * value_dim], and store the tokens' latents."""
-        latent, heads = self.latent, self.heads
+        heads, size = self.heads, self.latent.cached_dim
+        prepare = partial(self._prepare, batch=batch, cache=cache)
+        q = compute(prepare, self.queries(x), (len(x), heads.q_heads, size), self.kv_down(x))
+        seen = self.kernels.attend(q, heads, self.params, batch, cache)
+        return compute(self._values, seen, (len(x), heads.q_heads * self.latent.value_dim))
+
+    def _prepare(self, queries: Tensor, rows: Tensor, *, batch: PagedBatch, cache: KVCache) -> Tensor:
+        """Store the latents and keys, `rows`, and return the queries that are multiplied with them."""
+        latent = self.latent
         cos, sin = self.rope.cos[batch.positions].unsqueeze(1), self.rope.sin[batch.positions].unsqueeze(1)
-        self._store(self.kv_down(x), cos, sin, batch, cache)
-        q = self.queries(x).view(len(x), heads.q_heads, latent.query_dim)
+        self._store(rows, cos, sin, batch, cache)
+        q = queries.view(len(queries), self.heads.q_heads, latent.query_dim)
         rotated = rotate(self._pairs_as_halves(q[..., latent.nope_dim :]), cos, sin)
-        q = torch.cat((self.k_up(q[..., : latent.nope_dim]), rotated), dim=-1)
-        seen = self.kernels.attend(q, heads, self.params, batch, cache).view(q.shape)
-        return self.v_up(seen[..., : latent.kv_rank]).flatten(1)
+        return torch.cat((self.k_up(q[..., : latent.nope_dim]), rotated), dim=-1)
+
+    def _values(self, seen: Tensor) -> Tensor:
+        """Return the values of all heads, for the weighted sums of latents."""
+        seen = seen.view(len(seen), self.heads.q_heads, self.latent.cached_dim)
+        return self.v_up(seen[..., : self.latent.kv_rank]).flatten(1)
 
     def __call__(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
         return self.out(self.attend(x, batch, cache))

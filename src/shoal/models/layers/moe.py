@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear
+from shoal.kernels.native_calls import compute
 from shoal.models.spec import RoutingSpec
 from shoal.parallel.dispatch import Dispatch
 
@@ -87,7 +88,11 @@ class SharedExperts:
     def __call__(self, x: Tensor) -> Tensor:
         """Return this rank's part of the sum, [n, hidden], for x: [n, hidden]."""
         out = self.down(self.activate(self.up(x)))
-        return out if self.gate is None else out * sigmoid(self.gate(x).float()).to(out.dtype)
+        return out if self.gate is None else compute(_gated, out, out.shape, self.gate(x))
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    return x * sigmoid(gate.float()).to(x.dtype)
 
 
 class MoE:
@@ -109,9 +114,13 @@ class MoE:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [n, hidden] for x: [n, hidden]. Both are the same on all tensor-parallel ranks."""
+        out = compute(self._routed, x, x.shape) if self.dispatch.keeps_tokens else self._routed(x)
+        return self.dispatch.combine(out, self.shared(x) if self.shared else None)
+
+    def _routed(self, x: Tensor) -> Tensor:
+        """Return the results of this rank's experts, for the tokens that reach them."""
         routed = self.dispatch.dispatch(x, *self.router(x))
-        out = self.experts(routed.x, routed.experts, routed.weights)
-        return self.dispatch.combine(routed, out, self.shared(x) if self.shared else None)
+        return self.experts(routed.x, routed.experts, routed.weights)
 
     def join(self) -> None:
         """Take part in a step without tokens: compute the tokens that arrive from other ranks."""

@@ -152,7 +152,7 @@ def build_transformers_model(
     stream = ResidualStream()
     for path, absent in stand_ins(spec, model, shard.stage, stream).items():
         set_module(model, path, absent)
-    _replace_linear_layers(model, spec, shard, tp, weights, device)
+    _replace_linear_layers(model, spec, shard, tp, weights, device, kernels)
     _replace_embedding_and_head(model, spec, shard, tp, weights, device)
     _load_other_tensors(model, spec, weights, device)
     layers = [model.get_submodule(f"{spec.layers}.{i}") for i in shard.stage.layers] if spec.layers else []
@@ -173,13 +173,20 @@ def _tell(layer: nn.Module, watch: LayerWatch, number: int) -> list[RemovableHan
 
 
 def _replace_linear_layers(
-    model: nn.Module, spec: FallbackSpec, shard: Shard, tp: Axis, weights: Weights, device: torch.device
+    model: nn.Module,
+    spec: FallbackSpec,
+    shard: Shard,
+    tp: Axis,
+    weights: Weights,
+    device: torch.device,
+    kernels: Kernels,
 ) -> None:
     """Replace all linear layers of torch, except the head, by ours."""
     of_head, pieces = dict(spec.paths)["head"].removesuffix(".weight"), cut_layers(spec)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != of_head:
-            set_module(model, path, _linear(path, pieces.get(path), spec.head_dim, shard, tp, weights, device))
+            piece = pieces.get(path)
+            set_module(model, path, _linear(path, piece, spec.head_dim, shard, tp, weights, device, kernels))
 
 
 def _replace_embedding_and_head(
@@ -242,7 +249,14 @@ class EmbeddingModule(nn.Module):
 
 
 def _linear(
-    path: str, piece: Piece | None, head_dim: int, shard: Shard, tp: Axis, weights: Weights, device: torch.device
+    path: str,
+    piece: Piece | None,
+    head_dim: int,
+    shard: Shard,
+    tp: Axis,
+    weights: Weights,
+    device: torch.device,
+    kernels: Kernels,
 ) -> LinearModule:
     """Return our layer for the one at `path`: whole, cut by columns, or cut by rows with a sum over ranks after it."""
     weight = weights.linear(f"{path}.weight", device)
@@ -255,7 +269,7 @@ def _linear(
         if lacks_heads:
             return LinearModule(lambda x: x.new_zeros(len(x), head_dim))
         return LinearModule(make_linear(weight, bias))
-    summed = RowParallelLinear(make_linear(weight, None), bias, tp)
+    summed = RowParallelLinear(make_linear(weight, None), bias, tp, kernels)
     return LinearModule((lambda x: summed(x[:, :0])) if lacks_heads else summed)
 
 

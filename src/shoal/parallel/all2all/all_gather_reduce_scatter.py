@@ -7,6 +7,8 @@ from shoal.parallel.dispatch import Routed
 
 
 class AllGatherReduceScatter:
+    keeps_tokens = False
+
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
 
@@ -19,7 +21,7 @@ class AllGatherReduceScatter:
         tokens, numbers, weights = group.unpack(rows, x, experts)
         return Routed(tokens, group.expert_map[numbers], weights)
 
-    def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
+    def combine(self, out: Tensor, partial: Tensor | None) -> Tensor:
         group = self.group
         if partial is not None:  # the reduce-scatter sums it over the replica's ranks too
             out[group.replica] += partial

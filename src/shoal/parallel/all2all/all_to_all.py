@@ -12,6 +12,8 @@ from shoal.parallel.dispatch import Routed
 class AllToAll:
     """Dispatch by three all-to-all operations a layer: counts of rows, the rows, and their results."""
 
+    keeps_tokens = False
+
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
         # `dispatch` keeps these for the `combine` of the same layer:
@@ -35,7 +37,7 @@ class AllToAll:
         tokens, numbers, weights = group.unpack(rows, x, experts)
         return Routed(tokens, group.expert_map[numbers], weights)
 
-    def combine(self, routed: Routed, out: Tensor, partial: Tensor | None) -> Tensor:
+    def combine(self, out: Tensor, partial: Tensor | None) -> Tensor:
         group, sent = self.group, self._sent
         back = group.ep.comm.all_to_all(out, self._received, sent)
         total = out.new_zeros((group.shares[group.tp.rank], out.shape[1]), dtype=torch.float32)
