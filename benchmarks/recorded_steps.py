@@ -103,8 +103,10 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         kind: {f"batch {count}": round(statistics.median(found), 1) for count, found in of_kind.items()}
         for kind, of_kind in times.items()
     }
-    calls = {kind: {f"batch {count}": calls for count, calls in each.recorded.items()} for kind, each in steps.items()}
-    return {**medians, **{f"{kind}: calls from Python": found for kind, found in calls.items() if found}}
+    for kind, each in steps.items():
+        if each.recorded:
+            medians[f"{kind}: calls from Python"] = {f"batch {n}": float(calls) for n, calls in each.recorded.items()}
+    return medians
 
 
 def main() -> None:

@@ -233,11 +233,11 @@ def test_a_token_is_sent_once_to_each_rank_that_has_one_of_its_experts(layout: L
         replica = number // layout.tp
         given_ = tokens(layout, counts[replica], replica)
         dispatch.begin_step(len(given_.x))
-        total = mesh.ep.comm.progress.read_totals()["all_to_all"]
         routed = dispatch.dispatch(given_.x, given_.experts, given_.weights)
-        there = total.sent_bytes - 8 * (layout.ranks - 1)  # counts go first
+        progress = mesh.ep.comm.progress
+        there = progress.read_total("all_to_all").sent_bytes - 8 * (layout.ranks - 1)  # counts go first
         dispatch.combine(routed.x, None)
-        return there, total.sent_bytes - there - 8 * (layout.ranks - 1)
+        return there, progress.read_total("all_to_all").sent_bytes - there - 8 * (layout.ranks - 1)
 
     pairs = set()  # (token, from, to)
     for replica, count in enumerate(counts):

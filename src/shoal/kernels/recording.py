@@ -232,8 +232,9 @@ class _Calls:
     def __init__(self, calls: Sequence[NativeCall]) -> None:
         self._calls = list(calls)
         self._words = [ctypes.create_string_buffer(call.words, len(call.words)) for call in calls]
-        addresses = [call.address for call in calls]
-        self._packed = (_Call * len(calls))(*zip(addresses, map(ctypes.addressof, self._words), strict=True))
+        self._packed = (_Call * len(calls))()
+        for packed, call, words in zip(self._packed, calls, self._words, strict=True):
+            packed.function, packed.words = call.address, ctypes.addressof(words)
         self._done = ctypes.c_int64()
         self._arguments = self._packed, len(calls), ctypes.byref(self._done)
         self._replay = _replay()
