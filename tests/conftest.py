@@ -108,17 +108,24 @@ def _quick_subset(items: list[pytest.Item]) -> Iterator[pytest.Item]:
         yield from (found[index * (len(found) - 1) // max(count - 1, 1)] for index in range(count))
 
 
-# These files start first if several run at a time, since other workers would wait for long tests at the end.
+# These files start first if several run at a time, since other workers would wait for long tests at the end. Files that
+# start many processes take turns with files that compute: with several of the former at a time, tests would wait for each
+# other's processes until they time out.
 LONGEST = (
     "test_ray.py",
-    "test_serving_over_hosts.py",
-    "test_torchrun.py",
-    "test_ray_serve.py",
-    "test_dashboard.py",
-    "test_kills.py",
-    "test_nodes.py",
-    "test_properties.py",
     "test_matrix.py",
+    "test_serving_over_hosts.py",
+    "test_properties.py",
+    "test_torchrun.py",
+    "test_pipeline.py",
+    "test_ray_serve.py",
+    "test_greedy_tokens.py",
+    "test_dashboard.py",
+    "test_config_fields.py",
+    "test_kills.py",
+    "test_attention.py",
+    "test_nodes.py",
+    "test_constrained.py",
     "test_data_parallel_by_hand.py",
     "test_robustness.py",
     "test_async_llm.py",
