@@ -109,8 +109,8 @@ def _quick_subset(items: list[pytest.Item]) -> Iterator[pytest.Item]:
 
 
 # These files start first if several run at a time, since other workers would wait for long tests at the end. Files that
-# start many processes take turns with files that compute: with several of the former at a time, tests would wait for each
-# other's processes until they time out.
+# start many processes take turns with files that compute: with several of the former at a time, tests would wait for
+# each other's processes until they time out.
 LONGEST = (
     "test_ray.py",
     "test_matrix.py",
