@@ -90,7 +90,7 @@ class Progress:
 
     @property
     def count(self) -> int:
-        """How many operations were begun so far."""
+        """The number of operations that were begun so far."""
         return self._count + self._counted()[1]
 
     def _counted(self) -> tuple[str, int]:

@@ -259,7 +259,7 @@ class Recording:
 
     @property
     def parts(self) -> int:
-        """How many calls a replay makes from Python."""
+        """The number of calls that a replay makes from Python."""
         return len(self._parts)
 
     def replay(self) -> None:

@@ -118,7 +118,7 @@ class _Abortable(Protocol):
 
 
 class _Status:
-    """What both threads know about the process."""
+    """The state of a rank's process, which both of its threads read."""
 
     def __init__(self) -> None:
         self.place: TakeRank | None = None  # None: it is no rank yet
