@@ -193,7 +193,7 @@ class FakeLinks:
     def keep_spares(self) -> None:
         self.spares_after.append(len(self.replaced))
 
-    def stuck(self, seconds: float) -> list[int]:
+    def stuck(self, seconds: float, step: int) -> list[int]:
         return self.hanging
 
     def describe(self, rank: int) -> str:
@@ -488,6 +488,23 @@ def test_a_rank_that_hangs_counts_as_dead(scripted: tuple[ScriptedLinks, RankExe
         found.poll(4.0)
     says = "rank 1 (process 1001) does nothing in step 7 (steps like it took 0.50 s at most); rank 0 waits for that"
     assert (str(caught.value), caught.value.ranks) == (says, (1,))
+    assert links.closed == []
+
+
+def test_a_rank_that_hangs_in_an_answered_step_is_found_by_the_next_call(
+    scripted: tuple[ScriptedLinks, RankExecutor], plan: StepPlan
+) -> None:
+    """Only one rank answers a step: another may hang after the last exchange, and then answers no call either."""
+    links, found = scripted
+    found.launch(plan)
+    links.script = [[StepResult(0, 7, (), StepTimes(1, 1))]]
+    assert len(found.poll(1.0)) == 1
+    links.hanging = [1]
+    begun = links.clock.now
+    with pytest.raises(RanksDied, match=r"^rank 1 \(process 1001\) does nothing in step 7 ") as caught:
+        found.call("stats", timeout=60.0)
+    assert caught.value.ranks == (1,)
+    assert links.clock.now - begun < 6.0
     assert links.closed == []
 
 

@@ -130,7 +130,7 @@ class SharedRank:
         if ranks:
             self.dead, self.loads, self.pid = False, 0, self.pid + 1
 
-    def stuck(self, seconds: float) -> list[int]:
+    def stuck(self, seconds: float, step: int) -> list[int]:
         return []
 
     def describe(self, rank: int) -> str:

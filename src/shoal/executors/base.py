@@ -81,6 +81,7 @@ class RankExecutor:
         self._step_timeout = step_timeout
         self._replaces_ranks = False  # not while it starts: there is nothing to keep yet
         self._launched: deque[tuple[int, int]] = deque()  # steps that are not answered yet, with their tokens
+        self._answered: tuple[int, int] | None = None  # the last answered step: some ranks may still compute it
         self._durations = StepDurations()
         self._waiting_since = 0.0  # when the wait for the first of them began
         self._results: list[StepResult] = []
@@ -141,6 +142,7 @@ class RankExecutor:
     def reform(self, incarnation: int, missing: Collection[str]) -> None:
         self._check_usable()
         dead, self._dead = self._dead, None
+        self._answered = None
         self._launched.clear()
         self._results.clear()
         self._incarnation = incarnation
@@ -251,6 +253,8 @@ class RankExecutor:
             if self._launched:  # ranks compute these steps before the call, and steps have their own deadline
                 deadline = time.monotonic() + timeout
                 self._check_step_deadline()
+            elif self._answered:
+                self._check_hang(*self._answered)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 missing = [rank for rank in range(self._links.world_size) if rank not in self._replies]
@@ -280,8 +284,8 @@ class RankExecutor:
         for message in messages:
             match message:
                 case StepResult() if message.incarnation == self._incarnation:
-                    _, tokens = self._launched.popleft()
-                    self._durations.note(tokens, self._watched - self._waiting_since)
+                    self._answered = self._launched.popleft()
+                    self._durations.note(self._answered[1], self._watched - self._waiting_since)
                     self._waiting_since = self._watched
                     self._results.append(message)
                 case RankReply() if message.id == self._call_id:
@@ -329,15 +333,18 @@ class RankExecutor:
     def _check_step_deadline(self) -> None:
         if not self._launched:
             return
-        (step, tokens), waited = self._launched[0], time.monotonic() - self._waiting_since
-        limit = self._durations.limit(tokens)
-        if waited > limit and (stuck := self._links.stuck(limit)):
-            self._raise_hang(step, tokens, stuck)
-        if waited > self._step_timeout:
+        step, tokens = self._launched[0]
+        self._check_hang(step, tokens)
+        if time.monotonic() - self._waiting_since > self._step_timeout:
             ranks = list(range(self._links.world_size))
             self._raise_failure(
                 f"step {step} did not finish within {self._step_timeout:g} s (--step-timeout): {self._describe(ranks)}"
             )
+
+    def _check_hang(self, step: int, tokens: int) -> None:
+        limit = self._durations.limit(tokens)
+        if time.monotonic() - self._waiting_since > limit and (stuck := self._links.stuck(limit, step)):
+            self._raise_hang(step, tokens, stuck)
 
     def _raise_hang(self, step: int, tokens: int, ranks: Sequence[int]) -> NoReturn:
         """Raise the error of ranks that hang in a step. It is the same as if they had died."""

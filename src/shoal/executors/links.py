@@ -38,8 +38,8 @@ class Links(Protocol):
         The owner calls this when the ranks can compute: a spare that loads must not delay them.
         """
 
-    def stuck(self, seconds: float) -> list[int]:
-        """Return the ranks that have had work and done nothing for so many seconds, though they wait for no other."""
+    def stuck(self, seconds: float, step: int) -> list[int]:
+        """Return the ranks that hang in a step: they do nothing for so many seconds, though they wait for no other."""
 
     def describe(self, rank: int) -> str:
         """Return a description of a rank for error messages: its process or thread, and what it was doing last."""

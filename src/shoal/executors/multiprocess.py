@@ -123,13 +123,13 @@ class ProcessLinks:
                 found[rank] = f"{why}; its last message was {quiet:.1f} s ago"
         return found
 
-    def stuck(self, seconds: float) -> list[int]:
-        """Return the ranks that hang, by what they have told. On a GPU they wait for others without being seen to."""
+    def stuck(self, seconds: float, step: int) -> list[int]:
+        """Return the ranks that hang in a step, by what they have told. On a GPU it cannot be seen that they wait."""
         now, found = time.monotonic(), []
         for rank, heartbeat in enumerate(self._heartbeats):
             quiet = now - self._heard[rank]
             still = heartbeat.still_s + quiet
-            told = heartbeat.still_s > 0 and not heartbeat.waits and still > seconds
+            told = heartbeat.step < step and heartbeat.still_s > 0 and not heartbeat.waits and still > seconds
             if self._finds_hangs and (told or quiet > max(seconds, _QUIET_S)):
                 found.append(rank)
         return found

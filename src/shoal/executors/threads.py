@@ -70,7 +70,7 @@ class ThreadLinks:
     def keep_spares(self) -> None:
         """Do nothing: no rank can be replaced."""
 
-    def stuck(self, seconds: float) -> list[int]:
+    def stuck(self, seconds: float, step: int) -> list[int]:
         return []  # a rank in this process cannot be ended alone
 
     def describe(self, rank: int) -> str:
