@@ -54,7 +54,7 @@ ALLOWED = {
     "executors": {"transport", "protocols", "wire", "devices"},
     "executors.inprocess": {"transport", "protocols", "wire", "devices", "worker", "comm"},
     "executors.threads": {"transport", "protocols", "wire", "devices", "worker", "comm"},
-    "executors.rank_processes": {"transport", "protocols", "wire", "devices", "worker"},
+    "executors.fork_server": {"transport", "protocols", "wire", "process", "worker"},
     "worker": {"models", "parallel", "comm", "kernels", "devices", "trace", "transport", "wire"},
     "models": {"parallel", "kernels", "transport", "wire"},
     "parallel": {"comm", "kernels"},

@@ -88,6 +88,7 @@ from shoal.wire.plan import (
 )
 from shoal.wire.ranks import (
     Capacity,
+    FromForkServer,
     FromRank,
     LoadInfo,
     NewSeq,
@@ -99,13 +100,16 @@ from shoal.wire.ranks import (
     StepMask,
     StepPlan,
     StepTimes,
+    ToForkServer,
     TokenLogprobs,
     ToRankProcess,
     Work,
     decode_capacity,
     decode_load_info,
     decode_rank_stats,
+    from_fork_server,
     from_rank,
+    to_fork_server,
     to_rank,
 )
 from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
@@ -189,6 +193,8 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
 UNIONS = {
     "to_rank": ToRankProcess,
     "from_rank": FromRank,
+    "to_fork_server": ToForkServer,
+    "from_fork_server": FromForkServer,
     "to_follower": ToFollower,
     "to_node": ToNode,
     "from_node": FromNode,
@@ -208,6 +214,8 @@ UNIONS = {
 DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "to_rank": to_rank,
     "from_rank": from_rank,
+    "to_fork_server": to_fork_server,
+    "from_fork_server": from_fork_server,
     "to_follower": to_follower,
     "to_node": to_node,
     "from_node": from_node,

@@ -50,10 +50,13 @@ def test_by_default_a_server_with_several_ranks_keeps_one(folder: str) -> None:
         assert (other.warm_spares, why(other)) == ((0,), [])
 
 
-def test_as_many_as_are_asked_for(folder: str) -> None:
+def test_one_is_as_good_as_several(folder: str) -> None:
     found = plan(folder, online=False, warm_spares=2)
-    assert found.warm_spares == (2,)
-    assert why(found) == ["2 warm spares for each replica, of 256.00 MiB: as --warm-spares asks"]
+    assert found.warm_spares == (1,)
+    assert why(found) == [
+        "1 warm spare for each replica, of 256.00 MiB: as --warm-spares asks",
+        "--warm-spares 2: a host keeps one for each replica, enough for all its ranks",
+    ]
 
 
 def test_the_memory_of_the_host_must_suffice_for_all_replicas(folder: str) -> None:
@@ -62,8 +65,10 @@ def test_the_memory_of_the_host_must_suffice_for_all_replicas(folder: str) -> No
     assert found.warm_spares == (0,)
     (reason,) = why(found)
     assert reason.startswith("no warm spares: 2 of 256.00 MiB need more than the 4")
-    with pytest.raises(ConfigError, match=r"^2 warm spares for each replica: 4 of 256.00 MiB need more .*lower --warm"):
-        plan(folder, 800 * MIB, 2, warm_spares=2)
+    with pytest.raises(
+        ConfigError, match=r"^1 warm spare for each replica: 2 of 256.00 MiB need .*give --warm-spares 0"
+    ):
+        plan(folder, 500 * MIB, 2, warm_spares=1)
 
 
 def test_they_are_of_no_use_where_no_rank_can_be_replaced(folder: str) -> None:

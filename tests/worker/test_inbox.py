@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.wire.base import encode
-from shoal.wire.ranks import RankCall, RankSetup, TakeRank, ToRankProcess
+from shoal.wire.ranks import RankCall, RankSetup, ToRankProcess
 from shoal.worker.inbox import Inbox
 from support.example_counts import examples
 from support.plans import bare_plan, setup_of
 
 CALLS = [RankCall(number, "stats") for number in range(8)]
-TAKE = TakeRank(3, (0, 1))
 SETUP = setup_of(bare_plan())
 
 
@@ -66,10 +65,10 @@ def test_a_message_ends_the_wait_for_it(engine: Engine) -> None:
 
 
 def test_a_setup_is_noticed_while_the_main_thread_computes(engine: Engine) -> None:
-    engine.send(CALLS[0], TAKE, CALLS[1], SETUP, CALLS[2])
+    engine.send(CALLS[0], CALLS[1], SETUP, CALLS[2])
     while not engine.setups.is_set():
         engine.inbox.watch(0.01)
-    assert [engine.inbox.get() for _ in range(3)] == [TAKE, SETUP, CALLS[2]]
+    assert [engine.inbox.get() for _ in range(2)] == [SETUP, CALLS[2]]
 
 
 def test_both_threads_learn_of_the_end(engine: Engine) -> None:

@@ -25,8 +25,8 @@ print(json.dumps([cores, torch.get_num_threads(), *(sorted(os.sched_getaffinity(
 @pytest.mark.slow  # loads PyTorch in another process
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_each_thread_that_computes_has_a_core_of_its_own() -> None:
-    """OpenMP starts one more thread for two cores. The thread that calls PyTorch may run on both."""
+    """OpenMP starts one more thread for two cores."""
     found = json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True).stdout)
     cores, count, caller, *others = found
-    assert (count, caller, others.count(cores[1:])) == (2, cores, 1)
+    assert (count, caller, others.count(cores[1:])) == (2, cores[:1], 1)
     assert all(each in (cores, cores[1:]) for each in others)  # PyTorch has another thread, which computes nothing here

@@ -160,8 +160,8 @@ class ParallelOptions:
     engine_process: bool = option(False, "run the engine in its own process", local=True)
     warm_spares: int | None = option(
         None,
-        "processes on each host that have loaded all but the model, for each replica, and take the place of a rank "
-        "that dies; auto: one while serving, if there are several ranks and memory allows",
+        "1: each replica keeps a process on each of its hosts that has loaded all but the model, from which ranks that "
+        "die are replaced at once; 0: none; auto: 1 while serving, if there are several ranks and memory allows",
         minimum=0,
         local=True,
     )

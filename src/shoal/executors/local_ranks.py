@@ -4,30 +4,26 @@ import contextlib
 from collections.abc import Container, Iterable, Sequence
 
 from shoal.addresses import is_local
+from shoal.executors.fork_server import ForkedRank
 from shoal.executors.rank_processes import NO_STORE, RankProcesses
 from shoal.transport.channel import Channel, ChannelClosed
-from shoal.transport.process import ChildProcess, end_all
+from shoal.transport.process import end_all
 from shoal.wire.base import Ids
 from shoal.wire.credentials import NO_CREDENTIALS
-from shoal.wire.nodes import KeepSpares, RankEnvironment, StartRank
-from shoal.wire.ranks import FromRank, PrepareSpare, RankSetup, from_rank
+from shoal.wire.nodes import RankEnvironment, StartRank
+from shoal.wire.ranks import FromRank, Preparation, RankSetup, from_rank
 
 _END_S = 1.0
 
 
 def start_order(setup: RankSetup, variables: dict[str, str] | None = None, receiver: str = "") -> StartRank:
     """Return the order to start the process of a rank. See `RankEnvironment` and `StartRank` for the arguments."""
-    cores: Ids = setup.rank_plan.cores if setup.plan.bind_cores else ()
-    address = "" if is_local(setup.address) else setup.address
-    return StartRank(setup.rank, cores, RankEnvironment(address, variables or {}), receiver)
-
-
-def spares_order(setup: RankSetup, environment: RankEnvironment) -> KeepSpares:
-    """Return the order to keep the warm spares of the host of a rank. `environment`: that of its `start_order`."""
     plan = setup.plan
+    cores: Ids = setup.rank_plan.cores if plan.bind_cores else ()
+    address = "" if is_local(setup.address) else setup.address
     models = (plan.model,) if plan.draft is None else (plan.model, plan.draft)
-    preparation = PrepareSpare(setup.rank_plan.device, plan.dtype, models)
-    return KeepSpares(plan.warm_spares_on(setup.rank_plan.node), preparation, environment)
+    preparation = Preparation(setup.rank_plan.device, plan.dtype, models)
+    return StartRank(setup.rank, cores, preparation, RankEnvironment(address, variables or {}), receiver)
 
 
 class LocalRanks:
@@ -39,9 +35,9 @@ class LocalRanks:
         self.ended: dict[int, str] = {}
         self.can_replace = True
         self._orders = {setup.rank: start_order(setup) for setup in setups}
-        self._spares = [spares_order(setup, self._orders[setup.rank].environment) for setup in setups[:1]]
+        self._spares = sum(setup.plan.warm_spares_on(setup.rank_plan.node) for setup in setups[:1])
         self._processes = RankProcesses(setups[0].plan.place.credentials if setups else NO_CREDENTIALS, store)
-        self._children: dict[int, ChildProcess] = {}
+        self._children: dict[int, ForkedRank] = {}
 
     def start(self) -> None:
         for rank in self._orders:
@@ -56,8 +52,7 @@ class LocalRanks:
         self._children[rank] = self._processes.start(self._orders[rank])
 
     def keep_spares(self) -> None:
-        for order in self._spares:
-            self._processes.keep_spares(order)
+        self._processes.keep_spares(self._spares)
 
     @property
     def channels(self) -> list[Channel]:
@@ -69,21 +64,20 @@ class LocalRanks:
                 child.channel.send(frame)
 
     def receive(self, readable: Container[Channel]) -> Iterable[FromRank]:
-        messages: list[FromRank] = []
+        messages: list[FromRank] = [*self._processes.tick(readable)]
         for rank, child in self._children.items():
             if child.channel in readable:
                 try:
                     messages += [from_rank.decode(frame) for frame in child.channel.receive()]
                 except ChannelClosed:
                     self.ended[rank] = child.describe_exit()
-        self._processes.tick(readable)
         return messages
 
     def suspended(self, rank: int) -> bool:
         return self._children[rank].stopped()
 
     def describe(self, rank: int) -> str:
-        return f"process {self._children[rank].pid}"
+        return self._children[rank].describe()
 
     def close(self, goodbye: bytes | None) -> None:
         self._processes.close()

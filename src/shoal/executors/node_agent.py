@@ -4,12 +4,13 @@ import contextlib
 from collections.abc import Sequence
 
 from shoal.addresses import Address
+from shoal.executors.fork_server import ForkedRank
 from shoal.executors.rank_processes import RankProcesses
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.connecting import connect
 from shoal.transport.handover import hand_over
-from shoal.transport.process import ChildProcess, ExitWatch, end_all
+from shoal.transport.process import ExitWatch, end_all
 from shoal.wire.base import Stop, WireError, encode
 from shoal.wire.credentials import Credentials
 from shoal.wire.nodes import (
@@ -56,13 +57,15 @@ class NodeAgent:
             timeout=call.within_s,
         )
         self._processes = RankProcesses(credentials)
-        self._children: dict[int, ChildProcess] = {}
+        self._children: dict[int, ForkedRank] = {}
+        self._starting: dict[int, str] = {}  # ranks that are still to be forked -> who receives their channels
         self._exits: dict[int, ExitWatch] = {}  # of the ranks whose channels were handed over to the engine
         self._suspended: set[int] = set()
 
     @property
     def channels(self) -> list[Channel | ExitWatch]:
-        ranks = [self._exits.get(rank, child.channel) for rank, child in self._children.items()]
+        forked = [(rank, child) for rank, child in self._children.items() if rank not in self._starting]
+        ranks = [self._exits.get(rank, child.channel) for rank, child in forked]
         return [self._engine, *ranks, *self._processes.channels]
 
     @property
@@ -81,9 +84,13 @@ class NodeAgent:
                 for frame in self._engine.receive():
                     if not self._obey(to_node.decode(frame)):
                         return False
+            for heartbeat in self._processes.tick(readable):
+                self._engine.send(encode(heartbeat))
             for rank, child in list(self._children.items()):
-                self._read(rank, child, self._exits.get(rank, child.channel) in readable)
-            self._processes.tick(readable)
+                if rank in self._starting:
+                    self._tell_start(rank, child)
+                else:
+                    self._read(rank, child, self._exits.get(rank, child.channel) in readable)
         except ChannelClosed:
             log.info("the engine has gone")
             return False
@@ -103,7 +110,7 @@ class NodeAgent:
             case StartRank():
                 self._start(message)
             case KeepSpares():
-                self._processes.keep_spares(message)
+                self._processes.keep_spares(message.count)
             case Stop():
                 self._processes.close()
                 self._end_all(encode(message), _END_S)
@@ -114,17 +121,29 @@ class NodeAgent:
         """Have a process be a rank. If the rank has a process that still runs, it is killed first."""
         former = self._children.get(order.rank)
         if former is not None:
+            if order.rank in self._starting:  # the engine awaits an answer to each order
+                self._engine.send(encode(RankStarted(order.rank, former.pid, handed_over=False)))
             self._forget(order.rank)
             former.kill()
         try:
-            child = self._children[order.rank] = self._processes.start(order)
+            self._children[order.rank] = self._processes.start(order)
         except OSError as error:  # no memory for a process, or no file descriptor left
             self._engine.send(encode(RankEnded(order.rank, f"cannot be started: {error}", started=False)))
             return
-        handed_over = bool(order.receiver) and self._hand_over(order.rank, child, order.receiver)
-        self._engine.send(encode(RankStarted(order.rank, child.pid, handed_over)))
+        self._starting[order.rank] = order.receiver
 
-    def _hand_over(self, rank: int, child: ChildProcess, receiver: str) -> bool:
+    def _tell_start(self, rank: int, child: ForkedRank) -> None:
+        """Tell the engine that the process of a rank was forked, or why not."""
+        if child.pid:
+            receiver = self._starting.pop(rank)
+            handed_over = bool(receiver) and self._hand_over(rank, child, receiver)
+            self._engine.send(encode(RankStarted(rank, child.pid, handed_over)))
+        elif child.exit_code is not None:
+            self._forget(rank)
+            self._engine.send(encode(RankEnded(rank, child.describe_exit(), started=False)))
+            child.kill()
+
+    def _hand_over(self, rank: int, child: ForkedRank, receiver: str) -> bool:
         """Give the channel of a process to the engine, if it is on this host. Return whether it has the channel."""
         try:
             watch = ExitWatch(child.pid)
@@ -138,11 +157,12 @@ class NodeAgent:
 
     def _forget(self, rank: int) -> None:
         del self._children[rank]
+        self._starting.pop(rank, None)
         self._suspended.discard(rank)
         if rank in self._exits:
             self._exits.pop(rank).close()
 
-    def _read(self, rank: int, child: ChildProcess, readable: bool) -> None:
+    def _read(self, rank: int, child: ForkedRank, readable: bool) -> None:
         """Pass on what a rank has sent, or that its process has ended or was stopped."""
         if self._has_ended(rank, child, readable):
             self._forget(rank)
@@ -153,7 +173,7 @@ class NodeAgent:
             self._suspended.add(rank)
             self._engine.send(encode(RankSuspended(rank)))
 
-    def _has_ended(self, rank: int, child: ChildProcess, readable: bool) -> bool:
+    def _has_ended(self, rank: int, child: ForkedRank, readable: bool) -> bool:
         """Pass on what a rank has sent. Return whether its process has ended."""
         if rank in self._exits:
             return readable

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shoal import env
 from shoal.config.engine_options import options
 from shoal.errors import RankFailed
-from shoal.executors.local_ranks import spares_order, start_order
+from shoal.executors.local_ranks import start_order
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.transport.handover import ChannelReceiver
@@ -25,6 +25,7 @@ from shoal.wire.nodes import (
     ENGINE_START,
     ForAllRanks,
     ForRank,
+    KeepSpares,
     RankEnded,
     RankStarted,
     RankSuspended,
@@ -170,7 +171,7 @@ class NodeRanks:
 
     def keep_spares(self) -> None:
         first = self._setups[0]
-        self._send(encode(spares_order(first, self._orders[first.rank].environment)))
+        self._send(encode(KeepSpares(first.plan.warm_spares_on(first.rank_plan.node))))
 
     @property
     def channels(self) -> list[Channel]:

@@ -1,4 +1,4 @@
-"""The number of warm spares: processes that have loaded everything, and take the place of a rank that dies."""
+"""Warm spares: processes that have loaded everything, and from which a rank that dies is replaced at once."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,11 @@ from shoal.values import format_bytes
 from shoal.wire.base import Ids
 from shoal.wire.plan import Layout, ReplicaPlace
 
-# The memory of the host that is set aside for a spare. On a CPU 150 MiB were measured; PyTorch for GPUs was not.
+# The memory of the host that is set aside for a spare. On a CPU 150 MiB were measured, most of which ranks that were
+# forked from it share; PyTorch for GPUs was not measured.
 _SPARE_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
+
+_ENOUGH = 1  # spares of a replica on a host: any number of ranks are forked from one
 
 
 def warm_spares(
@@ -26,7 +29,9 @@ def warm_spares(
     reasons: list[str],
     warnings: list[str],
 ) -> Ids:
-    """Return how many warm spares a replica keeps on each of its hosts. By default one while serving, if memory allows.
+    """Return how many warm spares a replica keeps on each of its hosts: none or one.
+
+    By default it keeps one while serving, if memory allows.
 
     Args:
         placed: the ranks of each host.
@@ -48,13 +53,15 @@ def warm_spares(
         if asked and why_useless:
             warnings.append(f"--warm-spares {asked} changes nothing: {why_useless}")
         by_default = 1 if online and (layout.num_ranks > 1 or layout.shares_experts) else 0
-        count = by_default if asked is None else asked
+        count = by_default if asked is None else min(asked, _ENOUGH)
+        if asked and asked > _ENOUGH:
+            warnings.append(f"--warm-spares {asked}: a host keeps one for each replica, enough for all its ranks")
         if not count or why_useless or not place.local_size:
             counts.append(0)
             continue
         needs = sum(memories[rank].weights + memories[rank].activations for rank in ranks)
         needs += sum((blocks or 0) * memories[rank].block for rank in ranks)
-        counts.append(_that_fit(host, count, replicas, replicas * needs, reasons))
+        counts.append(_ENOUGH if _fits(host, replicas, replicas * needs, reasons) else 0)
     return tuple(counts)
 
 
@@ -65,8 +72,8 @@ def _why_useless(executor: str) -> str:
     return ""
 
 
-def _that_fit(host: ReplicaHost, count: int, replicas: int, needs: int, reasons: list[str]) -> int:
-    """Return `count` if the memory of the host suffices for so many spares of each replica, else 0.
+def _fits(host: ReplicaHost, replicas: int, needs: int, reasons: list[str]) -> bool:
+    """Tell whether the memory of the host suffices for a spare of each replica.
 
     Args:
         needs: the bytes that the ranks of all replicas need.
@@ -78,14 +85,14 @@ def _that_fit(host: ReplicaHost, count: int, replicas: int, needs: int, reasons:
     each = _SPARE_BYTES[hardware.device]
     left = max(hardware.host_memory_available - (needs if hardware.device == "cpu" else 0), 0)
     name = f" on {host.facts.name}" if host.address else ""
-    spares = f"{count} warm spare{'s' if count > 1 else ''} for each replica{name}"
+    spares = f"1 warm spare for each replica{name}"
     size = f"of {format_bytes(each)}"
-    if replicas * count * each <= left:
+    if replicas * each <= left:
         why = "as --warm-spares asks" if asked else "so that a rank that dies is replaced at once"
         reasons.append(f"{spares}, {size}: {why}")
-        return count
-    missing = f"{replicas * count} {size} need more than the {format_bytes(left)} that the ranks leave available"
+        return True
+    missing = f"{replicas} {size} need more than the {format_bytes(left)} that the ranks leave available"
     if asked:
-        raise ConfigError(f"{spares}: {missing}; lower --warm-spares, or lower --kv-cache-memory-bytes")
+        raise ConfigError(f"{spares}: {missing}; give --warm-spares 0, or lower --kv-cache-memory-bytes")
     reasons.append(f"no warm spares{name}: {missing}")
-    return 0
+    return False

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ log = get_logger("process")
 
 _KILL_S = 5.0
 _FIRST_POLL_S, _POLL_S = 0.0005, 0.05  # the pause between two checks whether a process has ended, shorter at first
+_ADOPTION_POLL_S = 0.0001
 _UNKNOWN_EXIT_CODE = 255  # shown for a process whose exit code this process cannot read
 _PR_SET_PDEATHSIG = 1
 _STDERR = 2  # the children's stdout goes there, so that output of libraries does not mix with the parent's results
@@ -36,6 +38,17 @@ def die_with_parent(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)
+
+
+def await_adoption(parent: int) -> None:
+    """Wait until the process between this one and `parent` has ended, and die with that parent from then on.
+
+    See `process.subreaper`. If another process adopts this one, it ends.
+    """
+    between = os.getppid()
+    while between != parent and os.getppid() == between:
+        time.sleep(_ADOPTION_POLL_S)
+    die_with_parent(parent)
 
 
 def _block_group_signals() -> None:
@@ -67,30 +80,26 @@ class _Spawner:
 _spawner = _Spawner()
 
 
-class ChildProcess:
-    """A child process that runs a module of Shoal with `--fd N --parent PID ...`, and the channel to it."""
+class Child(ABC):
+    """A child process, and the channel to it. This process is its parent, and reads its exit code."""
 
-    def __init__(
-        self,
-        module: str,
-        arguments: Sequence[str] = (),
-        environment: dict[str, str] | None = None,
-        passed: Sequence[int] = (),
-    ) -> None:
-        """`passed`: file descriptors that the child inherits, with the same numbers."""
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
         self._exit_code_unknown = False
         self._waiting = threading.Lock()
-        open_files.fill_standard_descriptors()
-        self.channel, theirs = Channel.pair()
-        command = [*import_path.python_command(module), "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
-        with theirs:
-            self._process = _spawner.start(
-                [*command, *arguments], [theirs.fileno(), *passed], env.child_environment(environment or {})
-            )
 
     @property
+    @abstractmethod
     def pid(self) -> int:
-        return self._process.pid
+        """The number of the process."""
+
+    @abstractmethod
+    def _poll(self) -> int | None:
+        """Return the exit code, or minus the number of the signal that killed the process; None while it runs."""
+
+    @abstractmethod
+    def _kill(self) -> None:
+        """Send SIGKILL, unless the exit code was read already."""
 
     def stopped(self) -> bool:
         """Tell whether SIGSTOP or a debugger has suspended the process."""
@@ -117,12 +126,7 @@ class ChildProcess:
     def exit_code(self) -> int | None:
         """The exit code, or minus the number of the signal that killed the process; None while it runs."""
         with self._waiting:
-            if self._process.returncode is None:
-                try:
-                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                except ChildProcessError:  # its status was dropped, or read by other code of this process
-                    self._exit_code_unknown = True
-            code = self._process.poll()
+            code = self._poll()
             return _UNKNOWN_EXIT_CODE if self._exit_code_unknown and code is not None else code
 
     def say(self, message: bytes) -> None:
@@ -148,9 +152,45 @@ class ChildProcess:
 
     def kill_process(self) -> None:
         """Kill the process, but leave the channel open for the thread that reads it."""
-        self._process.kill()
+        self._kill()
         if not self.wait(_KILL_S):
             log.error("process %d was killed but has not ended: it waits for a device or a file system", self.pid)
+
+
+class ChildProcess(Child):
+    """A child process that runs a module of Shoal with `--fd N --parent PID ...`."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        passed: Sequence[int] = (),
+    ) -> None:
+        """`passed`: file descriptors that the child inherits, with the same numbers."""
+        open_files.fill_standard_descriptors()
+        channel, theirs = Channel.pair()
+        super().__init__(channel)
+        command = [*import_path.python_command(module), "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        with theirs:
+            self._process = _spawner.start(
+                [*command, *arguments], [theirs.fileno(), *passed], env.child_environment(environment or {})
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _poll(self) -> int | None:
+        if self._process.returncode is None:
+            try:
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # its status was dropped, or read by other code of this process
+                self._exit_code_unknown = True
+        return self._process.poll()
+
+    def _kill(self) -> None:
+        self._process.kill()
 
 
 class ExitWatch:
@@ -181,7 +221,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def end_all(children: Sequence[ChildProcess], goodbye: bytes | None, timeout: float) -> None:
+def end_all(children: Sequence[Child], goodbye: bytes | None, timeout: float) -> None:
     """Send `goodbye` to all, wait up to `timeout` seconds for their end, and kill those that still run."""
     deadline = time.monotonic() + timeout
     if goodbye is not None:

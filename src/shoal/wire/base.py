@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 19
+WIRE_VERSION = 20
 
 Ids = tuple[int, ...]
 

@@ -7,7 +7,7 @@ the node connects to the engine. It starts the ranks that the engine asks for, a
 import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
-from shoal.wire.ranks import FromRank, PrepareSpare
+from shoal.wire.ranks import FromRank, Preparation
 from shoal.wire.rendezvous import Alive
 from shoal.wire.topology import HostPair, PairAddress
 
@@ -70,23 +70,22 @@ class PairsMeasured(Wire, frozen=True):
 
 
 class StartRank(Wire, frozen=True):
-    """An order of an engine to start the process of a rank, which replaces the one that the rank has.
-
-    If the host has a warm spare, that one becomes the rank.
-    """
+    """An order of an engine to start the process of a rank, which replaces the one that the rank has."""
 
     rank: int
     cores: Ids  # the CPU cores to which the process is bound; (): it is not bound
+    preparation: Preparation  # of the fork server, if the host has none that is ready
     environment: RankEnvironment
     receiver: str = ""  # the name of the engine's `ChannelReceiver`, for a node on the same host; "": there is none
 
 
 class KeepSpares(Wire, frozen=True):
-    """An order of an engine to keep warm spares, until the next StartRank."""
+    """An order of an engine to keep a warm spare, until the next StartRank: a fork server that has loaded everything.
 
-    count: int
-    preparation: PrepareSpare
-    environment: RankEnvironment
+    It comes when the ranks can compute.
+    """
+
+    count: int  # 0: none is kept
 
 
 class ForRank(Wire, frozen=True):

@@ -221,33 +221,49 @@ class RankReport(Wire, frozen=True):
     incarnation: int = 0  # the one of its last RankSetup
 
 
-class TakeRank(Wire, frozen=True):
-    """The order to a process to be a rank from now on: to a new process at once, to a warm spare when it is needed."""
-
-    rank: int
-    cores: Ids = ()  # those to which it must bind its threads; (): they are bound already, or are not to be bound
-
-
-class PrepareSpare(Wire, frozen=True):
-    """The order to a new process to be a warm spare: to load all that a rank needs, and to wait for a TakeRank."""
+class Preparation(Wire, frozen=True):
+    """The first message to a fork server: what it loads before it forks processes for ranks."""
 
     device: str
     dtype: str
-    models: tuple[ModelPlan, ...]  # the model that it may have to load, and the draft model
+    models: tuple[ModelPlan, ...]  # the model that a rank may have to load, and the draft model
+    low_priority: bool = False  # True: ranks compute meanwhile, and keep most processor time
 
 
-class SpareReady(Wire, frozen=True):
-    """A note that a warm spare has loaded everything."""
+class TakeRank(Wire, frozen=True):
+    """An order to a fork server to fork the process of a rank. The rank's end of its channel comes with it."""
+
+    rank: int
+    cores: Ids = ()  # those to which the process binds its threads; (): they are not bound
+
+
+class Loading(Wire, frozen=True):
+    """A sign of life of a fork server that is still loading."""
+
+
+class ForkServerReady(Wire, frozen=True):
+    """A note that a fork server has loaded everything."""
 
     memory: int  # bytes that it takes and that no file backs
 
 
+class Forked(Wire, frozen=True):
+    """The answer of a fork server to a TakeRank, in the order of these."""
+
+    pid: int = 0  # 0: no process was forked
+    error: str = ""  # why not
+
+
+ToForkServer = Preparation | TakeRank
+
+FromForkServer = Loading | ForkServerReady | Forked
+
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
 
-# A process first gets the credentials of its host and its order, from the process that has started it.
-ToRankProcess = Credentials | PrepareSpare | TakeRank | ToRank
+# A process first gets the credentials of its host.
+ToRankProcess = Credentials | ToRank
 
-FromRank = StepResult | RankReply | Heartbeat | RankReport | SpareReady
+FromRank = StepResult | RankReply | Heartbeat | RankReport
 
 
 class LoadInfo(Wire, frozen=True):
@@ -295,6 +311,10 @@ class RankStats(Wire, frozen=True):
 to_rank: msgspec.msgpack.Decoder[ToRankProcess] = msgspec.msgpack.Decoder(ToRankProcess)
 
 from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+
+to_fork_server: msgspec.msgpack.Decoder[ToForkServer] = msgspec.msgpack.Decoder(ToForkServer)
+
+from_fork_server: msgspec.msgpack.Decoder[FromForkServer] = msgspec.msgpack.Decoder(FromForkServer)
 
 _load_info = msgspec.msgpack.Decoder(LoadInfo)
 

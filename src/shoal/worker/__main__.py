@@ -1,162 +1,165 @@
-"""A process for one rank: `python -m shoal.worker --fd N --parent PID --store N`.
+"""A fork server: `python -m shoal.worker --fd N --parent PID --orders N [--store N]` (see `executors.fork_server`).
 
-Its first order says whether it is a rank at once, or a warm spare, which loads everything and waits to become a rank.
-
-The main thread reads messages and computes. A second thread tells the engine twice a second that the process is alive
-and what it is doing, even while the main thread waits for another rank. It also looks after the channel while the main
-thread computes: it ends the process when the engine's process has ended, and when another rank with which this one
-exchanges tensors was replaced, it ends the main thread's wait for the rank that has died.
+It loads everything that a rank needs, and then forks a process for each rank that it is ordered to. While it forks it
+has one thread, since no other one would outlive the fork.
 """
 
 import os
 import signal
+import socket
 import threading
-import time
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import click
 
-from shoal.devices import cpu
 from shoal.log import configure_logging
 from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed
-from shoal.transport.process import die_with_parent
-from shoal.wire.base import Stop, encode
-from shoal.wire.credentials import NO_CREDENTIALS, Credentials
-from shoal.wire.ranks import Heartbeat, PrepareSpare, RankSetup, SpareReady, TakeRank, ToRankProcess
-from shoal.worker.inbox import Inbox
+from shoal.transport.process import await_adoption, die_with_parent
+from shoal.wire.base import encode
+from shoal.wire.ranks import Forked, ForkServerReady, Loading, Preparation, TakeRank, to_fork_server
 
-_HEARTBEAT_S = 0.5
-_NICE = 5  # of the thread that loads a spare: it gets a third of what a rank gets on the same core
+_SIGN_OF_LIFE_S = 0.5
+_NICE = 5  # of the thread that loads while ranks compute: it gets a third of what a rank gets on the same core
+_MAX_ORDER_BYTES = 1 << 20
+_PID_BYTES = 8
 
 
 @click.command()
 @click.option("--fd", type=int, required=True)
 @click.option("--parent", type=int, required=True)
-@click.option("--store", type=int, required=True)
-def main(fd: int, parent: int, store: int) -> None:
+@click.option("--orders", type=int, required=True)
+@click.option("--store", type=int, default=-1)
+def main(fd: int, parent: int, orders: int, store: int) -> None:
     die_with_parent(parent)
     garbage_collector.collect_rarely()
     for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group; the engine ends its ranks
         signal.signal(each, signal.SIG_IGN)
-    configure_logging("(spare) ")
+    configure_logging("(fork server) ")
     channel = Channel.from_fd(fd)
-    status = _Status()
-    inbox = Inbox(channel, status.note)
-    threading.Thread(target=_watch, args=(channel, inbox, status), daemon=True, name="watch").start()
-    try:
-        _run(channel, inbox, status, store)
-        channel.flush(timeout=1.0)
-    except ChannelClosed:
-        os._exit(1)
-    os._exit(0)  # nothing must be saved, and the teardown of torch would let the engine wait
+    with socket.socket(fileno=orders) as taken, suppress(ChannelClosed):
+        if rank := _serve(channel, taken, parent):
+            _be_rank(*rank, store)
+    os._exit(0)  # nothing must be saved, and the teardown of torch would take long
 
 
-def _run(channel: Channel, inbox: Inbox, status: "_Status", store: int) -> None:
-    """Obey the first order, and then handle messages until one says to stop."""
-    while not isinstance(order := inbox.get(), PrepareSpare | TakeRank):
-        pass
-    if isinstance(order, PrepareSpare):
-        _prepare_aside(order)
+def _serve(channel: Channel, orders: socket.socket, parent: int) -> tuple[TakeRank, int] | None:
+    """Load everything, and fork what is ordered.
 
-    from shoal.worker.process_groups import ProcessGroups  # loads torch, while the other thread sends heartbeats
-    from shoal.worker.rank import Rank
-    from shoal.worker.thread_binding import bind_threads
+    Returns:
+        In the process of a rank: the order, and the descriptor of the rank's channel. In the fork server: None, once
+        its owner has closed the socket.
 
-    garbage_collector.freeze_imports()
-    status.groups = groups = ProcessGroups(store)
-    status.rank = rank = Rank(groups)
-    if status.place is None:
-        channel.send(encode(SpareReady(cpu.anonymous_memory())))
-    while not isinstance(message := inbox.get(), Stop):
-        match message:
-            case TakeRank():
-                if message.cores:
-                    bind_threads(message.cores)
-            case Credentials() | PrepareSpare():
-                pass
-            case _:
-                groups.credentials = status.credentials
-                answer = rank.answer(message)
-                if answer is not None:
-                    channel.send(encode(answer))
-
-
-def _prepare_aside(order: PrepareSpare) -> None:
-    """Load everything that a rank needs, and leave most processor time to ranks that compute.
-
-    A thread of a low priority does it: this thread could not raise its priority again.
+    Raises:
+        ChannelClosed: the owner has ended.
     """
-    thread = threading.Thread(target=_prepare, args=(order,), name="prepare")
+    preparation = to_fork_server.decode(orders.recv(_MAX_ORDER_BYTES))
+    assert isinstance(preparation, Preparation)
+    _load(channel, preparation)
+    while True:
+        frame, fds, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, 1)
+        if not frame:
+            return None
+        order = to_fork_server.decode(frame)
+        assert isinstance(order, TakeRank)
+        try:
+            if not fds:
+                raise OSError("no file descriptor is left for its channel")
+            pid = _fork(parent)
+            if not pid:
+                orders.close()
+                return order, fds[0]
+            answer = Forked(pid)
+        except OSError as error:
+            answer = Forked(error=str(error))
+        for each in fds:
+            os.close(each)
+        channel.send(encode(answer))
+
+
+def _load(channel: Channel, preparation: Preparation) -> None:
+    with _signs_of_life(channel):
+        if preparation.low_priority:
+            # A thread of a low priority does it: this thread could not raise its priority again.
+            thread = threading.Thread(target=_prepare, args=(preparation, _NICE), name="prepare")
+            thread.start()
+            thread.join()
+        else:
+            _prepare(preparation)
+    garbage_collector.freeze_imports()
+
+    from shoal.devices import cpu
+
+    channel.send(encode(ForkServerReady(cpu.anonymous_memory())))
+
+
+def _prepare(preparation: Preparation, nice: int = 0) -> None:
+    if nice:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    from shoal.worker.preparation import prepare  # loads torch
+
+    prepare(preparation)
+
+
+@contextmanager
+def _signs_of_life(channel: Channel) -> Iterator[None]:
+    """Tell the owner again and again that this process still loads."""
+    done = threading.Event()
+
+    def tell() -> None:
+        try:
+            while not done.wait(_SIGN_OF_LIFE_S):
+                channel.send(encode(Loading()))
+        except ChannelClosed:
+            os._exit(1)
+
+    thread = threading.Thread(target=tell, name="signs-of-life")
     thread.start()
-    thread.join()
-
-
-def _prepare(order: PrepareSpare) -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-    from shoal.worker.spare import prepare  # loads torch
-
-    prepare(order)
-
-
-class _Describable(Protocol):
-    @property
-    def last_step(self) -> int: ...
-
-    @property
-    def doing(self) -> str: ...
-
-    @property
-    def position(self) -> tuple[object, ...]: ...
-
-    @property
-    def waits(self) -> bool: ...
-
-
-class _Abortable(Protocol):
-    def abort_before(self, incarnation: int) -> None: ...
-
-
-class _Status:
-    """The state of a rank's process, which both of its threads read."""
-
-    def __init__(self) -> None:
-        self.place: TakeRank | None = None  # None: it is no rank yet
-        self.rank: _Describable | None = None  # None: it is still loading torch
-        self.groups: _Abortable | None = None
-        self.credentials = NO_CREDENTIALS
-        self._position: tuple[object, ...] = ()
-        self._moved = 0.0  # when the position was seen first
-
-    def note(self, message: ToRankProcess) -> None:
-        """Do at once what a message asks of the process, whatever its main thread does."""
-        match message:
-            case Credentials():
-                self.credentials = message
-            case TakeRank():
-                configure_logging(f"(rank {message.rank}) ")
-                self.place = message
-            case RankSetup() if self.groups is not None:
-                self.groups.abort_before(message.incarnation)
-
-    def heartbeat(self, number: int) -> Heartbeat:
-        if self.rank is None:
-            return Heartbeat(number, -1, "loading torch")
-        position, now = self.rank.position, time.monotonic()
-        if position != self._position or not position:
-            self._position, self._moved = position, now
-        return Heartbeat(number, self.rank.last_step, self.rank.doing, now - self._moved, self.rank.waits)
-
-
-def _watch(channel: Channel, inbox: Inbox, status: _Status) -> None:
-    """Send heartbeats, unless the process is a spare, and look after the channel in between."""
     try:
-        while True:
-            if status.place is not None and not channel.backlog:  # an idle engine reads nothing: they must not pile up
-                channel.send(encode(status.heartbeat(status.place.rank)))
-            inbox.watch(_HEARTBEAT_S)
-    except ChannelClosed:
-        os._exit(1)
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _fork(parent: int) -> int:
+    """Fork a process whose parent becomes the process `parent`.
+
+    Returns:
+        The number of the process; 0 in that process.
+
+    Raises:
+        OSError: no process can be forked now.
+    """
+    read, write = os.pipe()
+    between = os.fork()
+    if not between:
+        try:
+            pid = os.fork()
+            if pid:
+                os.write(write, pid.to_bytes(_PID_BYTES, "little"))
+        except OSError:
+            os._exit(1)
+        if pid:
+            os._exit(0)
+        os.close(read)
+        os.close(write)
+        await_adoption(parent)
+        return 0
+    os.close(write)
+    with open(read, "rb") as pipe:
+        answer = pipe.read(_PID_BYTES)
+    os.waitpid(between, 0)
+    if not answer:
+        raise OSError("the system has no room for another process")
+    return int.from_bytes(answer, "little")
+
+
+def _be_rank(order: TakeRank, fd: int, store: int) -> None:
+    from shoal.worker.rank_process import run
+
+    run(order, Channel.from_fd(fd), store)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from shoal.transport.channel import Channel, wait
-from shoal.wire.ranks import RankSetup, TakeRank, ToRankProcess, to_rank
+from shoal.wire.ranks import RankSetup, ToRankProcess, to_rank
 
 _WAIT_S = 3600.0
 _LOOK_S = 0.02  # how often the watching thread reads the channel while the main thread computes
@@ -85,6 +85,6 @@ class Inbox:
     def _read(self) -> None:
         for message in map(to_rank.decode, self._channel.receive()):
             if isinstance(message, RankSetup):  # what came before is for groups that are formed anew now
-                self._messages = deque(each for each in self._messages if isinstance(each, TakeRank))
+                self._messages.clear()
             self._messages.append(message)
             self._arrived(message)

@@ -13,11 +13,11 @@ _ENOUGH = 1 << 16  # numbers for each thread, so that PyTorch gives each a share
 
 
 def bind_threads(cores: tuple[int, ...]) -> None:
-    """Give this process the cores, and each thread that computes for this thread a core of its own.
+    """Give each thread that computes for this thread a core of its own, and the process's other threads all cores.
 
-    A new process needs no such call: the OpenMP runtime does it (`devices.cpu.pinning_environment`), but reads the
-    variables for that only when it is loaded. It would also bind threads that it starts later. Those may run on all
-    cores of the process here.
+    Without that two threads of a matrix product share a core so often that it may take ten times as long. A process
+    that loads PyTorch itself leaves it to the OpenMP runtime (`devices.cpu.pinning_environment`), which reads its
+    variables only when it is loaded. Threads that this thread starts later share its core.
     """
     for task in _tasks():
         os.sched_setaffinity(task, cores)
@@ -26,6 +26,7 @@ def bind_threads(cores: tuple[int, ...]) -> None:
     torch.zeros(_ENOUGH * len(cores)).add_(1)  # starts the threads
     for task, core in zip(sorted(_tasks() - before), cores[1:], strict=False):
         os.sched_setaffinity(task, {core})
+    os.sched_setaffinity(0, {cores[0]})
 
 
 def prefer_memory(rank: int, node: int | None) -> None:
