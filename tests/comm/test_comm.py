@@ -86,6 +86,20 @@ def test_all_reduce_sums_to_the_same_bits(comms: list[Communicator], rows: int, 
     torch.testing.assert_close(total.double(), exact, rtol=tolerance, atol=tolerance * 10)
 
 
+def test_sums_that_are_begun_before_others_have_ended(comms: list[Communicator]) -> None:
+    """They have the bits of sums that are formed one after the other, and are counted once each."""
+
+    def run(comm: Communicator) -> tuple[list[Tensor], int]:
+        before = comm.progress.read_total("all_reduce").count
+        begun = [comm.begin_all_reduce(part(comm.rank, rows)) for rows in (5, 0, 700)]
+        return [each.wait() for each in begun], comm.progress.read_total("all_reduce").count - before
+
+    expected = each(comms, lambda comm: [comm.all_reduce(part(comm.rank, rows)) for rows in (5, 0, 700)])
+    for (sums, count), sums_in_turn in zip(each(comms, run), expected, strict=True):
+        assert all(map(torch.equal, sums, sums_in_turn))
+        assert count == (0 if len(comms) == 1 else 3)
+
+
 def test_all_reduce_takes_a_tensor_that_is_not_contiguous(comms: list[Communicator]) -> None:
     total = same_everywhere(each(comms, lambda comm: comm.all_reduce(part(comm.rank, 4).t())))
     exact = sum(part(rank, 4).t().double() for rank in range(len(comms)))

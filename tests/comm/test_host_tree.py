@@ -52,6 +52,22 @@ def test_sums_are_the_same_on_all_ranks(connect: Connect, hosts: str) -> None:
 
 
 @pytest.mark.parametrize("hosts", ["aab", "abab"])
+def test_sums_that_are_begun_before_others_have_ended(connect: Connect, hosts: str) -> None:
+    comms, size = connect(hosts), len(hosts)
+    parts = torch.randn(3, size, 400, generator=torch.Generator().manual_seed(0))
+
+    def run(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        assert comms[rank].overlaps
+        in_turn = [comms[rank].all_reduce(part[rank].clone()) for part in parts]
+        begun = [comms[rank].begin_all_reduce(part[rank].clone()) for part in parts]
+        return in_turn, [each.wait() for each in begun]
+
+    for in_turn, begun in on_threads(size, run):
+        assert all(map(torch.equal, in_turn, begun))
+    assert comms[0].progress.read_total("all_reduce").count == 6
+
+
+@pytest.mark.parametrize("hosts", ["aab", "abab"])
 def test_other_operations_reach_all_ranks(connect: Connect, hosts: str) -> None:
     comms, size = connect(hosts), len(hosts)
 

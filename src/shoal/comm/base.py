@@ -202,6 +202,23 @@ class PendingSend(Protocol):
         """Block until the tensor may be used again. Raises the same errors as the operations of `Communicator`."""
 
 
+class PendingSum(Protocol):
+    """A sum over ranks that was begun and may not have ended."""
+
+    def wait(self) -> Tensor:
+        """Return the sum. Raises the same errors as the operations of `Communicator`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedSum:
+    """A sum that had ended when its operation returned."""
+
+    total: Tensor
+
+    def wait(self) -> Tensor:
+        return self.total
+
+
 class Communicator(Protocol):
     """One rank's handle on a group. Every rank of the group calls the same operations in the same order.
 
@@ -224,6 +241,13 @@ class Communicator(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, with the same bits on each rank."""
+
+    @property
+    def overlaps(self) -> bool:
+        """True if tensors travel between hosts while this rank computes, after `begin_all_reduce`. All ranks agree."""
+
+    def begin_all_reduce(self, x: Tensor) -> PendingSum:
+        """Begin an all-reduce. Sums are awaited in the order in which they were begun."""
 
     def native_all_reduce(self, x: Tensor) -> NativeCall | None:
         """Return a call that replaces x, which is contiguous, by the sum over ranks; None if there is none.

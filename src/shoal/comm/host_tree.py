@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from shoal.comm.base import Communicator, PendingSend, reduced_bytes
+from shoal.comm.base import Communicator, FinishedSum, PendingSend, PendingSum, reduced_bytes
 from shoal.errors import CommAborted, CommError
 
 
@@ -28,19 +28,26 @@ class HostTreeComm:
         self.size = flat.size
         self.progress = flat.progress
         self.backend = f"{local.backend} and {flat.backend}"
+        self.overlaps = flat.overlaps
         self._flat = flat
         self._local = local
         self._leaders = leaders
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        with self._named_errors(), self.progress.during("all_reduce", reduced_bytes(x, self.size)):
+        with self.named_errors(), self.progress.during("all_reduce", reduced_bytes(x, self.size)):
             total = self._local.all_reduce(x)
             if self._leaders is not None:
                 total = self._leaders.all_reduce(total)
             return self._local.broadcast(total, 0)
 
+    def begin_all_reduce(self, x: Tensor) -> PendingSum:
+        with self.named_errors(), self.progress.during("all_reduce", reduced_bytes(x, self.size)):
+            total = self._local.all_reduce(x)
+            pending = FinishedSum(total) if self._leaders is None else self._leaders.begin_all_reduce(total)
+            return _PendingTreeSum(self, self._local, pending)
+
     @contextmanager
-    def _named_errors(self) -> Iterator[None]:
+    def named_errors(self) -> Iterator[None]:
         """Let errors of the parts, which number their ranks themselves, begin with the number in the whole group.
 
         An abort that one part tells is passed on to the others, since not all ranks belong to all parts.
@@ -81,3 +88,17 @@ class HostTreeComm:
         for comm in (self._flat, self._local, self._leaders):
             if comm is not None:
                 comm.abort()
+
+
+class _PendingTreeSum:
+    """A sum that the leaders of the hosts form. The other ranks of a host get it from theirs."""
+
+    def __init__(self, tree: HostTreeComm, local: Communicator, between: PendingSum) -> None:
+        self._tree = tree
+        self._local = local
+        self._between = between
+        self._number = tree.progress.number
+
+    def wait(self) -> Tensor:
+        with self._tree.named_errors(), self._tree.progress.finishing("all_reduce", self._number):
+            return self._local.broadcast(self._between.wait(), 0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.base import Communicator, PendingSend, Progress
+from shoal.comm.base import Communicator, PendingSend, PendingSum, Progress
 from shoal.comm.formation import Formation
 from shoal.comm.select import Requested
 from shoal.errors import CommAborted
@@ -90,6 +90,13 @@ class ProcessComm:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._connected.all_reduce(x)
+
+    @property
+    def overlaps(self) -> bool:
+        return self._connected.overlaps
+
+    def begin_all_reduce(self, x: Tensor) -> PendingSum:
+        return self._connected.begin_all_reduce(x)
 
     def native_all_reduce(self, x: Tensor) -> NativeCall | None:
         return self._connected.native_all_reduce(x)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.base import OperationTotal, PendingSend, Progress, bytes_to_others, reduced_bytes
+from shoal.comm.base import FinishedSum, OperationTotal, PendingSend, Progress, bytes_to_others, reduced_bytes
 from shoal.comm.shared_memory_library import Library, loaded_library
 from shoal.errors import CommAborted, CommError, CommTimeout
 from shoal.native_call import NativeCall
@@ -164,6 +164,8 @@ class SharedMemoryComm:
     Sends copy their tensor and do not wait, unless a quarter of a gigabyte is on its way to one rank.
     """
 
+    overlaps = False
+
     def __init__(
         self,
         memory: SharedMemory,
@@ -271,6 +273,9 @@ class SharedMemoryComm:
         sent, address = reduced_bytes(x, self.size), x.data_ptr()
         self._run("all_reduce", sent, self._library.all_reduce, self._type(x), address, address, x.numel(), sent)
         return x
+
+    def begin_all_reduce(self, x: Tensor) -> FinishedSum:
+        return FinishedSum(self.all_reduce(x))
 
     def native_all_reduce(self, x: Tensor) -> NativeCall | None:
         if x.dtype not in self._summed:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from shoal.comm.base import PendingSend, Progress, bytes_to_others, reduced_bytes, sum_in_order
+from shoal.comm.base import PendingSend, PendingSum, Progress, bytes_to_others, reduced_bytes, sum_in_order
 from shoal.errors import CommAborted, CommError, CommTimeout
 
 c10d: Any = torch.distributed  # its bindings carry no usable types
@@ -139,7 +139,7 @@ class TorchComm:
         if not self._store_query.is_alive():
             self._store_query = _start_thread(query)
 
-    def _wait(self, work: Any) -> None:
+    def finish(self, work: Any) -> None:
         """Wait for an operation. For gloo the wait polls, to see whether another rank has aborted the group."""
         next_query = time.monotonic() + _STORE_POLL_S
         while self.backend == "gloo" and not work.is_completed():
@@ -156,8 +156,17 @@ class TorchComm:
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         with self._operation("all_reduce", reduced_bytes(x, self.size)):
-            self._wait(self._group.allreduce([x]))
+            self.finish(self._group.allreduce([x]))
         return x
+
+    @property
+    def overlaps(self) -> bool:
+        return self.backend == "gloo"  # NCCL could, but whether that pays between GPUs was not measured
+
+    def begin_all_reduce(self, x: Tensor) -> PendingSum:
+        x = x.contiguous()
+        with self._operation("all_reduce", reduced_bytes(x, self.size)):
+            return _PendingTorchSum(self, self._group.allreduce([x]), x)
 
     def native_all_reduce(self, x: Tensor) -> None:
         return None
@@ -181,7 +190,7 @@ class TorchComm:
     def _exchange(self, operation: str, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         out = x.new_empty((sum(receive), *x.shape[1:]))
         with self._operation(operation, bytes_to_others(x, send, self.rank)):
-            self._wait(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
+            self.finish(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
         return out
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
@@ -190,7 +199,7 @@ class TorchComm:
         options.rootRank = root
         options.rootTensor = 0
         with self._operation("broadcast", x.nbytes * (self.size - 1) if self.rank == root else 0):
-            self._wait(self._group.broadcast([x], options))
+            self.finish(self._group.broadcast([x], options))
         return x
 
     def send(self, x: Tensor, to: int) -> PendingSend:
@@ -251,3 +260,22 @@ class _PendingTorchSend:
         comm = self._comm
         with comm.translated_errors("send"), comm.progress.finishing("send", self._number, timed=comm.timed):
             self._work.wait()
+
+
+class _PendingTorchSum:
+    """A pending all-reduce of a backend, in place."""
+
+    def __init__(self, comm: TorchComm, work: Any, x: Tensor) -> None:
+        self._comm = comm
+        self._work = work
+        self._x = x
+        self._number = comm.progress.number
+
+    def wait(self) -> Tensor:
+        comm = self._comm
+        with (
+            comm.translated_errors("all_reduce"),
+            comm.progress.finishing("all_reduce", self._number, timed=comm.timed),
+        ):
+            comm.finish(self._work)
+        return self._x

@@ -1,5 +1,7 @@
 """Linear layers that are split over a tensor-parallel axis (Megatron-LM, Shoeybi et al., 2019)."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from shoal.kernels.base import Kernels
@@ -20,7 +22,13 @@ class RowParallelLinear:
         self.kernels = kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self.tp.sum(self.inner(x))
+        return self._with_bias(self.tp.sum_of(x, self.inner))
+
+    def after(self, first: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return the layer's output for first(x), where `first` gives each row of x a row that no other changes."""
+        return self._with_bias(self.tp.sum_of(x, lambda part: self.inner(first(part))))
+
+    def _with_bias(self, out: Tensor) -> Tensor:
         return out if self.bias is None else self.kernels.add(out, self.bias)
 
 

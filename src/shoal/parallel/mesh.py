@@ -3,12 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
 from shoal.kernels.native_calls import sum_over
 from shoal.parallel.topology import Topology
+
+_PART_ROWS = 128  # the least rows of a part: a smaller one would be computed less efficiently
+_MAX_PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,18 @@ class Axis:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over the axis, as `Communicator.all_reduce` does. Recorded steps may contain it."""
         return x if self.size == 1 else sum_over(self.comm, x)
+
+    def sum_of(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the sum of compute(x) over the axis, where `compute` gives each row of x a row that no other changes.
+
+        Many rows are cut into parts where tensors travel between hosts while a rank computes: the sum of one part
+        travels while the next one is computed.
+        """
+        parts = min(len(x) // _PART_ROWS, _MAX_PARTS)
+        if self.size == 1 or parts < 2 or not self.comm.overlaps:
+            return self.sum(compute(x))
+        sums = [self.comm.begin_all_reduce(compute(part)) for part in x.tensor_split(parts)]
+        return torch.cat([each.wait() for each in sums])
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class MLP:
         return self.activate(self.up(x))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.expand(x))
+        return self.down.after(self.expand, x)
 
     def join(self) -> None:
         """Do nothing: ranks of different replicas do not compute an MLP together."""
