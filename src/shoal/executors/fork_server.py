@@ -79,9 +79,17 @@ class ForkServer:
         """
         channel, theirs = Channel.pair()
         rank = ForkedRank(order.rank, channel, self.process)
-        with theirs, contextlib.suppress(ConnectionError):  # it has ended: nobody holds `theirs`, so the channel ends
-            socket.send_fds(self._orders, [encode(order)], [theirs.fileno()])
-            subreaper.hold()
+        subreaper.hold()
+        try:
+            with theirs:
+                socket.send_fds(self._orders, [encode(order)], [theirs.fileno()])
+        except ConnectionError:  # it has ended, and so does the rank's channel, since nobody has its other end
+            subreaper.release()
+        except BaseException:
+            subreaper.release()
+            channel.close()
+            raise
+        else:
             self._asked.append(rank)
         return rank
 
