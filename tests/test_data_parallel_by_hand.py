@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shoal import env
+from shoal import LLM, env
 from shoal.errors import ConfigError, EngineError
 from shoal.launch.open_model import open_model
 from shoal.llm.data_parallel import DataParallelRank
@@ -114,6 +114,14 @@ def test_a_host_name_with_a_loopback_address_is_refused(monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match=r"SHOAL_DP_MASTER_IP head is 127\.0\.1\.1 on this host"):
         open_model(None, {})
     DataParallelRank(env.DataParallel(0, 1, 0, 1, "head", port), key=KEY).close()
+
+
+def test_threads_of_several_processes_cannot_share_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no way to exchange tensors. It is said before this process waits for the others."""
+    for name, value in rank_place(1, hosts.free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"^--distributed-executor-backend threads: replicas of several processes .*"):
+        LLM("bundled:moe", enable_expert_parallel=True, distributed_executor_backend="threads")
 
 
 def run_example(*arguments: str, netns: str = "", **environment: str) -> "subprocess.Popen[str]":

@@ -11,7 +11,7 @@ from shoal.cluster.replicas.replica import EngineProcess, Replica, close_all
 from shoal.cluster.replicas.replica_client import await_ready
 from shoal.engine.build import build_engine
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
-from shoal.errors import AddressInUse, EngineError, ShoalError
+from shoal.errors import AddressInUse, ConfigError, EngineError, ShoalError
 from shoal.executors.table import EXECUTORS
 from shoal.launch.credentials import log_protection
 from shoal.launch.deployment import place_of
@@ -89,13 +89,18 @@ def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
     The replicas first meet and compare their agreement.
     """
     place = replace_fields(place, meeting=next(_meetings))
+    plan = model.plan_at(place)
+    if plan.layout.shares_experts and EXECUTORS[plan.executor].replicas_are_threads:
+        raise ConfigError(
+            f"--distributed-executor-backend {plan.executor}: replicas of several processes cannot share experts, since "
+            "their ranks must be processes for that; leave it out"
+        )
     address = Address.parse(place.rendezvous)
     log_protection(place.credentials, address.host)
     with ExitStack() as stack:
         if place.rank == 0:
             with suppress(AddressInUse):  # a DataParallelRank of this process has opened it already
                 stack.enter_context(Rendezvous(address.host, address.port, credentials=place.credentials))
-        plan = model.plan_at(place)
         if plan.layout.shares_experts:  # the engine must compute when others have work, whatever this process does
             engine = _start_process(model, plan)
             return ReplicaSet(
