@@ -92,8 +92,8 @@ def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
     plan = model.plan_at(place)
     if plan.layout.shares_experts and EXECUTORS[plan.executor].replicas_are_threads:
         raise ConfigError(
-            f"--distributed-executor-backend {plan.executor}: replicas of several processes cannot share experts, since "
-            "their ranks must be processes for that; leave it out"
+            f"--distributed-executor-backend {plan.executor}: replicas of several processes cannot share experts, as "
+            "their ranks would have to be processes; leave it out"
         )
     address = Address.parse(place.rendezvous)
     log_protection(place.credentials, address.host)
