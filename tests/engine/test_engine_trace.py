@@ -102,13 +102,28 @@ def test_the_end_has_the_rest_and_what_has_happened() -> None:
     trace = EngineTrace(ranks, 0, 1000)
     trace.take()
     ranks.replaced = True
-    trace.note("rank 1 died")
+    trace.note_replacement("rank 1 died")
     trace.scheduled(PLAN, now())
     end = trace.end()
     assert ranks.asked[-1] == END
     assert [text for _, text in end.notes] == ["rank 1 died"]
     assert (end.last, kinds(end)) == (True, [EventKind.SCHEDULE, EventKind.COLLECT])
     assert end.tracks[0].asked_ns
+
+
+def test_ranks_that_were_replaced_record_as_soon_as_they_can_be_asked() -> None:
+    """Not only after the usual period, in which they may compute many steps."""
+    ranks = Ranks()
+    trace = EngineTrace(ranks, 0, 1000)
+    trace.take()
+    count = len(ranks.asked)
+    trace.note_replacement("rank 1 died")
+    trace.take(ask=False)
+    assert len(ranks.asked) == count
+    (events,) = trace.take()
+    assert len(ranks.asked) == count + 1
+    assert kinds(events) == [EventKind.COLLECT]
+    assert trace.take() == []
 
 
 def test_an_engine_that_has_failed_asks_nothing() -> None:

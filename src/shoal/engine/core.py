@@ -273,7 +273,7 @@ class EngineCore:
         self._trouble = describe_replacement(error)
         log.warning("%s", self._trouble)
         if self._trace is not None:
-            self._trace.note(self._trouble)
+            self._trace.note_replacement(self._trouble)
         try:
             self._incarnation = self._begin_incarnation(error)
             self._scheduler.start_anew(self._incarnation)
@@ -407,7 +407,7 @@ class EngineCore:
         self._trace = EngineTrace(self._ask_ranks, self._replica, limit)
 
     def take_trace(self) -> list[TraceEvents]:
-        return [] if self._trace is None else self._trace.take(ask=self._is_open)
+        return [] if self._trace is None else self._trace.take(ask=self._is_open and not self.reforming)
 
     def end_trace(self, *, ask: bool = True) -> list[TraceEvents]:
         """End the recording, as `TracedClient` says. `ask`: False if the ranks are not to be asked any more."""

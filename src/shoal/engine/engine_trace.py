@@ -48,6 +48,7 @@ class EngineTrace:
         self._collected: list[TrackEvents] = []
         self._next = now() + PERIOD_NS
         self._worked = False  # True: a step was launched since ranks were asked last
+        self._has_new_ranks = False  # True: some ranks were not asked yet, so that they do not record
         self._answers_start = True  # the first message also answers the order to begin
         for _ in range(_FIRST_QUESTIONS):
             self._collect()
@@ -67,19 +68,23 @@ class EngineTrace:
     def applied(self, result: StepResult, begun: int) -> None:
         self._buffer.add(EventKind.APPLY, begun, now(), result.step, len(result.out))
 
-    def note(self, text: str) -> None:
-        """Note that something has happened, such as the death of a rank."""
-        self._notes.append((now(), text))
+    def note_replacement(self, why: str) -> None:
+        """Note that ranks are replaced from now on. The new ones record from the next time that ranks are asked."""
+        self._notes.append((now(), why))
+        self._has_new_ranks = True
 
     # --- what has been recorded ------------------------------------------------------------------------------------
 
     @property
     def is_due(self) -> bool:
         """Return whether it is time to ask the ranks again."""
-        return self._worked and now() >= self._next
+        return self._has_new_ranks or (self._worked and now() >= self._next)
 
     def take(self, *, ask: bool = True) -> list[TraceEvents]:
         """Return what was recorded since the last call. The ranks are asked for it if that `is_due` and `ask` is set.
+
+        Args:
+            ask: False if the ranks cannot be asked now.
 
         Raises:
             EngineError: a rank has failed.
@@ -121,6 +126,7 @@ class EngineTrace:
             self._left -= len(track.rows) // _ROW_BYTES
         self._collected += [track for track in answers if track.rows or track.dropped or self._answers_start]
         self._worked = False
+        self._has_new_ranks = self._has_new_ranks and not answers
         self._next = answered + PERIOD_NS
 
     def _offset(self, track: TrackEvents) -> ClockOffset:
