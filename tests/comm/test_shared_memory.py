@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from shoal.comm import formation
 from shoal.comm.process_comm import ProcessComm
+from shoal.comm.shared_file_store import SharedFileStore
 from shoal.comm.shared_memory import SharedMemory, SharedMemoryComm
 from shoal.comm.shared_memory_library import load_library
 from shoal.comm.torch_distributed import c10d
@@ -26,6 +28,7 @@ from shoal.kernels.native_calls import sum_over
 from shoal.kernels.recording import Pool, Recorder
 from support.example_counts import examples
 from support.fakes import on_threads
+from support.shared_memory_rank import all_reduce, connect_and_add
 
 pytestmark = pytest.mark.skipif(load_library()[0] is None, reason=load_library()[1])
 RANK = Path(__file__).parent.parent / "support" / "shared_memory_rank.py"
@@ -301,44 +304,47 @@ def test_a_rank_in_a_replay_is_seen_in_the_operation() -> None:
 # --- processes ---------------------------------------------------------------------------------------------------
 
 
-def start(size: int, work: str) -> list["subprocess.Popen[str]"]:
-    store = os.memfd_create("store")
-    command = [sys.executable, str(RANK), str(SOURCE), str(store)]
-    try:
-        return [
-            subprocess.Popen(
-                [*command, str(rank), str(size), work], pass_fds=[store], stdout=subprocess.PIPE, text=True
-            )
-            for rank in range(size)
-        ]
-    finally:
-        os.close(store)
+ENDS = {
+    "spinning": r"waited 1 s for rank 2 \(process {pid}, after operation #20\)",
+    "stopped": r"waited 1 s for rank 2 \(process {pid}, after operation #20, stopped\)",
+    "killed": r"rank 2 \(process {pid}\) has ended",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("work", "cause"),
-    [
-        ("killed", r"rank 2 \(process {pid}\) has ended"),
-        ("stopped", r"waited 1 s for rank 2 \(process {pid}, after operation #20, stopped\)"),
-        ("spinning", r"waited 1 s for rank 2 \(process {pid}, after operation #20\)"),
-    ],
-)
-def test_the_others_name_the_rank_that_does_not_arrive(work: str, cause: str) -> None:
-    ranks = start(3, work)
+def test_the_others_name_the_rank_that_does_not_arrive() -> None:
+    """A process is the last rank of three groups. It spins, is stopped, and is killed; each time one group waits."""
+    file = os.memfd_create("store")
+    command = [sys.executable, str(RANK), str(SOURCE), str(file), *ENDS]
+    process = subprocess.Popen(command, pass_fds=[file], stdout=subprocess.PIPE, text=True)
     try:
-        for number in (0, 1):
-            lines = ranks[number].communicate(timeout=60)[0].splitlines()
-            assert lines[0] == "ready"
-            assert lines[1].startswith(f"rank {number}: all_reduce #21")
-            pattern = cause.format(pid=ranks[2].pid)
-            assert re.search(pattern, lines[1]), lines[1]
+        stores = [SharedFileStore(file, timeout_s=60) for _ in range(2)]
+
+        def join(rank: int) -> dict[str, ProcessComm]:
+            return {name: connect_and_add(stores[rank], name, rank) for name in ENDS}
+
+        comms = on_threads(2, join)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        for name, cause in ENDS.items():
+            if name == "stopped":
+                process.send_signal(signal.SIGSTOP)
+                os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
+            elif name == "killed":
+                process.kill()
+
+            def wait(rank: int) -> str:
+                with pytest.raises(CommError) as caught:
+                    all_reduce(comms[rank][name], torch.ones(1))  # noqa: B023
+                return str(caught.value)
+
+            for rank, error in enumerate(on_threads(2, wait)):
+                assert error.startswith(f"rank {rank}: all_reduce #21")
+                assert re.search(cause.format(pid=process.pid), error), error
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-            assert rank.stdout is not None
-            rank.stdout.close()
+        process.kill()
+        process.communicate()
+        os.close(file)
 
 
 def test_an_abort_while_a_group_forms_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:

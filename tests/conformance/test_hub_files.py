@@ -1,4 +1,4 @@
-"""Tests of model folders in the forms of the hub: with one to three ranks they give transformers' greedy tokens."""
+"""Tests of model folders in the forms of the hub: they give transformers' greedy tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,29 +17,29 @@ Checkpoint = Callable[[str], Path]
 
 HALF, BRAIN, WHOLE = torch.float16, torch.bfloat16, torch.float32
 
-# Every family, and together every form of files: each format with one file and several, each type, names with and
-# without the model's prefix, heads stored or left out.
+# Every family, and together every form of files: each format, one file and several, each type, names with and
+# without the model's prefix, heads stored or left out. Few are pickled: a child process opens such files.
 SPELLINGS: dict[str, Spelling] = {
     "deepseek_v2": Spelling("safetensors", BRAIN, shards=4),
     "deepseek_v3": Spelling("safetensors", BRAIN, shards=2),
     "gemma": Spelling("safetensors", BRAIN, shards=2, tied_head=True),
-    "gemma2": Spelling("pickled", BRAIN, shards=3, prefix=""),
+    "gemma2": Spelling("safetensors", BRAIN, shards=3, prefix=""),
     "gemma3": Spelling("legacy", BRAIN, prefix="language_model.model."),
-    "gpt2": Spelling("pickled", WHOLE, prefix="", extras=True),
-    "gpt_neox": Spelling("pickled", HALF, shards=2, extras=True),
+    "gpt2": Spelling("pickled", WHOLE, prefix="", shards=2, extras=True),
+    "gpt_neox": Spelling("safetensors", HALF, shards=2, extras=True),
     "granitemoe": Spelling("safetensors", BRAIN, shards=2),
-    "llama": Spelling("pickled", HALF, shards=2, extras=True),
+    "llama": Spelling("safetensors", HALF, shards=2, extras=True),
     "llama3": Spelling("safetensors", BRAIN, shards=3),
-    "llama_yarn": Spelling("legacy", HALF, prefix="", shards=2),
-    "mistral": Spelling("pickled", BRAIN, shards=2),
+    "llama_yarn": Spelling("safetensors", HALF, prefix="", shards=2),
+    "mistral": Spelling("safetensors", BRAIN, shards=2),
     "mixtral": Spelling("safetensors", BRAIN, shards=3),
-    "opt": Spelling("legacy", HALF, prefix="decoder.", tied_head=True),
-    "opt_350m": Spelling("pickled", HALF, prefix="model.decoder.", tied_head=True),
-    "phi": Spelling("pickled", HALF, extras=True),
+    "opt": Spelling("safetensors", HALF, prefix="decoder.", tied_head=True),
+    "opt_350m": Spelling("safetensors", HALF, prefix="model.decoder.", tied_head=True),
+    "phi": Spelling("safetensors", HALF, extras=True),
     "phi3": Spelling("safetensors", BRAIN, old_config=False, prefix=""),
-    "qwen2": Spelling("pickled", BRAIN, tied_head=True),
-    "qwen2_moe": Spelling("pickled", HALF, shards=2),
-    "qwen3": Spelling("legacy", BRAIN, old_config=False, shards=2, tied_head=True),
+    "qwen2": Spelling("safetensors", BRAIN, tied_head=True),
+    "qwen2_moe": Spelling("safetensors", HALF, shards=2),
+    "qwen3": Spelling("safetensors", BRAIN, old_config=False, shards=2, tied_head=True),
     "qwen3_moe": Spelling("safetensors", BRAIN, old_config=False),
 }
 PROMPTS = make_prompts([1, 9, 40], seed=21)
@@ -64,7 +64,12 @@ def spelled(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 Spelled = Callable[[str], tuple[Path, Path]]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give each folder two ranks; test_matrix.py has each family on one and on three. With --matrix they have all."""
+    if "tp" in metafunc.fixturenames:
+        metafunc.parametrize("tp", [1, 2, 3] if metafunc.config.getoption("--matrix") else [2])
+
+
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_thread_ranks(spelled: Spelled, name: str, tp: int) -> None:
     hub, saved = spelled(name)
@@ -90,8 +95,8 @@ def test_the_spec_is_the_same(checkpoint: Checkpoint, spelled: Spelled, name: st
 
 def test_a_process_of_its_own(spelled: Spelled) -> None:
     hub, saved = spelled("gpt2")
-    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    assert_same(saved, PROMPTS, generate(hub, PROMPTS, STEPS, dtype="float32", **options))
+    outputs = generate(hub, PROMPTS, STEPS, dtype="float32", distributed_executor_backend="mp")
+    assert_same(saved, PROMPTS, outputs)
 
 
 def test_unequal_ranks(spelled: Spelled) -> None:
@@ -117,7 +122,7 @@ def test_several_ends_of_text(checkpoint: Checkpoint, tmp_path: Path) -> None:
     prompt = PROMPTS[2]
     expected, _ = reference(checkpoint("llama"), tuple(prompt), STEPS)
     stop = expected[4]
-    hub = respell(checkpoint("llama"), tmp_path / "hub", Spelling("pickled", WHOLE, eos=(2, stop)))
+    hub = respell(checkpoint("llama"), tmp_path / "hub", Spelling("safetensors", WHOLE, eos=(2, stop)))
     with LLM(str(hub), distributed_executor_backend="uni", kv_cache_memory_bytes=2**21) as llm:
         params = SamplingParams(temperature=0, max_tokens=STEPS)
         (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs

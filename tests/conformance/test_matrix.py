@@ -33,6 +33,14 @@ MAX_MODEL_LEN = 64
 PROMPTS = make_prompts([1, 5, 16, 33], seed=11)
 PROMPTS += [[*PROMPTS[3][:20], 7, 8], list(PROMPTS[2]), [5, 6, 7, 8] * 5]
 STEPS = 8
+# A default run pairs fewer values: test_hub_files.py has two tensor-parallel ranks of every family, test_pipeline.py
+# three stages, test_expert_parallel.py every mixture with experts in both orders; elsewhere two steps are in flight.
+FEWER: dict[str, list[Any]] = {
+    "tensor_parallel_size": [1, 3],
+    "pipeline_parallel_size": [1, 2],
+    "experts": ["cut", "round_robin"],
+    "max_in_flight": [1, 3],
+}
 # Layouts of process ranks: each axis alone, and pairs of axes. Every family runs with thread ranks.
 OVER_PROCESSES: dict[str, dict[str, Any]] = {
     "opt": {"tensor_parallel_size": 3},
@@ -64,7 +72,7 @@ def _product(values: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--matrix")
-        cases = list(full_product()) if whole else pairwise({**LAYOUTS, **OPTIONS})
+        cases = list(full_product()) if whole else pairwise({**LAYOUTS, **OPTIONS, **FEWER})
         metafunc.parametrize("case", cases, ids=["-".join(map(str, case.values())) for case in cases])
     if "over_processes" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--matrix")

@@ -1,26 +1,25 @@
-"""A rank in a process of its own, for tests of shared memory: `python shared_memory_rank.py SOURCE FD RANK SIZE WORK`.
+"""The last rank of three groups in a process of its own: `python shared_memory_rank.py SOURCE FD GROUP...`.
 
-WORK: how the last rank ends in the middle of an all-reduce: `killed`, `stopped` or `spinning`. Rank 1 makes its calls
-in replays, if there are native kernels.
+It spins when it has added with the others of each group. Rank 1 makes its calls in replays, if there are native
+kernels.
 """
 
-import os
-import signal
 import sys
 
-sys.path.insert(0, sys.argv[1])
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
 
 import torch
 from torch import Tensor
 
 from shoal.comm.process_comm import ProcessComm
 from shoal.comm.shared_file_store import SharedFileStore
-from shoal.errors import CommError
 from shoal.kernels.native import load_native
 from shoal.kernels.native_calls import sum_over
 from shoal.kernels.recording import Pool, Recorder
 
 TIMEOUT_S = 1.0
+SIZE = 3
 
 
 def all_reduce(comm: ProcessComm, x: Tensor) -> Tensor:
@@ -32,27 +31,25 @@ def all_reduce(comm: ProcessComm, x: Tensor) -> Tensor:
     return x
 
 
-def main(fd: int, rank: int, size: int, work: str) -> None:
-    store = SharedFileStore(fd, timeout_s=60)
-    store.set(f"imported {rank}", "")
-    store.wait([f"imported {each}" for each in range(size)])  # so that no rank waits in an operation for an import
-    comm = ProcessComm(store, "g", rank, size, requested="shm", timeout_s=TIMEOUT_S, device=torch.device("cpu"))
+def connect_and_add(store: SharedFileStore, group: str, rank: int) -> ProcessComm:
+    """Return the communicator of a rank, after 20 sums with the others."""
+    store.set(f"imported {group} {rank}", "")
+    # No rank waits in an operation for an import.
+    store.wait([f"imported {group} {each}" for each in range(SIZE)])
+    comm = ProcessComm(store, group, rank, SIZE, requested="shm", timeout_s=TIMEOUT_S, device=torch.device("cpu"))
     for number in range(20):
         total = all_reduce(comm, torch.full((1000,), float(rank + number)))
-        assert total.tolist() == [float(sum(range(size)) + number * size)] * 1000
+        assert total.tolist() == [float(sum(range(SIZE)) + number * SIZE)] * 1000
+    return comm
+
+
+def main(fd: int, groups: list[str]) -> None:
+    store = SharedFileStore(fd, timeout_s=60)
+    comms = [connect_and_add(store, group, SIZE - 1) for group in groups]
     print("ready", flush=True)
-    last = rank == size - 1
-    if last and work == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if last and work == "stopped":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    while last and work == "spinning":
+    while comms:
         pass
-    try:
-        all_reduce(comm, torch.ones(1))
-        print("done", flush=True)
-    except CommError as error:
-        print(error, flush=True)
 
 
-main(int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+if __name__ == "__main__":
+    main(int(sys.argv[2]), sys.argv[3:])
