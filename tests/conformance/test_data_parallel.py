@@ -33,6 +33,7 @@ MIXED = [PARAMS[i % len(PARAMS)] for i in range(len(PROMPTS))]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 HALF_WAY = SamplingParams(temperature=0.8, seed=7, max_tokens=16, ignore_eos=True, logprobs=0)
 SIZE: dict[str, Any] = {"kv_cache_memory_bytes": "1MiB", "max_model_len": 96, "max_num_seqs": 6}
+MANY = {**SIZE, "max_num_seqs": 20, "data_parallel_size": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "threads": {"data_parallel_size": 2, "distributed_executor_backend": "threads"},
     "threads-3-of-2": {
@@ -40,7 +41,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "threads",
     },
-    "processes": {"data_parallel_size": 2},
 }
 
 
@@ -55,9 +55,19 @@ def alone(folder: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.fixture(scope="module")
+def processes_of_two(folder: Path) -> Iterator[LLM]:
+    """Two replicas, each an engine process with two ranks. Tests at the end kill them one by one."""
+    with LLM(folder, **MANY, tensor_parallel_size=2) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module", params=[*LAYOUTS, "processes"])
 def replicas(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    with LLM(folder, **SIZE, **request.param) as llm:
+    if request.param == "processes":
+        yield request.getfixturevalue("processes_of_two")
+        return
+    with LLM(folder, **SIZE, **LAYOUTS[request.param]) as llm:
         yield llm
 
 
@@ -126,8 +136,7 @@ def test_jobs_over_a_window(folder: Path) -> None:
 
 # --- deaths ------------------------------------------------------------------------------------------------------
 
-COUNT = 120
-MANY = {**SIZE, "max_num_seqs": 20, "data_parallel_size": 2}
+COUNT = 80
 
 
 def prompts(count: int) -> list[Any]:
@@ -154,54 +163,58 @@ def run_and_signal(llm: LLM, victim: int, number: int, *more: int) -> list[Reque
     return [found[i] for i in range(COUNT)]
 
 
-def test_a_replica_dies_half_way(
-    folder: Path, expected: list[list[tuple[int, ...]]], caplog: pytest.LogCaptureFixture
+def engines_of(llm: LLM) -> list[int]:
+    """Return the process of each replica's engine: the parent of its ranks."""
+    parents = {rank: pid for pid in processes.children(os.getpid()) for rank in processes.children(pid)}
+    return [parents[replica.ranks[0].pid] for replica in llm.stats().replicas]
+
+
+def test_a_rank_of_a_replica_dies_half_way(processes_of_two: LLM, expected: list[list[tuple[int, ...]]]) -> None:
+    llm = processes_of_two
+    before = [[rank.pid for rank in replica.ranks] for replica in llm.stats().replicas]
+    assert tokens_of(run_and_signal(llm, before[1][1], signal.SIGKILL)) == expected
+    after = [[rank.pid for rank in replica.ranks] for replica in llm.stats().replicas]
+    assert after[0] == before[0], "the other replica did not notice"
+    assert after[1][0] == before[1][0], "the survivor keeps its weights"
+    assert after[1][1] != before[1][1], "the dead rank was replaced"
+
+
+def test_replicas_die_half_way_one_after_the_other(
+    processes_of_two: LLM, expected: list[list[tuple[int, ...]]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with LLM(folder, **MANY) as llm:
-        victim = llm.stats().replicas[1].ranks[-1].pid
-        with caplog.at_level("WARNING", "shoal"):
-            assert tokens_of(run_and_signal(llm, victim, signal.SIGKILL)) == expected
-        (warning,) = (record.getMessage() for record in caplog.records if record.name == "shoal.replicas")
-        assert f"process {victim}" in warning
-        assert "unfinished requests go on at the 1 replica left" in warning
-        assert len(llm.stats().replicas) == 1
-        again = llm.generate(prompts(3), HALF_WAY, use_tqdm=False)
-        assert len(again) == 3, "and goes on with fewer"
+    llm, engines = processes_of_two, engines_of(processes_of_two)
+    with caplog.at_level("WARNING", "shoal"):
+        assert tokens_of(run_and_signal(llm, engines[1], signal.SIGKILL)) == expected
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == "shoal.replicas")
+    assert f"process {engines[1]}" in warning
+    assert "unfinished requests go on at the 1 replica left" in warning
+    assert len(llm.stats().replicas) == 1
+    again = llm.generate(prompts(3), HALF_WAY, use_tqdm=False)
+    assert len(again) == 3, "and goes on with fewer"
+    check_that_finished_outputs_are_kept(llm, engines, expected)
 
 
-def test_a_rank_of_a_replica_dies_half_way(folder: Path, expected: list[list[tuple[int, ...]]]) -> None:
-    with LLM(folder, **MANY, tensor_parallel_size=2) as llm:
-        before = [[rank.pid for rank in replica.ranks] for replica in llm.stats().replicas]
-        assert tokens_of(run_and_signal(llm, before[1][1], signal.SIGKILL)) == expected
-        after = [[rank.pid for rank in replica.ranks] for replica in llm.stats().replicas]
-        assert after[0] == before[0], "the other replica did not notice"
-        assert after[1][0] == before[1][0], "the survivor keeps its weights"
-        assert after[1][1] != before[1][1], "the dead rank was replaced"
+def check_that_finished_outputs_are_kept(llm: LLM, engines: list[int], expected: list[list[tuple[int, ...]]]) -> None:
+    """Kill the first replica, the only one that is left."""
+    run = llm.run
 
+    def deadly(*arguments: Any, **keywords: Any) -> Iterator[tuple[int, RequestOutput]]:
+        for count, pair in enumerate(run(*arguments, **keywords)):
+            yield pair
+            if count == COUNT // 2:
+                os.kill(engines[0], signal.SIGKILL)
 
-def test_finished_outputs_are_kept_when_no_replica_is_left(
-    folder: Path, expected: list[list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with LLM(folder, **MANY) as llm:
-        pids = [replica.ranks[0].pid for replica in llm.stats().replicas]
-        run = llm.run
-
-        def deadly(*arguments: Any, **keywords: Any) -> Iterator[tuple[int, RequestOutput]]:
-            for count, pair in enumerate(run(*arguments, **keywords)):
-                yield pair
-                if count in (COUNT // 4, COUNT // 2):
-                    os.kill(pids[count // (COUNT // 2)], signal.SIGKILL)
-
-        monkeypatch.setattr(llm, "run", deadly)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "run", deadly)
         with pytest.raises(ReplicasFailed) as caught:
             llm.generate(prompts(COUNT), HALF_WAY, use_tqdm=False)
-        causes = "; ".join(f"replica {i} (process {pid}) was killed by SIGKILL" for i, pid in enumerate(pids))
-        assert str(caught.value) == f"no replica is left: {causes}"
-        assert COUNT // 2 < len(caught.value.outputs) < COUNT
-        for index, output in caught.value.outputs.items():
-            assert tokens_of([output]) == [expected[index]]
-        with pytest.raises(ClosedError, match="no replica is left"):
-            llm.generate(prompts(1), HALF_WAY, use_tqdm=False)
+    causes = "; ".join(f"replica {i} (process {pid}) was killed by SIGKILL" for i, pid in enumerate(engines))
+    assert str(caught.value) == f"no replica is left: {causes}"
+    assert COUNT // 2 < len(caught.value.outputs) < COUNT
+    for index, output in caught.value.outputs.items():
+        assert tokens_of([output]) == [expected[index]]
+    with pytest.raises(ClosedError, match="no replica is left"):
+        llm.generate(prompts(1), HALF_WAY, use_tqdm=False)
 
 
 # --- replicas that share experts ---------------------------------------------------------------------------------
@@ -209,34 +222,34 @@ def test_finished_outputs_are_kept_when_no_replica_is_left(
 TOGETHER: dict[str, Any] = {"data_parallel_size": 2, "enable_expert_parallel": True}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"distributed_executor_backend": "threads"},
-        {"distributed_executor_backend": "threads", "tensor_parallel_size": 2},
-        {},
-    ],
-    ids=["threads", "threads-tp", "processes"],
-)
-def test_replicas_that_share_experts(checkpoint: Checkpoint, options: dict[str, Any]) -> None:
-    folder = checkpoint("mixtral")
-    with LLM(folder, **SIZE) as llm:
-        expected = tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False))
-    with LLM(folder, **SIZE, **TOGETHER, **options) as llm:
-        assert tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False)) == expected
-        # One replica has no work, but computes every step.
-        assert tokens_of(llm.generate(PROMPTS[:1], MIXED[:1], use_tqdm=False)) == expected[:1]
-        stats = llm.stats()
-        assert max(replica.steps for replica in stats.replicas) - min(replica.steps for replica in stats.replicas) <= 2
-        again = llm.stats()
-        assert again.steps - stats.steps <= 2, "at rest nobody takes steps"
-
-
 @pytest.fixture(scope="module")
 def together(checkpoint: Checkpoint) -> Iterator[LLM]:
     """Two replicas of two ranks, which share experts."""
     with LLM(checkpoint("mixtral"), **MANY, enable_expert_parallel=True, tensor_parallel_size=2) as llm:
         yield llm
+
+
+@pytest.fixture(params=["threads", "threads-tp", "processes"])
+def sharing(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    if request.param == "processes":
+        yield request.getfixturevalue("together")
+        return
+    tp = 2 if request.param == "threads-tp" else 1
+    options = {**SIZE, **TOGETHER, "tensor_parallel_size": tp, "distributed_executor_backend": "threads"}
+    with LLM(checkpoint("mixtral"), **options) as llm:
+        yield llm
+
+
+def test_replicas_that_share_experts(checkpoint: Checkpoint, sharing: LLM) -> None:
+    with LLM(checkpoint("mixtral"), **SIZE) as llm:
+        expected = tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False))
+    assert tokens_of(sharing.generate(PROMPTS, MIXED, use_tqdm=False)) == expected
+    # One replica has no work, but computes every step.
+    assert tokens_of(sharing.generate(PROMPTS[:1], MIXED[:1], use_tqdm=False)) == expected[:1]
+    stats = sharing.stats()
+    assert max(replica.steps for replica in stats.replicas) - min(replica.steps for replica in stats.replicas) <= 2
+    again = sharing.stats()
+    assert again.steps - stats.steps <= 2, "at rest nobody takes steps"
 
 
 @pytest.mark.parametrize(

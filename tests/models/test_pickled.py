@@ -143,10 +143,12 @@ def test_the_state_dict_of_a_module_is_read(file: Path, save: Save) -> None:
     assert_read(file, state)
 
 
-@both
-def test_the_child_process_gives_the_same_result(file: Path, save: Save) -> None:
-    save(OrderedDict(some_tensors()), file)
-    assert in_child(file) == list_tensors(file) == list_here({file: FileState.of(file)})[file]
+def test_the_child_process_gives_the_same_result(tmp_path: Path) -> None:
+    files = {}
+    for number, save in enumerate((zipped, legacy)):
+        save(OrderedDict(some_tensors()), tmp_path / f"{number}.bin")
+        files[tmp_path / f"{number}.bin"] = FileState.of(tmp_path / f"{number}.bin")
+    assert read_pickled(files) == list_here(files) == {file: list_tensors(file) for file in files}
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -207,7 +209,7 @@ class Attack:
 def test_code_in_a_file_is_never_run(file: Path, tmp_path: Path, save: Save) -> None:
     marker = tmp_path / "run"
     save({"a": torch.ones(2), "b": Attack(os.system, f"touch {marker}")}, file)
-    for read in (list_tensors, in_child):
+    for read in (list_tensors, in_child) if save is zipped else (list_tensors,):
         message = refusal(file, read)
         assert "asks for 'posix.system', which weights do not need; if you trust the file, convert it to" in message
     save({"a": torch.ones(2), "b": Attack(eval, f"open({str(marker)!r}, 'w')")}, file)
@@ -254,10 +256,9 @@ def bomb_of_sharing() -> bytes:
     return b"\x80\x02]" + b"q\x00]h\x00ah\x00a" * 60 + b"."
 
 
-def bomb_of_copies() -> bytes:
-    """Return many dicts that are made from one list of pairs: 400 KB that ask for 20,000 x 20,000 entries."""
-    pairs = b"".join(number(i) + b"N\x86" for i in range(20_000))
-    return b"\x80\x02](](" + pairs + b"e\x85q\x00" + b"ccollections\nOrderedDict\nh\x00R" * 20_000 + b"e."
+def bomb_of_pieces() -> bytes:
+    """Return many objects of 64 MiB each, 16 GiB in all, which take only a few bytes in the file."""
+    return b"\x80\x02](" + (b"cbuiltins\nbytearray\n" + number(2**26) + b"\x85R") * 256 + b"e."
 
 
 def bomb_of_numbers(name: str) -> bytes:
@@ -319,21 +320,19 @@ def test_invalid_pickle_programs_are_refused(file: Path, save: Save, program: by
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (bomb_of_hashes(), "took more than 2 s of processor time"),
         (
             b"\x80\x02}N" + b"\x85" * 400_000 + b"K\x01s.",
             "was killed by SIGSEGV",
         ),  # a key that is nested too deeply for the stack
-        (bomb_of_copies(), "could not allocate memory for it"),
-        (bomb_of_numbers("builtins.bytearray"), "could not allocate memory for it"),
+        (bomb_of_pieces(), "could not allocate memory for it"),
         (bomb_of_numbers("torch.FloatTensor"), "could not allocate memory for it"),
     ],
-    ids=["hashes", "nesting", "copies", "bytes", "tensor"],
+    ids=["nesting", "pieces", "tensor"],
 )
-def test_programs_that_exhaust_time_or_memory_are_refused(file: Path, program: bytes, message: str) -> None:
-    """Such a program blocks, crashes or fills only the child process."""
+def test_programs_that_exhaust_memory_are_refused(file: Path, program: bytes, message: str) -> None:
+    """Such a program crashes or fills only the child process."""
     write_program(file, zipped, program)
-    found = refusal(file, lambda file: in_child(file, 2 if program == bomb_of_hashes() else 60))
+    found = refusal(file, in_child)
     assert message in found
     assert "convert it to safetensors" in found
 
@@ -435,7 +434,6 @@ def test_a_tensor_outside_its_storage_is_refused(file: Path, save: Save, change:
 def test_a_folder_in_place_of_a_file_is_refused(file: Path) -> None:
     file.mkdir()
     assert "can't be read: Is a directory" in refusal(file)
-    assert "can't be read: Is a directory" in refusal(file, in_child)
 
 
 # --- the child process -------------------------------------------------------------------------------------------
@@ -471,9 +469,16 @@ def test_the_error_names_the_refused_file(tmp_path: Path) -> None:
     for file in files:
         torch.save({"a": torch.ones(2)}, file)
     write_program(files[1], zipped, bomb_of_hashes())
-    refusal(files[1], lambda _: read_pickled({file: FileState.of(file) for file in files}, 1))
-    files[1].write_bytes(b"")
-    refusal(files[1], lambda _: read_pickled({file: FileState.of(file) for file in files}))
+
+    def read(_: Path) -> object:
+        return read_pickled({file: FileState.of(file) for file in files}, 1)
+
+    found = refusal(files[1], read)  # the program blocks only the child process
+    assert "took more than 1 s of processor time" in found
+    assert "convert it to safetensors" in found
+    files[1].unlink()
+    files[1].mkdir()
+    assert "can't be read: Is a directory" in refusal(files[1], read)
 
 
 # --- archives ----------------------------------------------------------------------------------------------------
