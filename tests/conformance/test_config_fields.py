@@ -96,8 +96,10 @@ def test_a_field(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"tensor_parallel_size": 3}, {"pipeline_parallel_size": 2}])
-@pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
+@pytest.mark.parametrize(
+    ("options", "model_impl"),
+    [({"tensor_parallel_size": 3}, "shoal"), ({"pipeline_parallel_size": 2}, "transformers")],
+)
 @pytest.mark.parametrize("rope", [DYNAMIC, LINEAR, None])
 def test_ropes_in_other_layouts(tmp_path: Path, options: Any, model_impl: str, rope: dict[str, Any] | None) -> None:
     changes = {"rope_scaling": rope} if rope else {"partial_rotary_factor": 0.5}

@@ -24,11 +24,11 @@ PROMPTS = make_prompts([1, 9, 40], seed=31)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_budget_smaller_than_a_prompt(checkpoint: Checkpoint, name: str, tp: int) -> None:
+def test_budget_smaller_than_a_prompt(checkpoint: Checkpoint, name: str) -> None:
+    """test_matrix.py has other numbers of ranks."""
     folder = checkpoint(name)
-    outputs = generate(folder, PROMPTS, steps=8, tensor_parallel_size=tp, max_num_batched_tokens=7)
+    outputs = generate(folder, PROMPTS, steps=8, tensor_parallel_size=2, max_num_batched_tokens=7)
     assert_same(folder, PROMPTS, outputs)
 
 

@@ -153,20 +153,27 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
-def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str, layout: Layout) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(("mixtral", layout) for layout in LAYOUTS),
+        ("qwen2_moe", "dp3"),
+        ("qwen2_moe", "dp2-tp2"),
+        ("qwen2_moe", "dp2-pp2"),
+    ],
+)
+def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str, layout: str) -> None:
     """One replica has three prompts, another a short one, and the others none."""
     folder = checkpoint(name)
     prompts = make_prompts([1, 40, 9, 17])
-    with replicas(folder, layout) as running:
+    with replicas(folder, LAYOUTS[layout]) as running:
         for seq, prompt in enumerate(prompts[:3]):
             running.add(0, seq, prompt)
         running.add(1, 3, prompts[3], max_tokens=2)
         running.run()
         steps = [engine.stats().steps for engine in running.engines]
         assert len(set(steps)) == 1  # all are idle after the same number of steps
-        running.add(layout.dp - 1, 4, prompts[1])  # and they continue together
+        running.add(LAYOUTS[layout].dp - 1, 4, prompts[1])  # and they continue together
         running.run()
     for seq in range(3):
         assert running.tokens[seq] == expected(folder, tuple(prompts[seq]))
@@ -177,24 +184,31 @@ def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str,
 MIXTURES = [name for name in sorted(MAKERS) if name.startswith(("mixtral", "granitemoe", "deepseek")) or "moe" in name]
 OPTIONS: dict[str, dict[str, Any]] = {
     "tp3": {"tensor_parallel_size": 3},
-    "dp2": {"data_parallel_size": 2, "all2all_backend": "all_to_all"},
     "dp2-tp2": {"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_placement_strategy": "round_robin"},
     "dp3-pp2": {"data_parallel_size": 3, "pipeline_parallel_size": 2, "all2all_backend": "all_to_all"},
 }
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every mixture to every layout; without --matrix only two of them to the largest."""
+    if "mixture" in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--matrix")
+        cases = [(name, layout) for name in MIXTURES for layout in OPTIONS]
+        large = ("mixtral", "deepseek_v3")
+        chosen = [(name, layout) for name, layout in cases if whole or layout != "dp3-pp2" or name in large]
+        metafunc.parametrize(("mixture", "options"), chosen)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", MIXTURES)
-def test_every_mixture(checkpoint: Callable[[str], Path], name: str, options: dict[str, Any]) -> None:
-    folder = checkpoint(name)
+def test_every_mixture(checkpoint: Callable[[str], Path], mixture: str, options: str) -> None:
+    folder = checkpoint(mixture)
     whole = {"enable_expert_parallel": True, "distributed_executor_backend": "threads"}
-    assert_same(folder, FEW, generate(folder, FEW, steps=STEPS, **whole, **options))
+    assert_same(folder, FEW, generate(folder, FEW, steps=STEPS, **whole, **OPTIONS[options]))
 
 
 def test_process_ranks_meet_at_the_rendezvous(checkpoint: Callable[[str], Path]) -> None:
     folder, prompts = checkpoint("qwen2_moe"), make_prompts([5, 20])
-    with Rendezvous() as meeting, replicas(folder, Layout(tp=2), meeting) as running:
+    with Rendezvous() as meeting, replicas(folder, Layout(), meeting) as running:
         for seq, prompt in enumerate(prompts):
             running.add(0, seq, prompt)
         running.run()

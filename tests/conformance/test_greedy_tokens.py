@@ -74,18 +74,12 @@ def assert_same(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequenc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(MAKERS))
-def test_every_family(checkpoint: Checkpoint, name: str) -> None:
-    """test_matrix.py has all families in all layouts."""
-    folder = checkpoint(name)
-    assert_same(folder, FEW, generate(folder, FEW, steps=12))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tp", [1, 3, 4])
-@pytest.mark.parametrize("name", ["llama", "llama_6_2", "gemma3", "opt_350m"])
+@pytest.mark.parametrize(("name", "tp"), [("llama", 1), ("llama", 4), ("llama_6_2", 4), ("gemma3", 3), ("opt_350m", 3)])
 def test_many_prompts(checkpoint: Checkpoint, name: str, tp: int) -> None:
-    """Prefills and decodes share steps, and some prompts end at the end of a block."""
+    """Prefills and decodes share steps, and some prompts end at the end of a block.
+
+    test_matrix.py has every family in many layouts, models/test_decoder.py every family on one rank.
+    """
     folder = checkpoint(name)
     assert_same(folder, MIXED, generate(folder, MIXED, tensor_parallel_size=tp))
 
@@ -95,11 +89,6 @@ def test_process_ranks(checkpoint: Checkpoint) -> None:
     folder = checkpoint("phi")
     outputs = generate(folder, FEW, steps=8, tensor_parallel_size=2, distributed_executor_backend="mp")
     assert_same(folder, FEW, outputs)
-
-
-def test_one_process_rank(checkpoint: Checkpoint) -> None:
-    folder = checkpoint("llama")
-    assert_same(folder, FEW, generate(folder, FEW, steps=8, distributed_executor_backend="mp"))
 
 
 @pytest.mark.parametrize("shares", [(2, 1), (1, 3, 2), (1, 20)])
@@ -122,8 +111,7 @@ def test_more_ranks_than_heads(checkpoint: Checkpoint, tp: int) -> None:
     assert_same(folder, MIXED[:5], generate(folder, MIXED[:5], steps=8, tensor_parallel_size=tp))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize(("tp", "depth"), [(1, 1), (3, 2), (1, 3)])
 def test_budget_smaller_than_a_prompt(checkpoint: Checkpoint, depth: int, tp: int) -> None:
     folder = checkpoint("llama")
     outputs = generate(folder, MIXED, tensor_parallel_size=tp, max_num_batched_tokens=7, max_in_flight=depth)
@@ -147,8 +135,7 @@ def test_prefix_hits(checkpoint: Checkpoint, block_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("tp", "depth"), [(2, 1), (1, 2), (2, 3)])
 def test_preemption(checkpoint: Checkpoint, depth: int, tp: int) -> None:
     """The cache holds one request of the longest length: the others are preempted and computed again."""
     folder = checkpoint("llama")

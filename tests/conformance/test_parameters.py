@@ -235,8 +235,7 @@ def test_outputs_of_one_prompt_are_the_same_with_any_neighbours(checkpoint: Chec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp", [1, 2, 3])
-@pytest.mark.parametrize("draft", ["llama", "llama3"])
+@pytest.mark.parametrize(("draft", "tp"), [("llama", 1), ("llama", 3), ("llama3", 2)])
 def test_a_draft_model_changes_no_token(checkpoint: Checkpoint, draft: str, tp: int) -> None:
     """The model itself as draft model is always right, another model seldom; the output tokens never change."""
     folder = checkpoint("llama")
@@ -302,7 +301,7 @@ def test_drafts_within_a_sliding_window(checkpoint: Checkpoint) -> None:
 def test_drafts_change_no_token_in_any_type(dtype: str) -> None:
     """A draft token has the same bits as a token that is computed alone, so near-ties have the same result, too. (Not
     so the sum over the vocabulary for log-probabilities, whose order depends on the number of rows.)"""
-    prompts = [f"{a} + {b} =" for a in range(3, 60, 3) for b in (7, 11)] + ["Count from 1 to 9:", "Reverse: shoal ->"]
+    prompts = [f"{a} + {b} =" for a in range(3, 60, 3) for b in (7,)] + ["Count from 1 to 9:", "Reverse: shoal ->"]
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
     found = []
     for speculative in (None, {"method": "ngram", "prompt_lookup_min": 1}):

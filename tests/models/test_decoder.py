@@ -105,9 +105,19 @@ def assert_close(folder: Path, found: Sequence[Tensor]) -> None:
         assert float((ours - theirs).abs().max()) < TOLERANCE
 
 
-# One rank; ranks of which one has heads of two groups; more ranks than heads, so that some have none.
-@pytest.mark.parametrize("weights", [(1,), (1, 2, 1), (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)])
-@pytest.mark.parametrize("name", sorted(MAKERS))
+# More ranks than heads, so that some have none: one model of each kind of attention and of MLP in a default run.
+MANY = (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)
+ON_MANY = ("deepseek_v2", "gemma3", "gpt2", "llama_6_2", "opt_350m", "phi3", "qwen3_moe")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every model to one rank, and to three of which one has heads of two groups."""
+    if "weights" in metafunc.fixturenames:
+        many = MAKERS if metafunc.config.getoption("--matrix") else ON_MANY
+        cases = [(name, weights) for name in sorted(MAKERS) for weights in ((1,), (1, 2, 1))]
+        metafunc.parametrize(("name", "weights"), [*cases, *((name, MANY) for name in sorted(many))])
+
+
 def test_logits_are_those_of_transformers(
     checkpoint: Callable[[str], Path], name: str, weights: tuple[int, ...]
 ) -> None:
