@@ -818,7 +818,7 @@ def without_tokenizer(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"engine_process": True}, {"data_parallel_size": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"engine_process": True}], ids=str)
 def test_the_tokenizer_may_be_in_another_folder(without_tokenizer: Path, options: dict[str, Any]) -> None:
     """It is used for prompts, chats and structured outputs. The engine follows the latter, wherever it runs."""
     with LLM(without_tokenizer, tokenizer=DEMO_MODEL, **SMALL, **options) as llm:
@@ -892,10 +892,15 @@ def test_the_tokenizer_may_have_its_own_revision(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_a_relative_path_is_resolved_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files that are read later, by this process or by another, are found from any working directory."""
-    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    """Files that are read later, by this process or by another, are found from any working directory.
+
+    The tokenizer is in another folder than the model.
+    """
+    shutil.copytree(DEMO_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(DEMO_MODEL, tmp_path / "tokens")
     monkeypatch.chdir(tmp_path)
-    opened = open_model("model", {**SMALL, "data_parallel_size": 2, "speculative_config": {"model": "model"}})
+    options = {**SMALL, "tokenizer": "tokens", "data_parallel_size": 2, "speculative_config": {"model": "model"}}
+    opened = open_model("model", options)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert opened.name == "model"

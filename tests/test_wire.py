@@ -255,7 +255,7 @@ PAYLOADS = {
 
 
 @pytest.mark.parametrize(("name", "message"), MESSAGES, ids=[f"{n}-{m.__name__}" for n, m in MESSAGES])
-@settings(steady, max_examples=25)
+@settings(steady, max_examples=12)
 @given(data=st.data())
 def test_every_message_is_decoded_as_it_was_sent(name: str, message: type[Wire], data: st.DataObject) -> None:
     sent = data.draw(values(message))
@@ -265,7 +265,7 @@ def test_every_message_is_decoded_as_it_was_sent(name: str, message: type[Wire],
 
 
 @pytest.mark.parametrize("message", PAYLOADS, ids=lambda message: message.__name__)
-@settings(steady, max_examples=25)
+@settings(steady, max_examples=12)
 @given(data=st.data())
 def test_every_payload_is_decoded_as_it_was_sent(message: type[Wire], data: st.DataObject) -> None:
     sent = data.draw(values(message))

@@ -67,6 +67,21 @@ def refused(
     return run
 
 
+Ran = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ran(shoal: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """Return a function that runs `shoal generate` in this process, and returns exit code, stdout and stderr."""
+    monkeypatch.setenv("SHOAL_LOG_LEVEL", "warning")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return shoal("generate", *arguments), *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture
 def folder(checkpoint: Checkpoints, tmp_path: Path) -> Path:
     """A copy of a checkpoint, which tests may damage."""
@@ -521,11 +536,11 @@ def test_prompts_file_whose_first_line_is_broken(
 
 
 @pytest.mark.slow
-def test_broken_lines_fail_alone(tmp_path: Path) -> None:
+def test_broken_lines_fail_alone(ran: Ran, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     good = '{"prompt": "1 + 1 ="}'
     prompts.write_text(f'{good}\nhello\n{good[:-1]}, "sampling_params": {{"topp": 1}}}}\n{good}\n')
-    code, out, err, _ = run_process(tmp_path, "--prompts-file", prompts, "--output", output, *SMALL, seconds=60)
+    code, out, err = ran("--prompts-file", prompts, "--output", output, *SMALL)
     assert (code, out) == (1, "")
     written = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert [written[index].get("error") is not None for index in range(4)] == [False, True, True, False]
@@ -662,7 +677,7 @@ SMALL = ("--kv-cache-memory-bytes", "2MiB", "--max-model-len", 64, "--max-tokens
 
 
 @pytest.mark.slow
-def test_bad_prompts_in_a_file_fail_alone(tmp_path: Path, folder: Path) -> None:
+def test_bad_prompts_in_a_file_fail_alone(ran: Ran, tmp_path: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(wordy_tokenizer({"hello": 5, "bye": 6, "strange": 301}))
     bad: dict[int, tuple[dict[str, Any], str]] = {
         1: ({"prompt": ""}, "empty"),
@@ -680,7 +695,7 @@ def test_bad_prompts_in_a_file_fail_alone(tmp_path: Path, folder: Path) -> None:
     file, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     last = json.dumps(good[10], ensure_ascii=False)  # with a line separator that does not end a JSON line
     file.write_text("\n".join([*lines, last]), encoding="utf-8")
-    code, out, err, _ = run_process(tmp_path, folder, "--prompts-file", file, "--output", output, *SMALL, seconds=60)
+    code, out, err = ran(folder, "--prompts-file", file, "--output", output, *SMALL)
     assert code == 1, err
     assert out == ""
     written = {line["index"]: line for line in map(json.loads, output.read_text("utf-8").split("\n")[:-1])}
@@ -712,8 +727,8 @@ def test_prompt_that_does_not_fit_into_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk(tmp_path: Path) -> None:
-    code, out, err, _ = run_process(tmp_path, "-p", "1 + 1 =", "--output", "/dev/full", *SMALL, seconds=60)
+def test_full_disk(ran: Ran) -> None:
+    code, out, err = ran("-p", "1 + 1 =", "--output", "/dev/full", *SMALL)
     assert (code, out) == (1, "")
     assert len(err.splitlines()) == 1, err
     has(err, "error: --output /dev/full can't be written", "No space left")

@@ -14,14 +14,23 @@ pytestmark = pytest.mark.slow  # starts processes
 SMALL = ["shape:llama-10m", "--kv-cache-memory-bytes", "32MiB", "--repeat", "1"]
 
 
-def bench(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "shoal", "bench", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+Bench = Callable[..., dict[str, Any]]
 
 
-def test_latency() -> None:
+@pytest.fixture
+def bench(shoal: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Return a function that runs `shoal bench` in this process and returns its report."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert shoal("bench", *arguments) == 0
+        report: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return report
+
+    return run
+
+
+def test_latency(bench: Bench) -> None:
     lengths = ["--input-len", "20", "--output-len", "6"]
     report = bench("latency", *SMALL, *lengths, "--batch-size", "1", "--batch-size", "3")
     assert [result["batch_size"] for result in report["results"]] == [1, 3]
@@ -51,9 +60,9 @@ def test_throughput_into_a_file(tmp_path: Path) -> None:
     assert 0 < reduces["share"] < 1
 
 
-def test_latency_with_replicas() -> None:
+def test_latency_with_replicas(bench: Bench) -> None:
     lengths = ["--input-len", "8", "--output-len", "3", "--num-prompts", "6"]
-    report = bench("throughput", *SMALL, *lengths, "-dp", "2")
+    report = bench("throughput", *SMALL, *lengths, "-dp", "2", "--distributed-executor-backend", "threads")
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     (result,) = report["results"]
     assert result["steps"] >= 2 * 3
@@ -61,13 +70,13 @@ def test_latency_with_replicas() -> None:
     assert len(result["stage_idle"]) == 1
 
 
-def test_startup() -> None:
+def test_startup(bench: Bench) -> None:
     report = bench("startup", *SMALL)
     phases = report["seconds"]
     assert phases["ready"] > sum(seconds for name, seconds in phases.items() if name != "ready") > 0
 
 
-def test_comm() -> None:
+def test_comm(bench: Bench) -> None:
     sizes = ["--size", "2KiB", "--size", "300KiB", "--operation", "all_reduce", "--operation", "barrier"]
     report = bench("comm", "--json", "--ranks", "2", "--repeat", "3", *sizes)
     assert (report["pattern"], report["sizes"], report["dtype"]) == ("operations", [2048, 307200], "bfloat16")
@@ -85,19 +94,13 @@ def test_flags_of_another_pattern_are_refused(shoal: Callable[..., int], capsys:
     assert capsys.readouterr().err == "error: --size is for --pattern operations, and the pattern is moe\n"
 
 
-def test_comm_with_experts(tmp_path: Path) -> None:
+def test_comm_with_experts(shoal: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
     sizes = ["--ranks", "2", "--experts", "4", "--top-k", "1", "--hidden-size", "16", "--dtype", "float32"]
     command = ["comm", "--pattern", "moe", *sizes, "--tokens", "0", "--tokens", "300", "--repeat", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "shoal", "bench", *command, "-o", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
+    assert shoal("bench", *command, "-o", file) == 0
     report = json.loads(file.read_text())
-    assert done.stdout.splitlines()[-1] == f"auto chooses {report['auto']}: {report['why']}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"auto chooses {report['auto']}: {report['why']}"
     assert report["auto"] == "all_to_all"
     assert report["tokens"] == [0, 300]
     sent = {(result["tokens"], result["backend"]): result["sent_bytes"] for result in report["results"]}

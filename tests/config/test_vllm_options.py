@@ -14,6 +14,7 @@ from shoal.cli.commands import every_command
 from shoal.config import engine_options, vllm_options
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
+from support.commands import commands_here
 
 SWITCHES = [each for each in vllm_options.TABLE if each.is_switch]
 VALUES = [each for each in vllm_options.TABLE if not each.is_switch]
@@ -158,15 +159,18 @@ def test_code_in_the_folder_of_a_checkpoint_is_not_run(checkpoint: Callable[[str
         (["--max-model-len", "0", "--swap-space", "4", "--disable-log-requests"], "--max-model-len must be at least 1"),
     ],
 )
-def test_flags(arguments: list[str], says: str) -> None:
-    program = [sys.executable, "-m", "shoal", "serve", "--port", "0", *arguments]
-    found = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
-    assert found.returncode == 2, found.stderr
-    assert says in found.stderr.splitlines()[-1]
+def test_flags(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with commands_here(monkeypatch) as shoal:
+        assert shoal("serve", "--port", "0", *arguments) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_flags_with_underscores_and_lists_of_origins() -> None:
+def test_flags_with_underscores_and_lists_of_origins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Scripts for vLLM have such flags. Only the last one is refused."""
     arguments = [
         "--gpu_memory_utilization",
@@ -182,9 +186,9 @@ def test_flags_with_underscores_and_lists_of_origins() -> None:
         ([], "--max-num-seqs must be at least 1"),
         (["--allowed-origins", "[5]"], "a JSON list of them"),
     ):
-        program = [sys.executable, "-m", "shoal", "serve", *arguments, *more]
-        found = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
-        assert (found.returncode, says in found.stderr) == (2, True), found.stderr
+        with commands_here(monkeypatch) as shoal:
+            assert shoal("serve", *arguments, *more) == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -29,10 +29,10 @@ SCHEMA = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    backend = "uni" if request.param == 1 else "threads"
-    options: dict[str, Any] = {"tensor_parallel_size": request.param, "distributed_executor_backend": backend}
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """Two ranks. test_pipeline.py shows that one draws the same."""
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "threads"}
     with LLM(kv_cache_memory_bytes="16MiB", **options) as llm:
         yield llm
 

@@ -81,8 +81,7 @@ def test_processes(checkpoint: Checkpoint) -> None:
 # --- steps in flight ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-@pytest.mark.parametrize("pp", [2, 3])
+@pytest.mark.parametrize(("pp", "depth"), [(3, 1), (3, 2), (2, 5)])
 def test_any_number_of_plans_in_flight_and_prompts_in_chunks(checkpoint: Checkpoint, pp: int, depth: int) -> None:
     folder = checkpoint("llama")
     assert_same(folder, MIXED, staged(folder, MIXED, pp, max_num_batched_tokens=7, max_in_flight=depth))
@@ -156,14 +155,13 @@ def test_draws_are_those_of_one_stage(checkpoint: Checkpoint, speculative: Any) 
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in [*MIXED, [5, 6, 7, 8] * 5]]
     params = [seeded(i) for i in range(len(prompts))]
     found = []
-    for pp, tp in [(1, 1), (2, 1), (3, 2)]:
+    for pp, tp in [(1, 1), (3, 2)]:
         with open_llm(checkpoint("llama"), pp, tp, speculative_config=speculative) as llm:
             found.append(tokens_of(llm.generate(prompts, params, use_tqdm=False)))
     assert found[1] == found[0]
-    assert found[2] == found[0]
 
 
-@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("pp", "tp"), [(2, 2), (3, 1)])
 def test_the_last_stage_has_the_draft_model(checkpoint: Checkpoint, pp: int, tp: int) -> None:
     folder = checkpoint("llama")
     with open_llm(folder, pp, tp) as llm:
@@ -201,10 +199,10 @@ def test_structured_outputs() -> None:
     kind = StructuredOutputsParams(regex=r"[a-z]{3,8}@[a-z]{2,5}\.(com|org)")
     params = SamplingParams(temperature=1, n=3, seed=7, max_tokens=60, structured_outputs=kind)
     found = []
-    for pp, tp in [(1, 1), (2, 1), (4, 1), (2, 2)]:
+    for pp, tp in [(1, 1), (4, 1), (2, 2)]:
         with open_llm(None, pp, tp, kv_cache_memory_bytes="16MiB") as llm:
             found.append(tokens_of(llm.generate(["37 + 45 =", "Reverse: apple ->"], params, use_tqdm=False)))
-    assert found[1:] == found[:1] * 3
+    assert found[1:] == found[:1] * 2
 
 
 # --- memory and communication of each stage ----------------------------------------------------------------------

@@ -584,12 +584,12 @@ async def real(**options: Any) -> AsyncIterator[AsyncLLM]:
         yield llm
 
 
-PROMPTS = ["Once upon a time", "The little dog", "A girl", "There was a"] * 4
+PROMPTS = ["Once upon a time", "The little dog", "A girl", "There was a"] * 2
 
 
 def params_of(number: int) -> SamplingParams:
     temperature = 0.0 if number % 2 else 1.0
-    return SamplingParams(max_tokens=120, temperature=temperature, seed=number, ignore_eos=True, logprobs=0)
+    return SamplingParams(max_tokens=80, temperature=temperature, seed=number, ignore_eos=True, logprobs=0)
 
 
 async def texts(llm: AsyncLLM, during: Callable[[], Awaitable[None]] | None = None) -> list[RequestOutput]:
@@ -604,7 +604,7 @@ async def texts(llm: AsyncLLM, during: Callable[[], Awaitable[None]] | None = No
 
     tasks = [asyncio.create_task(follow(stream)) for stream in streams]
     if during is not None:
-        await until(lambda: all(len(stream.output().outputs[0].token_ids) > 20 for stream in streams[:4]))
+        await until(lambda: all(len(stream.output().outputs[0].token_ids) > 10 for stream in streams[:4]))
         await during()
     return list(await asyncio.gather(*tasks))
 
@@ -700,10 +700,9 @@ def test_replicas_on_threads_can_be_added_and_removed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["threads", "mp"])
-def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
+def test_an_added_replica_has_a_kv_cache_of_the_same_size() -> None:
     async def work() -> None:
-        async with AsyncLLM(seed=0, distributed_executor_backend=backend) as llm:
+        async with AsyncLLM(seed=0, distributed_executor_backend="threads") as llm:
             await llm.ready(DEADLINE_S)
             await llm.scale(2)
             while len(states := [each for each in (await llm.status()).replicas if each.state == "ready"]) < 2:
@@ -720,7 +719,7 @@ def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
 @pytest.mark.slow
 def test_blocks_of_a_dropped_stream_are_freed() -> None:
     async def work() -> None:
-        async with real() as llm:
+        async with real(distributed_executor_backend="threads") as llm:
             params = SamplingParams(n=64, max_tokens=500, ignore_eos=True)  # far more tokens than the cache holds
             stream = llm.stream(llm.prepare("Once", params))
             async for _ in stream:

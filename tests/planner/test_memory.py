@@ -137,7 +137,7 @@ def test_a_step_takes_no_more_than_planned(
     monkeypatch.setattr(memory, "SCORE_BYTES", 2**16)
     folder = checkpoint(name)
     for shard in make_shards(read_spec(folder), tp)[:: max(1, tp - 1)]:
-        for tokens, context, sampled in ((250, 250, 1), (60, 250, 1), (120, 120, 120)):
+        for tokens, context, sampled in ((250, 250, 1), (60, 250, 1), (120, 120, 120))[: 3 if tp == 1 else 1]:
             found = measured(folder, shard, dtype, tokens, context, sampled)
             plan = planned(folder, shard, dtype, StepSize(tokens, sampled))
             bound = plan.activations + context * plan.context_token
