@@ -131,15 +131,16 @@ BEYOND = make_prompts([90], seed=7)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "model_impl"),
     [
-        ("phi3", {"rope_scaling": LONGROPE, **ORIGINAL}),
-        ("phi3", {"rope_scaling": {**LONGROPE, **ORIGINAL, "type": "su"}, **ORIGINAL}),
-        ("phi3", {"rope_scaling": {**LONGROPE, "type": "yarn", "factor": 9.0}, **ORIGINAL}),
-        ("llama", {"rope_scaling": {**LONGROPE, "attention_factor": 1.3}, **ORIGINAL}),
-        ("qwen2", {"rope_scaling": {**LONGROPE, **ORIGINAL}}),
+        ("phi3", {"rope_scaling": LONGROPE, **ORIGINAL}, "shoal"),
+        ("phi3", {"rope_scaling": LONGROPE, **ORIGINAL}, "transformers"),
+        ("phi3", {"rope_scaling": {**LONGROPE, **ORIGINAL, "type": "su"}, **ORIGINAL}, "shoal"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "type": "yarn", "factor": 9.0}, **ORIGINAL}, "shoal"),
+        ("llama", {"rope_scaling": {**LONGROPE, "attention_factor": 1.3}, **ORIGINAL}, "shoal"),
+        ("llama", {"rope_scaling": {**LONGROPE, "attention_factor": 1.3}, **ORIGINAL}, "transformers"),
+        ("qwen2", {"rope_scaling": {**LONGROPE, **ORIGINAL}}, "shoal"),
     ],
 )
 def test_longrope_within_the_original_length(
