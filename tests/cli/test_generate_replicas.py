@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow  # starts processes
 
 Shoal = Callable[..., int]
 
-COUNT = 80
+COUNT = 200
 SMALL = ["--kv-cache-memory-bytes", "2MiB", "--max-model-len", "64", "--max-num-seqs", "4", "--ignore-eos"]
 
 

@@ -136,7 +136,7 @@ def test_jobs_over_a_window(folder: Path) -> None:
 
 # --- deaths ------------------------------------------------------------------------------------------------------
 
-COUNT = 80
+COUNT = 120
 
 
 def prompts(count: int) -> list[Any]:

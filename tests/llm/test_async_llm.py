@@ -589,7 +589,7 @@ PROMPTS = ["Once upon a time", "The little dog", "A girl", "There was a"] * 2
 
 def params_of(number: int) -> SamplingParams:
     temperature = 0.0 if number % 2 else 1.0
-    return SamplingParams(max_tokens=80, temperature=temperature, seed=number, ignore_eos=True, logprobs=0)
+    return SamplingParams(max_tokens=120, temperature=temperature, seed=number, ignore_eos=True, logprobs=0)
 
 
 async def texts(llm: AsyncLLM, during: Callable[[], Awaitable[None]] | None = None) -> list[RequestOutput]:
