@@ -16,7 +16,7 @@ from support.servers import ShoalServer
 
 pytestmark = pytest.mark.slow
 
-STREAMS = 32
+STREAMS = 12  # half of them run when a process ends, the others begin just after it
 TOKENS = 60
 WAIT_S = 180.0
 ROLES = ("worker", "engine")
@@ -29,13 +29,16 @@ def prompt_of(number: int) -> dict[str, Any]:
     return {"prompt": f"Count from {number} to {number + 40}:", **drawn}
 
 
-async def stream(client: AsyncOpenAI, number: int) -> str:
+async def stream(client: AsyncOpenAI, number: int, begun: asyncio.Event | None = None) -> str:
+    """Return the text of a stream. `begun` is set when its first token is here."""
     text, finish = [], None
     answer = await client.completions.create(
         model="bundled", max_tokens=TOKENS, stream=True, extra_body={"ignore_eos": True}, **prompt_of(number)
     )
     async for chunk in answer:
         assert finish is None
+        if begun:
+            begun.set()
         text.append(chunk.choices[0].text)
         finish = chunk.choices[0].finish_reason
     assert finish == "length"
@@ -43,26 +46,35 @@ async def stream(client: AsyncOpenAI, number: int) -> str:
 
 
 class Traffic:
-    """One stream per twin at any time, started again and again; each must equal its undisturbed twin."""
+    """Streams around the end of a process. Each must equal its undisturbed twin."""
 
     def __init__(self, client: AsyncOpenAI, twins: list[str]) -> None:
-        self.ended = 0
-        self._stopping = False
-        self._tasks = [asyncio.create_task(self._run(client, number, twin)) for number, twin in enumerate(twins)]
+        self._client = client
+        self._twins = twins
+        self._tasks: list[asyncio.Task[None]] = []
 
-    async def _run(self, client: AsyncOpenAI, number: int, twin: str) -> None:
-        while not self._stopping:
-            assert await stream(client, number) == twin
-            self.ended += 1
+    async def _run(self, number: int, begun: asyncio.Event) -> None:
+        assert await stream(self._client, number, begun) == self._twins[number]
 
-    def check(self) -> None:
-        for task in self._tasks:
-            if task.done():
-                task.result()
+    def _start(self, numbers: range) -> list[asyncio.Event]:
+        begun = [asyncio.Event() for _ in numbers]
+        self._tasks += [
+            asyncio.create_task(self._run(number, event)) for number, event in zip(numbers, begun, strict=True)
+        ]
+        return begun
 
-    async def stop(self) -> None:
-        self._stopping = True
+    async def disturb(self, pid: int, number: int) -> None:
+        """Send a signal to a process while half of the streams run. The other half begins just after it."""
+        begun = self._start(range(STREAMS // 2))
+        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in begun)), WAIT_S)
+        os.kill(pid, number)
+        assert not any(task.done() for task in self._tasks), "all of them still run"
+        self._start(range(STREAMS // 2, STREAMS))
+
+    async def end(self) -> None:
+        """Wait for the ends of all streams."""
         await asyncio.wait_for(asyncio.gather(*self._tasks), WAIT_S)
+        self._tasks = []
 
 
 def victim(status: Any, role: str, turn: int) -> int:
@@ -83,20 +95,17 @@ def replacements_of(status: Any) -> int:
     return sum(replica["stats"]["rank_replacements"] for replica in status["replicas"] if replica["stats"])
 
 
-async def settled(server: ShoalServer, traffic: Traffic, ends: int) -> Any:
-    """Return the status once all processes that have ended were replaced, and more streams have ended since.
+async def settled(server: ShoalServer, ends: int) -> Any:
+    """Return the status once all processes that have ended were replaced.
 
     Args:
         ends: how many processes have ended so far: engines with all their ranks, or ranks alone.
     """
-    deadline, goal = time.monotonic() + WAIT_S, None
+    deadline = time.monotonic() + WAIT_S
     while True:
-        traffic.check()
         status = await asyncio.to_thread(server.status)
         ready = all(replica["state"] == "ready" for replica in status["replicas"])
-        if goal is None and ready and restarts_of(status) + replacements_of(status) >= ends:
-            goal = traffic.ended + STREAMS // 2
-        if goal is not None and traffic.ended >= goal:
+        if ready and restarts_of(status) + replacements_of(status) >= ends:
             return status
         assert time.monotonic() < deadline, f"replicas are not all ready after {WAIT_S:g} s: {status}"
         await asyncio.sleep(0.05)
@@ -130,22 +139,24 @@ def test_streams_survive_the_end_of_any_process(layout: tuple[str, str], request
         twins = await asyncio.gather(*(stream(client, number) for number in range(STREAMS)))
         traffic = Traffic(client, list(twins))
         ends = 0
-        status = await settled(server, traffic, ends)
+        status = await settled(server, ends)
         roles = ROLES if has_rank_processes else ("engine",)
         for turn, (role, number) in enumerate([(role, number) for role in roles for number in SIGNALS] * times):
-            os.kill(victim(status, role, turn), number)
+            replays = status["replays"]
+            await traffic.disturb(victim(status, role, turn), number)
+            await traffic.end()
             ends += 1
-            status = await settled(server, traffic, ends)
-        assert status["replays"] > 0
+            status = await settled(server, ends)
+            assert status["replays"] > replays or role == "worker", "a rank that is replaced alone has none replayed"
         replaced = ends // len(roles) if has_rank_processes else 0
         if has_rank_processes:
-            os.kill(victim(status, "worker", 1), signal.SIGUSR1)
+            await traffic.disturb(victim(status, "worker", 1), signal.SIGUSR1)
             why = await unhealthy(server)
             assert re.search(r"replica 0: rank \d .*does nothing in step \d+", why)
+            await traffic.end()
             ends, replaced = ends + 1, replaced + 1
-            status = await settled(server, traffic, ends)
+            status = await settled(server, ends)
             assert server.get("/health") == {"status": "ok"}
-        await traffic.stop()
         assert replacements_of(status) == replaced
         assert restarts_of(status) == ends - replacements_of(status)
 
