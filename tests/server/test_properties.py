@@ -1,4 +1,4 @@
-"""Thousands of generated requests: none gives a server error, and a good request is answered afterwards.
+"""Hundreds of generated requests: none gives a server error, and a good request is answered afterwards.
 
 Valid and invalid requests come from the server's OpenAPI description (schemathesis), and any JSON from hypothesis.
 """
@@ -32,9 +32,9 @@ CHECKS: list[Any] = [
     content_type_conformance,
     response_schema_conformance,
 ]
-WITH_BODY = 40  # generated requests for an operation with a body, in each mode
-WITHOUT = 10
-GARBAGE = 200
+WITH_BODY = 20  # generated requests for an operation with a body, in each mode
+WITHOUT = 5
+GARBAGE = 100
 WAIT_S = 100.0
 # Fields with which a request may take long, and the values to which they are cut. Larger values are tested elsewhere.
 MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 3, "replicas": 1} | dict.fromkeys(
@@ -132,8 +132,8 @@ def test_requests_from_the_openapi_description_get_described_answers(
 
         ask()
     check_well(server, session)
-    assert statuses.total() >= 300, statuses
-    assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 50, statuses
+    assert statuses.total() >= 150, statuses
+    assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 25, statuses
 
 
 words = st.text(max_size=12) | st.sampled_from(

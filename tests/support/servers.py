@@ -73,15 +73,15 @@ class ShoalServer:
         return self.get("/v1/admin/status")
 
     def pids(self) -> set[int]:
-        """Return the ids of all processes of its session."""
+        """Return the ids of all processes of its session that have not ended."""
         found = set()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
                 except OSError:
                     continue
-                if session == self.process.pid:
+                if int(session) == self.process.pid and state != "Z":  # orphans wait for the init of a container
                     found.add(int(entry.name))
         return found
 
