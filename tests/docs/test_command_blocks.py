@@ -2,11 +2,12 @@
 
 A comment above a block says how: `<!-- run -->`, `<!-- run: serve -->` (it starts a server, which is ended when it has
 printed its URL), `<!-- run: client -->` (it uses a server), or `<!-- skip: reason -->`. A command that several pages
-have runs once.
+have runs once. Commands that load PyTorch, and programs, run in forks of a process that has loaded it.
 """
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from support.forked_commands import ForkedCommands
 from support.servers import ShoalServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,13 +67,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
+LOADS_PYTORCH = ("shoal generate ", "shoal doctor")
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[ForkedCommands]:
+    with ForkedCommands(ENVIRONMENT) as found:
+        yield found
+
+
 def run(block: Block, folder: Path, text: str) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text]
     done = subprocess.run(
-        command,
+        ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text],
         cwd=folder,
-        env={**os.environ, "PATH": path, "PYTHONPATH": ""},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -81,15 +91,25 @@ def run(block: Block, folder: Path, text: str) -> str:
     return done.stdout
 
 
+def run_in_fork(block: Block, folder: Path, text: str, forks: ForkedCommands) -> str:
+    if block.language == "python":
+        done = forks.program(folder, text)
+    else:
+        done = forks.command(folder, shlex.split(text)[1:])
+    assert done.code == 0, f"{block.name}: {text}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
 _ran: set[str] = set()  # the commands of shoal that have succeeded
 
 
-def not_yet_run(block: Block) -> str:
-    """Return the text of a block without the commands of shoal that have run before."""
-    if block.language != "sh" or "\\\n" in block.text:
-        return with_model(block.text)
-    lines = [line.partition(" #")[0].strip() for line in with_model(block.text).splitlines()]
-    return "\n".join(line for line in lines if line not in _ran)
+def not_yet_run(block: Block) -> list[str]:
+    """Return the parts of a block without the commands of shoal that have run before."""
+    text = with_model(block.text)
+    if block.language != "sh" or not all(line.startswith("shoal ") for line in text.splitlines()):
+        return [text]
+    lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line not in _ran]
 
 
 def with_model(text: str) -> str:
@@ -102,13 +122,15 @@ def test_every_block_says_whether_it_runs() -> None:
 
 
 @pytest.mark.parametrize("block", **by_name(noted("run")))  # type: ignore[arg-type]
-def test_a_block_runs_as_printed(block: Block, folder: Path) -> None:
-    text = not_yet_run(block)
-    if text:
+def test_a_block_runs_as_printed(block: Block, folder: Path, forks: ForkedCommands) -> None:
+    for text in not_yet_run(block):
         written = set(folder.iterdir())
-        told = run(block, folder, text)
-        assert told or set(folder.iterdir()) - written, "it prints or writes something"
-        _ran.update(line for line in text.splitlines() if line.startswith("shoal "))
+        if block.language == "python" or text.startswith(LOADS_PYTORCH):
+            told = run_in_fork(block, folder, text, forks)
+        else:
+            told = run(block, folder, text)
+        assert told or set(folder.iterdir()) - written - {folder / "stdout", folder / "stderr"}, "it tells something"
+        _ran.add(text)
 
 
 @pytest.fixture(scope="module")
