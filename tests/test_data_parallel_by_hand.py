@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from shoal import LLM, env
+from shoal import LLM, SamplingParams, env
 from shoal.errors import ConfigError, EngineError
 from shoal.launch.open_model import open_model
 from shoal.llm.data_parallel import DataParallelRank
@@ -169,22 +170,24 @@ def test_a_master_that_does_not_answer_is_named() -> None:
 
 @pytest.mark.slow
 def test_two_replicas_give_the_same_answers_as_one() -> None:
-    one, two = run_example("--dp-size", "1"), run_example("--dp-size", "2")
-    texts = [process.communicate(timeout=300) for process in (one, two)]
-    assert [one.returncode, two.returncode] == [0, 0], texts
-    assert answers(texts[0][0]) == answers(texts[1][0])
-    assert len(answers(texts[0][0])) == 7
-    assert "82" in answers(texts[0][0])[0]
-    assert {line.split(":")[0] for line in texts[1][0].splitlines() if " -> " in line} == {"rank 0", "rank 1"}
+    two = run_example("--dp-size", "2")
+    text, log = two.communicate(timeout=300)
+    assert two.returncode == 0, log
+    with LLM(kv_cache_memory_bytes="16MiB") as llm:
+        prompts, params = runpy.run_path(str(EXAMPLE))["PROMPTS"], SamplingParams(temperature=0, max_tokens=16)
+        wanted = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+    assert answers(text) == [repr(each) for each in wanted]
+    assert len(answers(text)) == 7
+    assert "82" in answers(text)[0]
+    assert {line.split(":")[0] for line in text.splitlines() if " -> " in line} == {"rank 0", "rank 1"}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
-def test_two_hosts_where_the_second_starts_first() -> None:
-    """Run the example with the commands from its docstring."""
+def test_two_hosts_share_experts_over_ipv6_where_the_second_starts_first() -> None:
+    """Run the example with the commands from its docstring, and a mixture of experts."""
     with hosts.two_hosts() as pair:
-        common = ["--dp-size", "2", "--tp-size", "2", "--node-size", "2", "--master-port", "29533"]
-        common += ["--master-addr", pair[0].address, "--timeout", "240"]
+        common = [*MOE, "--tp-size", "2", "--master-addr", pair[0].address_v6, "--timeout", "240"]
         processes = {}
         for node in (1, 0):
             arguments = [*common, "--node-rank", str(node)]
@@ -268,9 +271,9 @@ MOE += ["--max-model-len", "256", "--kv-cache-memory-bytes", "16MiB", "--master-
 
 
 @contextlib.contextmanager
-def two_moe_hosts(*more: str, kind: str = "address") -> Iterator[list["subprocess.Popen[str]"]]:
+def two_moe_hosts(*more: str) -> Iterator[list["subprocess.Popen[str]"]]:
     with hosts.two_hosts() as pair:
-        common = [*MOE, *more, "--master-addr", getattr(pair[0], kind), "--timeout", "240"]
+        common = [*MOE, *more, "--master-addr", pair[0].address, "--timeout", "240"]
         processes = [
             run_example(*common, "--node-rank", str(node), netns=host.netns, SHOAL_CLUSTER_KEY=KEY)
             for node, host in enumerate(pair)
@@ -281,16 +284,6 @@ def two_moe_hosts(*more: str, kind: str = "address") -> Iterator[list["subproces
             for process in processes:
                 process.kill()
                 process.communicate(timeout=60)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
-def test_two_hosts_share_experts_over_ipv6() -> None:
-    with two_moe_hosts(kind="address_v6") as processes:
-        texts = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
-    assert len(answers(texts[0][0])) == 7
-    assert "82" in answers(texts[0][0])[0]
 
 
 @pytest.mark.slow
