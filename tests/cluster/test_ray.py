@@ -33,6 +33,7 @@ Start = Callable[..., Program]
 PARTS = '{"GPU": 0.6, "slot": 0.5}'
 RESOURCES = ["--num-gpus=1", '--resources={"slot": 1}']  # Ray counts them, whether there are GPUs or not
 ON_CPUS = ["--device", "cpu"]
+STREAMS = 6
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,10 @@ def generate(start: Start, node: RayNode, folder: Path, *flags: str) -> tuple[li
 @pytest.mark.parametrize(
     ("flags", "sizes", "encrypted"),
     [
-        (["-tp", "2", "-pp", "2"], "2 + 2", False),  # Ray is chosen, because one host has two cores
         (["-tp", "3", "--distributed-executor-backend", "ray"], "2 + 1", True),
         (["-pp", "2", "--distributed-executor-backend", "ray", "--ray-resources", PARTS], "1 + 1", False),
     ],
-    ids=["tp x pp", "tp 3 across, TLS", "parts of GPUs"],
+    ids=["tp 3 across, TLS", "parts of GPUs"],
 )
 def test_a_replica_over_a_ray_cluster_gives_the_tokens_of_transformers(
     start: Start,
@@ -114,12 +114,25 @@ def serve(start: Start, node: RayNode, *flags: str) -> Program:
 
 
 def test_no_request_is_lost_when_a_host_of_the_cluster_ends_under_load(
-    start: Start, two: Two, cluster: tuple[RayNode, RayNode]
+    start: Start, two: Two, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path]
 ) -> None:
-    server = serve(start, cluster[0], "-tp", "2", "-pp", "2")
-    with ThreadPoolExecutor(32) as pool:
-        expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(32)))
-        streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(32)]
+    """Meanwhile the server holds all resources, so another program that asks for some is told by whom."""
+    server = serve(start, cluster[0], "-tp", "2", "-pp", "2")  # Ray is chosen, because one host has two cores
+    assert "2 bundles of 2 + 2 ranks" in server.text
+    assert set(re.findall(r"has come from (\S+)", server.text)) == {host.address for host in two}
+    command = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2", "--start-timeout", "12", *ON_CPUS]
+    late = start(
+        cluster[0].host, *command, "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray",
+        environment=ENVIRONMENT,
+    )  # fmt: skip
+    with ThreadPoolExecutor(STREAMS) as pool:
+        expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(STREAMS)))
+        error = error_of(late)
+        assert "Ray has not placed the ranks within 12 s: it asks for 2 CPU; " in error
+        assert "10.213.77.1 has 0 CPU free of 2 CPU" in error
+        assert "held by shoal-replica-0 has 4 CPU" in error
+
+        streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(STREAMS)]
         cluster[1].kill()
         server.await_text("is lost: node ", "was killed by SIGKILL")
         cluster[1].start()
@@ -132,13 +145,13 @@ def test_replicas_over_the_cluster_are_added_removed_and_restarted(
     start: Start, two: Two, cluster: tuple[RayNode, RayNode]
 ) -> None:
     server = serve(start, cluster[0], "--data-parallel-backend", "ray", "-dp", "2")
-    with ThreadPoolExecutor(8) as pool:
-        expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(8)))
+    with ThreadPoolExecutor(STREAMS) as pool:
+        expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(STREAMS)))
         assert scale(start, two[0], 3) == 0
         server.await_text("replica 2 is ready")
         assert scale(start, two[0], 1) == 0
         (actor,) = re.findall(r"node 1 \(\S+, process (\d+)\) has come from", server.text)
-        streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(8)]
+        streams = [pool.submit(ask, two[0], f"{seed} apples", seed) for seed in range(STREAMS)]
         os.kill(int(actor), signal.SIGKILL)
         assert ["".join(stream.result(WAIT_S)) for stream in streams] == expected
     server.process.send_signal(signal.SIGTERM)
@@ -147,24 +160,6 @@ def test_replicas_over_the_cluster_are_added_removed_and_restarted(
 
 def scale(start: Start, host: hosts.Host, count: int) -> int:
     return start(host, "scale", f"http://127.0.0.1:{PORT}", str(count)).await_end()
-
-
-def test_resources_that_never_come_are_named_with_their_holders(
-    start: Start, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path]
-) -> None:
-    """The totals would be enough, but a server holds them."""
-    server = serve(start, cluster[0], "-tp", "2", "-pp", "2")
-    command = [*generation(checkpoint("llama")), "--output", "-", "-tp", "2", "--start-timeout", "12", *ON_CPUS]
-    late = start(
-        cluster[0].host, *command, "--ray-address", cluster[0].address, "--distributed-executor-backend", "ray",
-        environment=ENVIRONMENT,
-    )  # fmt: skip
-    error = error_of(late)
-    assert "Ray has not placed the ranks within 12 s: it asks for 2 CPU; " in error
-    assert "10.213.77.1 has 0 CPU free of 2 CPU" in error
-    assert "held by shoal-replica-0 has 4 CPU" in error
-    server.process.send_signal(signal.SIGTERM)
-    assert server.await_end() == 0, server.text
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ ROOT = Path(__file__).parent.parent.parent
 SERVE_PORT = 8000  # Ray Serve's default
 METRICS_PORT = 8080
 ENGINE: dict[str, Any] = {"kv_cache_memory_bytes": "16MiB", "max_model_len": 128}
-PROMPTS = [f"{number} apples" for number in range(16)]
+TOKENS = 16
+PROMPTS = [f"{number} apples" for number in range(6)]
 # Ray's agents report every second, and Serve's autoscaler decides by what it hears every second.
 QUICK = {
     **ENVIRONMENT,
@@ -59,14 +60,14 @@ def host(two: tuple[hosts.Host, hosts.Host]) -> Iterator[hosts.Host]:
 
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
-    """The texts of 48 tokens after each prompt."""
+    """The texts after each prompt."""
     with LLM(**ENGINE) as llm:
-        params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
         return [output.outputs[0].text for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
 def complete(host: hosts.Host, prompt: str) -> str:
-    parts = ask(host, prompt, 0, port=SERVE_PORT, temperature=0)
+    parts = ask(host, prompt, 0, port=SERVE_PORT, temperature=0, max_tokens=TOKENS)
     assert len(parts) > 1  # it was streamed
     return "".join(parts)
 
@@ -128,7 +129,8 @@ def test_a_job_of_ray_data_adds_the_texts(start: Start, host: hosts.Host, expect
     rows = [{"id": number, "prompt": prompt} for number, prompt in enumerate(PROMPTS)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = start(
-        host, str(tmp_path / "prompts.jsonl"), str(tmp_path / "texts"), "--max-tokens", "48", "--batch-size", "4",
+        host, str(tmp_path / "prompts.jsonl"), str(tmp_path / "texts"),
+        "--max-tokens", str(TOKENS), "--batch-size", "2",
         "--kv-cache-memory-bytes", "16MiB", "--max-model-len", "128", "--ignore-eos", "--tensor-parallel-size", "2",
         command=[sys.executable, str(ROOT / "examples" / "ray_data" / "generate.py")],
         environment={**QUICK, "RAY_ADDRESS": f"{host.address}:6379"},

@@ -73,7 +73,7 @@ def generation(folder: Path) -> list[str]:
 
 
 def ask(host: hosts.Host, prompt: str, seed: int, *, port: int = PORT, **fields: Any) -> list[str]:
-    """Return the texts of a stream of 48 sampled tokens. `fields`: further fields of the request."""
+    """Return the texts of a stream of 48 sampled tokens. `fields`: further or other fields of the request."""
     body = {"model": "bundled", "prompt": prompt, "max_tokens": 48, "seed": seed, "stream": True, "ignore_eos": True}
     answer = exchange(host, port, "POST", "/v1/completions", json.dumps({**body, **fields}))
     lines = [line[6:] for line in answer.splitlines() if line.startswith("data: {")]
