@@ -154,7 +154,7 @@ class Chaos:
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(steady, max_examples=300)
+@settings(steady, max_examples=200)
 def test_every_request_ends_exactly_once_whatever_dies(data: st.DataObject) -> None:
     chaos = Chaos(data)
     try:

@@ -36,7 +36,7 @@ SERVE_PORT = 8000  # Ray Serve's default
 METRICS_PORT = 8080
 ENGINE: dict[str, Any] = {"kv_cache_memory_bytes": "16MiB", "max_model_len": 128}
 TOKENS = 16
-PROMPTS = [f"{number} apples" for number in range(6)]
+PROMPTS = [f"{number} apples" for number in range(4)]
 # Ray's agents report every second, and Serve's autoscaler decides by what it hears every second.
 QUICK = {
     **ENVIRONMENT,

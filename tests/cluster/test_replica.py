@@ -45,6 +45,15 @@ def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
     process.close()
 
 
+@pytest.fixture(scope="module")
+def lasting(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
+    """An engine of several tests, the last of which closes it."""
+    process = start(checkpoint)
+    process.await_ready(120)
+    yield process
+    process.close()
+
+
 def request(seq: int, max_tokens: int) -> EngineRequest:
     return EngineRequest(seq, encode_tokens([5, 6, 7]), 3, Sampling(seed=seq), max_tokens)
 
@@ -70,31 +79,39 @@ def gone(pid: int, within: float) -> bool:
     return False
 
 
-def test_requests_aborts_and_stats(engine: EngineProcess) -> None:
+def test_requests_aborts_and_stats(lasting: EngineProcess) -> None:
     for seq in range(4):
-        engine.add(request(seq, max_tokens=5 if seq != 2 else 250))
-    engine.abort([2, 2, 99])
-    found = finished(engine, 4)
+        lasting.add(request(seq, max_tokens=5 if seq != 2 else 250))
+    lasting.abort([2, 2, 99])
+    found = finished(lasting, 4)
     assert [found[seq].finish for seq in range(4)] == [
         Finish.LENGTH,
         Finish.LENGTH,
         Finish.ABORT,
         Finish.LENGTH,
     ]
-    engine.abort([0])
-    stats = engine.stats()
+    lasting.abort([0])
+    stats = lasting.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert stats.free_blocks == stats.num_blocks
-    assert stats.ranks[0].pid == engine.pid
+    assert stats.ranks[0].pid == lasting.pid
 
 
-def test_a_request_that_can_never_run_ends_alone(engine: EngineProcess) -> None:
-    engine.add(request(0, max_tokens=5))
-    engine.add(request(1, max_tokens=10_000))
-    found = finished(engine, 2)
+def test_a_request_that_can_never_run_ends_alone(lasting: EngineProcess) -> None:
+    lasting.add(request(0, max_tokens=5))
+    lasting.add(request(1, max_tokens=10_000))
+    found = finished(lasting, 2)
     assert found[0].finish is Finish.LENGTH
     assert found[1].finish is Finish.ABORT
     assert "10000" in found[1].error
+
+
+def test_close_ends_the_process_and_is_idempotent(lasting: EngineProcess) -> None:
+    lasting.close()
+    lasting.close()
+    assert gone(lasting.pid, within=5)
+    with pytest.raises(ClosedError):
+        lasting.stats()
 
 
 def test_a_killed_process_is_named(engine: EngineProcess) -> None:
@@ -212,23 +229,6 @@ def test_a_failed_process_is_killed_even_if_no_thread_can_be_started(
             replica.updates(60)
     assert host.has_ended.is_set()
     replica.close()
-
-
-def test_options_that_cannot_work_are_a_user_error(checkpoint: Checkpoint) -> None:
-    process = start(checkpoint, **TOO_SMALL)
-    with pytest.raises(UserError, match="--max-model-len"):
-        process.await_ready(120)
-    assert gone(process.pid, within=5)
-
-
-def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> None:
-    engine = start(checkpoint)
-    engine.await_ready(120)
-    engine.close()
-    engine.close()
-    assert gone(engine.pid, within=5)
-    with pytest.raises(ClosedError):
-        engine.stats()
 
 
 # --- the start of several replicas -------------------------------------------------------------------------------

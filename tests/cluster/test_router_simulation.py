@@ -17,7 +17,7 @@ def routed(traffic: Traffic) -> tuple[Outcome, RequestRouter]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "replicas" in metafunc.fixturenames:
         full = [(1000, 0.8)] if metafunc.config.getoption("--matrix") else []
-        metafunc.parametrize(("replicas", "load"), [(100, 0.8), (100, 1.6), (8, 0.8), (2, 0.8), *full])
+        metafunc.parametrize(("replicas", "load"), [(50, 0.8), (50, 1.6), (8, 0.8), (2, 0.8), *full])
 
 
 @pytest.mark.slow

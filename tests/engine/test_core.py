@@ -777,7 +777,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(steady, max_examples=150, stateful_step_count=40)
+TestEngine.settings = settings(steady, max_examples=100, stateful_step_count=40)
 
 
 def test_results_of_another_incarnation_are_dropped() -> None:

@@ -79,8 +79,7 @@ def slowest_stage(pipeline: FakePipeline, step_cost: float) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize("step_cost", [10, 256])
+@pytest.mark.parametrize(("stages", "step_cost"), [(2, 256), (3, 10)])
 def test_the_stages_of_a_pipeline_wait_little(stages: int, step_cost: float) -> None:
     """A stage waits at most S - 1 steps while the pipeline fills, and as long while it empties.
 

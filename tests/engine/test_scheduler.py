@@ -845,7 +845,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(steady, max_examples=250, stateful_step_count=50)
+TestScheduler.settings = settings(steady, max_examples=150, stateful_step_count=50)
 
 
 def test_requests_with_the_same_stop_tokens_share_one_set() -> None:
