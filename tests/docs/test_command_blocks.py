@@ -2,7 +2,8 @@
 
 A comment above a block says how: `<!-- run -->`, `<!-- run: serve -->` (it starts a server, which is ended when it has
 printed its URL), `<!-- run: client -->` (it uses a server), or `<!-- skip: reason -->`. A command that several pages
-have runs once. Commands that load PyTorch, and programs, run in forks of a process that has loaded it.
+have runs once. Commands that load PyTorch, and programs, run in forks of a process that has loaded it, with ranks as
+threads; a server of a block has its ranks in processes.
 """
 
 import os
@@ -73,7 +74,7 @@ LOADS_PYTORCH = ("shoal generate ", "shoal doctor")
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[ForkedCommands]:
-    with ForkedCommands(ENVIRONMENT) as found:
+    with ForkedCommands({**ENVIRONMENT, "SHOAL_DISTRIBUTED_EXECUTOR_BACKEND": "threads"}) as found:
         yield found
 
 
