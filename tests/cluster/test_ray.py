@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal import LLM, SamplingParams
 from shoal.wire.topology import read_topology
 from support import hosts
 from support.certificates import Cluster
@@ -113,6 +114,14 @@ def serve(start: Start, node: RayNode, *flags: str) -> Program:
     return server
 
 
+def texts_of_one_rank() -> list[str]:
+    """Return what an engine in this process draws for the streams."""
+    params = [SamplingParams(seed=seed, max_tokens=48, ignore_eos=True) for seed in range(STREAMS)]
+    with LLM(kv_cache_memory_bytes="16MiB", max_model_len=128) as llm:
+        outputs = llm.generate([f"{seed} apples" for seed in range(STREAMS)], params, use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]
+
+
 def test_no_request_is_lost_when_a_host_of_the_cluster_ends_under_load(
     start: Start, two: Two, cluster: tuple[RayNode, RayNode], checkpoint: Callable[[str], Path]
 ) -> None:
@@ -127,6 +136,7 @@ def test_no_request_is_lost_when_a_host_of_the_cluster_ends_under_load(
     )  # fmt: skip
     with ThreadPoolExecutor(STREAMS) as pool:
         expected = list(pool.map(lambda seed: "".join(ask(two[0], f"{seed} apples", seed)), range(STREAMS)))
+        assert expected == texts_of_one_rank()
         error = error_of(late)
         assert "Ray has not placed the ranks within 12 s: it asks for 2 CPU; " in error
         assert "10.213.77.1 has 0 CPU free of 2 CPU" in error
