@@ -42,8 +42,12 @@ class PoolClient:
         deadline = time.monotonic() + DEADLINE_S
         while not set(seqs) <= set(self.verdicts):
             assert time.monotonic() < deadline, f"no verdict has come within {DEADLINE_S:g} s"
-            self.verdicts |= {verdict.seq: verdict for verdict in self.pool.poll(0.1)}
+            self.poll(0.1)
         return [self.verdicts.pop(seq) for seq in seqs]
+
+    def poll(self, seconds: float) -> None:
+        """Let the pool work. The verdicts that come meanwhile are kept for `wait_for`."""
+        self.verdicts |= {verdict.seq: verdict for verdict in self.pool.poll(seconds)}
 
     def verdict(self, seq: int, grammar: str) -> Verdict:
         self.pool.follow(seq, grammar)
@@ -55,7 +59,7 @@ class PoolClient:
         deadline = time.monotonic() + DEADLINE_S
         while pid in self.processes():
             assert time.monotonic() < deadline, f"process {pid} is still running"
-            self.pool.poll(0.05)
+            self.poll(0.05)
 
     def processes(self) -> list[int]:
         """Return the process ids of the host and its children."""
@@ -67,7 +71,7 @@ class PoolClient:
         deadline = time.monotonic() + DEADLINE_S
         while len(self.grammar_processes()) > count:
             assert time.monotonic() < deadline, self.grammar_processes()
-            self.pool.poll(0.01)
+            self.poll(0.01)
 
     def grammar_processes(self) -> list[int]:
         return [pid for pid in self.processes() if pid not in children(os.getpid())]
@@ -178,7 +182,7 @@ def test_a_compilation_without_waiting_outputs_is_stopped(client: PoolClient) ->
     deadline = time.monotonic() + DEADLINE_S
     while len(client.grammar_processes()) == len(known):
         assert time.monotonic() < deadline
-        client.pool.poll(0.01)
+        client.poll(0.01)
     [compiling] = set(client.grammar_processes()) - set(known)
     client.pool.forget([2])
     client.wait_for_end(compiling)
