@@ -111,6 +111,12 @@ class TorchComm:
             yield
 
     @contextmanager
+    def ending(self, name: str, number: int) -> Iterator[None]:
+        """Show an operation that was begun earlier as the current one until the block ends."""
+        with self.translated_errors(name), self.progress.finishing(name, number, timed=self.timed):
+            yield
+
+    @contextmanager
     def translated_errors(self, operation: str) -> Iterator[None]:
         """Turn a backend's error into ours, which names rank and operation: gloo's says only that a wait timed out."""
         try:
@@ -257,8 +263,7 @@ class _PendingTorchSend:
         self._number = comm.progress.number
 
     def wait(self) -> None:
-        comm = self._comm
-        with comm.translated_errors("send"), comm.progress.finishing("send", self._number, timed=comm.timed):
+        with self._comm.ending("send", self._number):
             self._work.wait()
 
 
@@ -272,10 +277,6 @@ class _PendingTorchSum:
         self._number = comm.progress.number
 
     def wait(self) -> Tensor:
-        comm = self._comm
-        with (
-            comm.translated_errors("all_reduce"),
-            comm.progress.finishing("all_reduce", self._number, timed=comm.timed),
-        ):
-            comm.finish(self._work)
+        with self._comm.ending("all_reduce", self._number):
+            self._comm.finish(self._work)
         return self._x

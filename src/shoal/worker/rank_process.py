@@ -44,7 +44,7 @@ def run(order: TakeRank, channel: Channel, store: int) -> NoReturn:
 
 
 class _RankProcess:
-    """What both threads of the process use."""
+    """The rank and its channel, with the work of the process's two threads: `answer_messages` and `watch`."""
 
     def __init__(self, number: int, channel: Channel, store: int) -> None:
         self._number = number
