@@ -93,10 +93,10 @@ def test_the_spec_is_the_same(checkpoint: Checkpoint, spelled: Spelled, name: st
     assert [ours.attention_of(i) for i in layers] == [theirs.attention_of(i) for i in layers]
 
 
-def test_a_process_of_its_own(spelled: Spelled) -> None:
+def test_process_ranks(spelled: Spelled) -> None:
     hub, saved = spelled("gpt2")
-    outputs = generate(hub, PROMPTS, STEPS, dtype="float32", distributed_executor_backend="mp")
-    assert_same(saved, PROMPTS, outputs)
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    assert_same(saved, PROMPTS, generate(hub, PROMPTS, STEPS, dtype="float32", **options))
 
 
 def test_unequal_ranks(spelled: Spelled) -> None:

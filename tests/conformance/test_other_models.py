@@ -60,10 +60,11 @@ def test_the_log_names_the_implementation(other: Other, caplog: pytest.LogCaptur
         LLM(str(folders["StableLm"]), tensor_parallel_size=2, **SMALL)
 
 
-def test_a_process_of_its_own(other: Other) -> None:
-    """The process imports transformers and makes the module from the plan that it is sent."""
+def test_process_ranks(other: Other) -> None:
+    """Each process imports transformers and makes its part of the module from the plan that it is sent."""
     folder = other("Granite")
-    assert_same(folder, MIXED, generate(folder, MIXED, STEPS, distributed_executor_backend="mp"))
+    outputs = generate(folder, MIXED, STEPS, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert_same(folder, MIXED, outputs)
 
 
 @pytest.mark.slow

@@ -107,8 +107,9 @@ def test_layouts(llama3: Path, layout: dict[str, int], model_impl: str) -> None:
     assert_same(llama3, PROMPTS, generate(llama3, PROMPTS, STEPS, model_impl=model_impl, **layout))
 
 
-def test_a_process_of_its_own(llama3: Path) -> None:
-    assert_same(llama3, PROMPTS, generate(llama3, PROMPTS, STEPS, distributed_executor_backend="mp"))
+def test_process_ranks(llama3: Path) -> None:
+    options: Any = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    assert_same(llama3, PROMPTS, generate(llama3, PROMPTS, STEPS, **options))
 
 
 def test_a_model_that_no_family_reads(tmp_path: Path) -> None:

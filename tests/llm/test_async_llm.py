@@ -700,9 +700,10 @@ def test_replicas_on_threads_can_be_added_and_removed() -> None:
 
 
 @pytest.mark.slow
-def test_an_added_replica_has_a_kv_cache_of_the_same_size() -> None:
+@pytest.mark.parametrize("backend", ["threads", "mp"])
+def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
     async def work() -> None:
-        async with AsyncLLM(seed=0, distributed_executor_backend="threads") as llm:
+        async with AsyncLLM(seed=0, distributed_executor_backend=backend) as llm:
             await llm.ready(DEADLINE_S)
             await llm.scale(2)
             while len(states := [each for each in (await llm.status()).replicas if each.state == "ready"]) < 2:
