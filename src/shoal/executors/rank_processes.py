@@ -94,7 +94,7 @@ class RankProcesses:
                 return
             preparation = replace_fields(self._last_order.preparation, low_priority=True)
             try:
-                self._server = self._start_server(preparation, self._last_order.environment)
+                self._start_server(preparation, self._last_order.environment)
             except OSError as error:
                 log.warning("a warm spare cannot be started: %s", error)
                 self._keeps_spare = False
