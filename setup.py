@@ -37,8 +37,8 @@ _LIBRARIES = [
         ],
         [
             *("csrc/common.h", "csrc/chunks.h", "csrc/cache_types.h", "csrc/cache_rows.h", "csrc/attention_tiles.h"),
-            *("csrc/attention_unit.h", "csrc/avx2.h", "csrc/avx512.h", "csrc/attention_bytes.h", "csrc/over_rows.h"),
-            "csrc/replay.h",
+            *("csrc/attention_unit.h", "csrc/attention_bytes.h", "csrc/attention_few.h", "csrc/over_rows.h"),
+            *("csrc/avx2.h", "csrc/avx512.h", "csrc/replay.h"),
         ],
         ["-fno-signed-zeros"],
     ),

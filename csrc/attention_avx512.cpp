@@ -3,6 +3,9 @@
 
 #include "attention_bytes.h"
 
+#define FEW_TARGET "arch=x86-64-v4,avx512bf16"
+#include "attention_few.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #define BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
@@ -69,6 +72,23 @@ AVX512 void pack_values_bfloat16(const Tile& tile, int64_t first, int64_t end, u
             }
     }
 }
+
+// The elements of a cache in bfloat16, for attention_few.h.
+struct BFloat16Elements {
+    static constexpr int kWords = 1;
+    struct Table {};
+
+    FEW_INLINE Table table() { return {}; }
+    FEW_INLINE void words(__m512i keys, const Table&, __m512i (&words)[kWords]) { words[0] = keys; }
+
+    // In the order of pack_values_bfloat16.
+    FEW_INLINE void pairs(const char* even, const char* odd, __mmask32 even_mask, __mmask32 odd_mask, const Table&,
+                          __m512i (&words)[2]) {
+        const __m512i x = _mm512_maskz_loadu_epi16(even_mask, even), y = _mm512_maskz_loadu_epi16(odd_mask, odd);
+        words[0] = _mm512_unpacklo_epi16(x, y);
+        words[1] = _mm512_unpackhi_epi16(x, y);
+    }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Products.
@@ -191,11 +211,27 @@ void use_avx512(int32_t type, int32_t cache_type, AttentionTiles* tiles) {
         tiles->pack_keys = pack_keys_float;
     else if (type == kBFloat16 && __builtin_cpu_supports("avx512bf16")) {
         if (cache_type == kCacheBFloat16)
-            *tiles = {2,        pack_query_bfloat16, pack_keys_bfloat16, pack_values_bfloat16,
-                      multiply, exponentiate,        tiles->merge,       finish_interleaved};
+            *tiles = {2,
+                      pack_query_bfloat16,
+                      pack_keys_bfloat16,
+                      pack_values_bfloat16,
+                      multiply,
+                      exponentiate,
+                      tiles->merge,
+                      finish_interleaved,
+                      multiply_few_keys<BFloat16Elements>,
+                      add_few_values<BFloat16Elements>};
         else if (BytePacking packing; byte_packing(cache_type, &packing))
-            *tiles = {2,        packing.pack_query, packing.pack_keys, packing.pack_values,
-                      multiply, exponentiate,       tiles->merge,      finish};
+            *tiles = {2,
+                      packing.pack_query,
+                      packing.pack_keys,
+                      packing.pack_values,
+                      multiply,
+                      exponentiate,
+                      tiles->merge,
+                      finish,
+                      packing.multiply_few_keys,
+                      packing.add_few_values};
     }
 }
 

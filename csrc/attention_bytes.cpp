@@ -3,6 +3,9 @@
 
 #include "attention_bytes.h"
 
+#define FEW_TARGET "arch=x86-64-v4,avx512bf16,avx512vbmi"
+#include "attention_few.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #define VBMI __attribute__((target("arch=x86-64-v4,avx512vbmi")))
@@ -109,23 +112,38 @@ VBMI void pack_query(const void* query, int64_t head_dim, uint32_t* words) {
     }
 }
 
-// A word is two tokens. Bytes are ordered so that `widen` gives the elements d to d + 15 and d + 16 to d + 31 of both.
+// The order of the bytes of two tokens in which `widen` gives the elements d to d + 15 and d + 16 to d + 31 of both.
+struct PairOrder {
+    alignas(64) uint8_t places[64] = {};
+
+    constexpr PairOrder() {
+        for (int i = 0; i < 64; ++i) places[i] = static_cast<uint8_t>(i / 4 + i % 2 * 16 + i / 2 % 2 * 32);
+    }
+};
+
+constexpr PairOrder kPairOrder;
+
+// 32 elements of two tokens, a word for each element.
+template <class C>
+VBMI_INLINE Widened widen_pair(const char* even, const char* odd, uint32_t even_mask, uint32_t odd_mask, __m512i order,
+                               const Registers& table) {
+    const __m256i x = _mm256_maskz_loadu_epi8(even_mask, even), y = _mm256_maskz_loadu_epi8(odd_mask, odd);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+    return widen<C>(_mm512_permutexvar_epi8(order, both), table);
+}
+
 template <class C>
 VBMI_INLINE void pack_values_of(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {
     const Registers table = load_table<C>();
-    alignas(64) uint8_t places[64];
-    for (int i = 0; i < 64; ++i) places[i] = static_cast<uint8_t>(i / 4 + i % 2 * 16 + i / 2 % 2 * 32);
-    const __m512i order = _mm512_load_si512(places);
+    const __m512i order = _mm512_load_si512(kPairOrder.places);
     for (int64_t pair = first / 2; 2 * pair < end; ++pair) {
         const int64_t even = std::max(2 * pair, first), odd = std::min(2 * pair + 1, end - 1);
         const uint32_t has_even = even == 2 * pair ? ~0u : 0, has_odd = odd == 2 * pair ? 0 : ~0u;
         const char *even_row = tile.head + tile.offsets[even], *odd_row = tile.head + tile.offsets[odd];
         for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
             const uint32_t mask = static_cast<uint32_t>(first_bytes(tile.head_dim - d));
-            const __m256i x = _mm256_maskz_loadu_epi8(has_even & mask, even_row + d);
-            const __m256i y = _mm256_maskz_loadu_epi8(has_odd & mask, odd_row + d);
-            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
-            const Widened words = widen<C>(_mm512_permutexvar_epi8(order, both), table);
+            const Widened words =
+                widen_pair<C>(even_row + d, odd_row + d, has_even & mask, has_odd & mask, order, table);
             uint32_t* to = panels + (d / kPanel * (kTile / 2) + pair) * kPanel + d % kPanel;
             _mm512_storeu_si512(to, words.even);
             _mm512_storeu_si512(to + kLanes, words.odd);
@@ -133,6 +151,31 @@ VBMI_INLINE void pack_values_of(const Tile& tile, int64_t first, int64_t end, ui
         }
     }
 }
+
+// The elements of such a cache, for attention_few.h.
+template <class C>
+struct ByteElements {
+    static constexpr int kWords = 2;
+    struct Table {
+        Registers values;
+        __m512i order;
+    };
+
+    FEW_INLINE Table table() { return {load_table<C>(), _mm512_load_si512(kPairOrder.places)}; }
+
+    FEW_INLINE void words(__m512i keys, const Table& table, __m512i (&words)[kWords]) {
+        const Widened widened = widen<C>(keys, table.values);
+        words[0] = widened.even;
+        words[1] = widened.odd;
+    }
+
+    FEW_INLINE void pairs(const char* even, const char* odd, __mmask32 even_mask, __mmask32 odd_mask,
+                          const Table& table, __m512i (&words)[2]) {
+        const Widened widened = widen_pair<C>(even, odd, even_mask, odd_mask, table.order, table.values);
+        words[0] = widened.even;
+        words[1] = widened.odd;
+    }
+};
 
 #define DEFINE_PACKING(C)                                                                            \
     VBMI void pack_keys_##C(const Tile& tile, int64_t vectors, uint32_t* panel) {                    \
@@ -146,14 +189,28 @@ DEFINE_PACKING(Int8)
 DEFINE_PACKING(Float8E4M3)
 DEFINE_PACKING(Float8E5M2)
 
+template <class C>
+BytePacking packing_of(void (*pack_keys)(const Tile&, int64_t, uint32_t*),
+                       void (*pack_values)(const Tile&, int64_t, int64_t, uint32_t*)) {
+    const bool few = __builtin_cpu_supports("avx512bf16");
+    return {pack_query, pack_keys, pack_values, few ? multiply_few_keys<ByteElements<C>> : nullptr,
+            few ? add_few_values<ByteElements<C>> : nullptr};
+}
+
 }  // namespace
 
 bool byte_packing(int32_t cache_type, BytePacking* packing) {
     if (!has_avx512() || !__builtin_cpu_supports("avx512vbmi")) return false;
-    if (cache_type == kCacheInt8) *packing = {pack_query, pack_keys_Int8, pack_values_Int8};
-    if (cache_type == kCacheFloat8E4M3) *packing = {pack_query, pack_keys_Float8E4M3, pack_values_Float8E4M3};
-    if (cache_type == kCacheFloat8E5M2) *packing = {pack_query, pack_keys_Float8E5M2, pack_values_Float8E5M2};
-    return cache_type == kCacheInt8 || cache_type == kCacheFloat8E4M3 || cache_type == kCacheFloat8E5M2;
+    switch (cache_type) {
+        case kCacheInt8: *packing = packing_of<Int8>(pack_keys_Int8, pack_values_Int8); return true;
+        case kCacheFloat8E4M3:
+            *packing = packing_of<Float8E4M3>(pack_keys_Float8E4M3, pack_values_Float8E4M3);
+            return true;
+        case kCacheFloat8E5M2:
+            *packing = packing_of<Float8E5M2>(pack_keys_Float8E5M2, pack_values_Float8E5M2);
+            return true;
+        default: return false;
+    }
 }
 
 #endif

@@ -45,6 +45,15 @@ struct Product {
     bool add;
 };
 
+// Rows that are computed without packing: at most kFewRows. Strides are in words.
+constexpr int64_t kFewRows = 8;
+struct FewRows {
+    const uint32_t* a;  // queries or weights
+    int64_t a_stride, rows;
+    float* c;  // scores or sums
+    int64_t c_stride;
+};
+
 // Rows of the cache that are needed next. They are fetched into the L2 cache bit by bit, while other rows are packed: a
 // processor has only few memory accesses in flight, and more at a time would hold up the packing. It has no effect on
 // results.
@@ -117,6 +126,12 @@ struct AttentionTiles {
 
     // Writes the result of a row: sums divided by the sum of weights.
     void (*finish)(const float* state, int64_t head_dim, void* out);
+
+    // The same products as after packing, of few rows, with the same bits; null: there are none. The first gives the
+    // scores of the first `vectors` * kLanes tokens. The second is added to sums; its weights begin at the tile's first
+    // token.
+    void (*multiply_few_keys)(const FewRows& few, const Tile& tile, int64_t vectors) = nullptr;
+    void (*add_few_values)(const FewRows& few, const Tile& tile, int64_t first, int64_t end) = nullptr;
 };
 
 // The implementation for activations of this DataType and a cache of this CacheType on this machine.

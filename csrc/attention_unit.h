@@ -126,7 +126,8 @@ class UnitRun {
           x_(scratch),
           states_(u.states == kNoStates ? nullptr : states + u.states),
           words_(a.tiles->word_elements),
-          tile_(u.heads.size() > 1 ? (a.cache_item == 1 ? 2 * kLanes : kLanes) : kTile) {}
+          few_(a.tiles->multiply_few_keys != nullptr),
+          tile_(u.heads.size() > 1 ? tile_of_heads() : kTile) {}
 
     void run() {
         pack_queries();
@@ -162,6 +163,16 @@ class UnitRun {
         }
     }
 
+    // The tokens of a tile if there are several heads. Their time is that of reading the cache, so the tiles are small:
+    // only few bytes are read before those of the next tile are prefetched. But one vector of sums waits for itself
+    // unless there are several rows.
+    int64_t tile_of_heads() const {
+        constexpr int64_t kManyBytes = 2048;  // of a token
+        const int64_t bytes = u_.heads.size() * a_.head_dim * a_.cache_item;
+        const bool one = few_ ? bytes >= kManyBytes && a_.group_size(u_.heads.begin) > 1 : a_.cache_item > 1;
+        return one ? kLanes : 2 * kLanes;
+    }
+
     void pack_queries() {
         for_each_row(u_.queries, [&](int64_t row, int64_t query, int64_t i, int64_t) {
             const char* elements = a_.q + s_.element(a_, query, i) * a_.item;
@@ -185,6 +196,11 @@ class UnitRun {
         std::fill(offsets_ + begin, offsets_ + seen_.begin, offsets_[seen_.begin]);
         std::fill(offsets_ + seen_.end, offsets_ + round_up(seen_.end, kLanes), offsets_[seen_.end - 1]);
         if (a_.key_scales) gather_scales();
+        // The first tile of keys, which no other prefetches.
+        const Range first = {seen_.begin, std::min(seen_.end, begin + tile_)};
+        const int64_t bytes = u_.heads.size() * a_.head_dim * a_.cache_item;
+        Prefetch(a_.keys + u_.heads.begin * a_.head_dim * a_.cache_item, offsets_ + first.begin, first.size(), bytes)
+            .lines(first.size() * ((bytes + kCacheLine - 1) / kCacheLine));
     }
 
     // Reads the scales of whole vectors of positions.
@@ -225,7 +241,14 @@ class UnitRun {
                 if (rows == 0) continue;
                 Prefetch next = tile.end < seen_.end ? share_of(a_.keys, tile.end, head)
                                                      : share_of(a_.values, round_down(seen_.begin, tile_), head);
-                a_.tiles->pack_keys(tile_of(a_.keys, head, tile, &next), vectors, x_.tile);
+                const Tile keys = tile_of(a_.keys, head, tile, &next);
+                if (few_ && rows <= kFewRows) {
+                    a_.tiles->multiply_few_keys({x_.queries + row * x_.query_stride, x_.query_stride, rows,
+                                                 x_.scores + row * kScoreStride + tile.begin, kScoreStride},
+                                                keys, vectors);
+                    continue;
+                }
+                a_.tiles->pack_keys(keys, vectors, x_.tile);
                 a_.tiles->multiply({x_.queries + row * x_.query_stride, x_.query_stride, rows, x_.tile, vectors,
                                     x_.query_stride, x_.scores + row * kScoreStride + tile.begin, kScoreStride,
                                     false});
@@ -253,9 +276,16 @@ class UnitRun {
                 const int64_t rows = queries.size() * group_of(head).size(), row = row_of(head, queries.begin);
                 if (rows == 0) continue;
                 Prefetch next = share_of(a_.values, tile.end, head);
-                a_.tiles->pack_values(tile_of(a_.values, head, tile, &next), tokens.begin, tokens.end, x_.tile);
+                const Tile values = tile_of(a_.values, head, tile, &next);
                 const uint32_t* weights = reinterpret_cast<const uint32_t*>(x_.scores + row * kScoreStride);
                 float* sums = x_.split + row * a_.state_size() + kStatistics;
+                if (few_ && rows <= kFewRows) {
+                    a_.tiles->add_few_values(
+                        {weights + tile.begin / words_, kScoreStride, rows, sums, a_.state_size()}, values,
+                        tokens.begin, tokens.end);
+                    continue;
+                }
+                a_.tiles->pack_values(values, tokens.begin, tokens.end, x_.tile);
                 for (int64_t d = 0; d < a_.num_sums(); d += kPanel)
                     a_.tiles->multiply({weights + tile.begin / words_ + used.begin, kScoreStride, rows,
                                         x_.tile + (d / kPanel * tile_words + used.begin) * kPanel,
@@ -307,6 +337,7 @@ class UnitRun {
     const Scratch& x_;
     float* const states_;
     const int64_t words_;  // elements in a word
+    const bool few_;       // few rows are computed without packing
     // Tokens in a tile. Several heads are computed if the time is that of reading the cache; then tiles are small, so
     // that only few bytes are read before those of the next tile are prefetched.
     const int64_t tile_;

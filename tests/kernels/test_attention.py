@@ -233,6 +233,28 @@ def test_a_token_in_a_long_prompt_has_the_bits_of_a_decoded_one(
         assert torch.equal(attend(native, chunk(case, query, query + 1))[0], together[query]), query
 
 
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any),
+    context=st.integers(24, 700),
+    head_dim=st.sampled_from([8, 20, 32, 64, 96, 128, 160]),
+    dtype=st.sampled_from(TYPES),
+    window=st.none() | st.integers(1, 300),
+    kv=CACHE_TYPES,
+)
+def test_few_rows_have_the_bits_that_they_have_among_many(
+    groups: list[int], context: int, head_dim: int, dtype: torch.dtype, window: int | None, kv: str
+) -> None:
+    """Some kernels compute few rows of a KV head in another way than many."""
+    assert NATIVE is not None
+    q_to_kv = tuple(head for head, size in enumerate(groups) for _ in range(size))
+    case = make_case([(24, context)], q_to_kv, len(groups), head_dim, dtype, window=window, kv=kv)
+    together = attend(NATIVE, case)
+    for first, end in ((0, 1), (9, 11), (23, 24)):
+        assert torch.equal(attend(NATIVE, chunk(case, first, end)), together[first:end])
+
+
 def test_large_scores_do_not_overflow(native: NativeKernels) -> None:
     case = make_case([(1, 600), (3, 40)], GQA, 2, 64)
     huge = replace(case, q=case.q * 300)
