@@ -29,8 +29,9 @@ from shoal.models.implementation import params_of
 from shoal.models.manifest import make_shards
 from shoal.models.registry import read_spec
 from shoal.parallel.mesh import Axis
+from shoal.worker.decode_batch import DecodeBuffers
 from shoal.worker.kv_cache import allocate
-from shoal.worker.recorded_steps import RecordedSteps
+from shoal.worker.recorded_steps import MOST_TOKENS, RecordedSteps
 
 BLOCK_SIZE, CONTEXT = 16, 64  # tokens
 STEPS = 10  # of one kind in a row
@@ -85,8 +86,9 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     models = {"plain": decoder(comm), "recorded": decoder(comm)}
     if isinstance(comm, SharedMemoryComm):
         models["recorded, sums in Python"] = decoder(SumsInPython(comm))
+    buffers = DecodeBuffers(MOST_TOKENS, 2 * CONTEXT // BLOCK_SIZE, BLOCK_SIZE)
     steps = {
-        kind: RecordedSteps(model, caches, max_blocks=2 * CONTEXT // BLOCK_SIZE, alone=False, enabled=kind != "plain")
+        kind: RecordedSteps(model, caches, buffers, alone=False, enabled=kind != "plain")
         for kind, model in models.items()
     }
     times: dict[str, dict[int, list[float]]] = {kind: {count: [] for count in batches} for kind in steps}

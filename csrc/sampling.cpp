@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kLargestId = 0x7fffffff;
 
@@ -43,7 +43,7 @@ ALWAYS_INLINE const float* group_of(const float* row, int64_t columns, int64_t g
 
 ALWAYS_INLINE int64_t groups_of(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 
-struct Limit {
+struct Token {
     float logit;
     int32_t id;
 };
@@ -53,7 +53,7 @@ struct Row {
     int64_t columns;
     int64_t start;  // the token of column 0
     float temperature;
-    Limit limit;  // only tokens that come before the limit in the order of tokens count
+    Token limit;  // only tokens that come before the limit in the order of tokens count
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -79,12 +79,12 @@ ALWAYS_INLINE int64_t pack_token(float logit, int64_t id) {
                                 static_cast<uint64_t>(kLargestId - id));
 }
 
-Limit unpack_limit(int64_t packed) {
+Token unpack_token(int64_t packed) {
     const int32_t value = static_cast<int32_t>(packed >> 32);
     const int32_t bits = value ^ ((value >> 31) & 0x7fffffff);
-    Limit limit{0, static_cast<int32_t>(kLargestId - (packed & 0xffffffff))};
-    std::memcpy(&limit.logit, &bits, sizeof bits);
-    return limit;
+    Token token{0, static_cast<int32_t>(kLargestId - (packed & 0xffffffff))};
+    std::memcpy(&token.logit, &bits, sizeof bits);
+    return token;
 }
 
 // A group of a row, and the lowest logit that is within the row's limit.
@@ -391,10 +391,11 @@ EXPORT void shoal_first(const float* logits, int64_t stride, const int64_t* rows
     });
 }
 
-// The top token of each row, packed, is written to out: [num_rows]. The logits are float32 or bfloat16 (DataType). Each
-// row is cut into `parts`, of which none is empty: 1 <= parts <= columns. scratch: [num_rows, parts].
+// The top token of each row is written as its logit and its id: [num_rows]. The logits are float32 or bfloat16
+// (DataType). Each row is cut into `parts`, of which none is empty: 1 <= parts <= columns. scratch: [num_rows, parts].
 EXPORT void shoal_argmax(int32_t type, const void* logits, int64_t stride, int64_t num_rows, int64_t columns,
-                         int64_t start, int64_t parts, int64_t* scratch, int64_t* out, int64_t threads) {
+                         int64_t start, int64_t parts, int64_t* scratch, float* values, int64_t* ids,
+                         int64_t threads) {
     in_parallel(num_rows * parts, threads, [&](int64_t piece, int64_t) {
         const int64_t row = piece / parts, part = piece % parts;
         const int64_t begin = columns * part / parts, end = columns * (part + 1) / parts;
@@ -403,7 +404,9 @@ EXPORT void shoal_argmax(int32_t type, const void* logits, int64_t stride, int64
                              : top_of_floats(static_cast<const float*>(logits) + row * stride, begin, end, start);
     });
     for (int64_t row = 0; row < num_rows; ++row) {
-        out[row] = *std::max_element(scratch + row * parts, scratch + (row + 1) * parts);
+        const Token top = unpack_token(*std::max_element(scratch + row * parts, scratch + (row + 1) * parts));
+        values[row] = top.logit;
+        ids[row] = top.id;
     }
 }
 
@@ -412,7 +415,7 @@ EXPORT void shoal_log_totals(const float* logits, int64_t stride, const int64_t*
                              int64_t columns, int64_t start, const float* temperature, const float* floor,
                              const int64_t* limits, float* out, int64_t threads) {
     in_parallel(num_rows, threads, [&](int64_t i, int64_t) {
-        const Row row{logits + rows[i] * stride, columns, start, temperature[i], unpack_limit(limits[i])};
+        const Row row{logits + rows[i] * stride, columns, start, temperature[i], unpack_token(limits[i])};
         const float best = largest_of_row(row) / temperature[i];
         const double sum = std::isfinite(best) ? sum_of_row(row, floor[i], best) : 1.0;
         out[i] = static_cast<float>(best + std::log(sum));
@@ -431,7 +434,7 @@ EXPORT void shoal_draw(const float* logits, int64_t stride, const int64_t* rows,
                        int64_t start, const float* temperature, const int32_t* keys, const int64_t* limits,
                        int64_t capacity, int64_t* columns_out, int64_t* counts, int64_t threads) {
     in_parallel(num_rows, threads, [&](int64_t i, int64_t) {
-        const Row row{logits + rows[i] * stride, columns, start, temperature[i], unpack_limit(limits[i])};
+        const Row row{logits + rows[i] * stride, columns, start, temperature[i], unpack_token(limits[i])};
         const Key key{static_cast<uint32_t>(keys[2 * i]), static_cast<uint32_t>(keys[2 * i + 1])};
         counts[i] = candidates_of_row(row, key, capacity, columns_out + i * capacity);
     });

@@ -26,6 +26,7 @@ from shoal.models.implementation import params_of
 from shoal.models.manifest import Shard, make_shards
 from shoal.models.registry import read_spec
 from shoal.parallel.mesh import Axis
+from shoal.worker.decode_batch import DecodeBuffers
 from shoal.worker.kv_cache import allocate
 from shoal.worker.recorded_steps import MOST_TOKENS, RecordedSteps
 from support.checkpoints import MAKERS
@@ -37,6 +38,10 @@ BLOCK_SIZE, BLOCKS, SEQUENCES = 16, 3, 4
 CPU = torch.device("cpu")
 # The numbers of sequences of decoding steps: each size is recorded, then replayed with other inputs.
 SIZES = (3, 1, 3, 4, 1, 4, 3)
+
+
+def buffers() -> DecodeBuffers:
+    return DecodeBuffers(MOST_TOKENS, BLOCKS, BLOCK_SIZE)
 
 
 class Rank:
@@ -54,7 +59,7 @@ class Rank:
             allocate(spec, shard, BLOCKS * SEQUENCES, BLOCK_SIZE, kv or str(dtype).removeprefix("torch."), CPU).layers
             for _ in range(2)
         )
-        self.steps = RecordedSteps(self.decoder, self.caches, max_blocks=BLOCKS, alone=tp.size == 1)
+        self.steps = RecordedSteps(self.decoder, self.caches, buffers(), alone=tp.size == 1)
 
     def both(self, tokens: Sequence[int], batch: PagedBatch) -> tuple[Tensor, Tensor]:
         inputs = torch.tensor(tokens)
@@ -196,7 +201,7 @@ def test_nothing_is_recorded_if_that_is_switched_off(checkpoint: Callable[[str],
     folder = checkpoint("llama")
     (shard,) = make_shards(read_spec(folder), 1)
     rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), torch.bfloat16, "")
-    steps = RecordedSteps(rank.decoder, rank.caches, max_blocks=BLOCKS, alone=True, enabled=False)
+    steps = RecordedSteps(rank.decoder, rank.caches, buffers(), alone=True, enabled=False)
     steps.hidden(torch.tensor([3]), batch_of([0], [5], 1), None)
     assert steps.recorded == {}
 

@@ -22,7 +22,7 @@ class PagedBatch:
     slots: Tensor  # int64 [n]: the slot for the token's key and value, which is block * block_size + offset
     query_starts: Tensor  # int32 [b + 1]: the first row of each sequence, then n
     context_lens: Tensor  # int32 [b]: the number of tokens that a sequence's last query attends to, its own included
-    block_tables: Tensor  # int32 [b, max_blocks]: rows are padded with 0
+    block_tables: Tensor  # int32 [b, max_blocks]: what is in a row behind the blocks of its context has no meaning
     block_size: int
     num_single: int
     query_lens: tuple[int, ...]  # on the host: the number of queries of each sequence

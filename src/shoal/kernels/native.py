@@ -26,7 +26,7 @@ from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.kernels.reference import ReferenceKernels
 from shoal.native_library import open_library
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _CACHE_TYPE_CODES = {dtype: code for code, dtype in enumerate(KV_DTYPES.values())}  # as in csrc/cache_types.h

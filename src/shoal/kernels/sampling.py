@@ -22,7 +22,7 @@ from torch import Tensor
 from shoal.kernels.gumbel_noise import gumbel
 from shoal.native_library import open_library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _MINUS_INF = float("-inf")
 _LARGEST_ID = 0x7FFFFFFF
@@ -183,18 +183,14 @@ class NativeSampling:
     def argmax(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
         (rows, columns), threads = logits.shape, torch.get_num_threads()
         parts = min(max(threads // max(rows, 1), 1), columns)
-        found = torch.empty((parts + 1) * rows, dtype=torch.int64)
-        scratch, out = found.split([parts * rows, rows])
+        values, ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        scratch = ids if parts == 1 else torch.empty(parts * rows, dtype=torch.int64)
         self._library.shoal_argmax(
-            _TYPE_CODES[logits.dtype],
-            logits.data_ptr(),
-            logits.stride(0),
+            *(_TYPE_CODES[logits.dtype], logits.data_ptr(), logits.stride(0)),
             *(rows, columns, start, parts),
-            scratch.data_ptr(),
-            out.data_ptr(),
-            threads,
+            *(scratch.data_ptr(), values.data_ptr(), ids.data_ptr(), threads),
         )
-        return unpack_tokens(out)
+        return values, ids
 
     def logsumexp(
         self, logits: Tensor, start: int, rows: Tensor, temperature: Tensor, floor: Tensor, limits: Tensor | None = None
@@ -268,7 +264,7 @@ _ROWS = [_POINTER, _LONG, _POINTER, _LONG, _LONG]
 _SIGNATURES: dict[str, list[Any]] = {
     "shoal_apply_masks": [*_ROWS, _LONG, _POINTER, _LONG, _LONG],
     "shoal_first": [*_ROWS, _LONG, _LONG, _POINTER, _POINTER, _LONG],
-    "shoal_argmax": [_INT, _POINTER, *[_LONG] * 5, *[_POINTER] * 2, _LONG],
+    "shoal_argmax": [_INT, _POINTER, *[_LONG] * 5, *[_POINTER] * 3, _LONG],
     "shoal_log_totals": [*_ROWS, _LONG, *[_POINTER] * 4, _LONG],
     "shoal_count_above": [_POINTER, *[_LONG] * 3, *[_POINTER] * 2, _LONG],
     "shoal_draw": [*_ROWS, _LONG, *[_POINTER] * 3, _LONG, *[_POINTER] * 2, _LONG],

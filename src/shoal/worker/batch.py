@@ -17,6 +17,7 @@ from shoal.kernels.base import PagedBatch
 from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, StepPlan, Work
 from shoal.wire.tokens import TOKEN_DTYPE
+from shoal.worker.decode_batch import DecodeBuffers, DecodeKind, decode_batches
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.sampler import SamplingRows
 from shoal.worker.sampling_rules import EditsBuilder, SamplingRules
@@ -83,10 +84,12 @@ class SequenceTable:
         scratch_slot: int = 0,
         *,
         samples: bool = True,
+        most_decoded: int = 0,
     ) -> None:
         """Make an empty table.
 
         Args:
+            most_decoded: the most tokens of a step that `buffers` have room for, if more than `max_num_seqs`.
             scratch_slot: the slot of the KV cache for keys and values that must not be written to their own slot.
             samples: True on the last stage, which draws tokens. Other stages do not build what only drawing needs.
         """
@@ -108,13 +111,18 @@ class SequenceTable:
         self._sample_index = np.zeros(max_num_seqs, np.uint64)
         self._num_given: Int64 = np.zeros(max_num_seqs, np.int64)  # tokens of the NewSeq
         self._plain = np.zeros(max_num_seqs, np.bool_)  # no edits and no log-probabilities are wanted
-        self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
+        self.buffers = DecodeBuffers(max(most_decoded, max_num_seqs), self._blocks.shape[1], block_size)
+        self._decodes = decode_batches(
+            self.buffers,
+            scratch_slot,
+            blocks=self._blocks,
+            written=self._written,
+            last_token=self._last_token,
+            num_given=self._num_given,
+            plain=self._plain,
+            temperature=self._temperature,
+        )
         self._greedy: dict[int, SamplingRows] = {}  # the parameters of so many greedy rows without edits
-
-    @property
-    def max_blocks(self) -> int:
-        """The most blocks of a sequence."""
-        return int(self._blocks.shape[1])
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -172,11 +180,8 @@ class SequenceTable:
         of a step are written before any is read, so each of them sees the same context as it would alone, and attention
         computes it in the same way. So a token has the same bits with and without drafts.
         """
-        if self._samples and not [work for work in works if work.count != 1 or not work.sample or work.masked]:
-            rows = np.array([self._sequences[work.seq].row for work in works], np.int64)
-            starts = np.array([work.start for work in works], np.int64)
-            if self._plain[rows].all() and (starts >= self._num_given[rows]).all():
-                return self._build_plain(works, rows, starts)
+        if (plain := self._build_plain(works)) is not None:
+            return plain
         ordered = sorted(works, key=lambda work: work.count != 1 + len(work.drafts))  # otherwise in the plan's order
         rows = np.array([self._sequences[work.seq].row for work in ordered], np.int64)
         starts = np.array([work.start for work in ordered], np.int64)
@@ -199,15 +204,31 @@ class SequenceTable:
             prompts=prompts,
         )
 
-    def _build_plain(self, works: Sequence[Work], rows: Int64, starts: Int64) -> StepInput:
-        """Return the tensors of a plain step, which most steps are. rows, starts: [b]."""
-        if self._temperature[rows].any():
-            sampling = self._sampling_rows(rows, starts + 1, logprobs=-1, edits=EditsBuilder())
-        else:
+    def _build_plain(self, works: Sequence[Work]) -> StepInput | None:
+        """Return the tensors of a plain step, which most steps are; None if the step is another, or without C++.
+
+        The next step overwrites them.
+        """
+        if self._decodes is None or not self._samples:
+            return None
+        rows, positions = [], []
+        for work in works:
+            if work.count != 1 or not work.sample or work.masked:
+                return None
+            rows.append(self._sequences[work.seq].row)
+            positions.append(work.start)
+        kind = self._decodes.write(rows, positions)
+        if kind is DecodeKind.OTHER:
+            return None
+        tokens, batch = self.buffers.step(positions, self._device)
+        if kind is DecodeKind.GREEDY:
             sampling = self._greedy_rows(len(rows))
+        else:
+            positions_after = np.array(positions, np.int64) + 1
+            sampling = self._sampling_rows(np.array(rows), positions_after, logprobs=-1, edits=EditsBuilder())
         return StepInput(
-            tokens=self._tensor(self._last_token[rows]),
-            batch=self._single_tokens(rows, starts),
+            tokens=tokens,
+            batch=batch,
             logit_rows=None,
             sampled=tuple(works),
             sampling=sampling,
@@ -225,26 +246,6 @@ class SequenceTable:
             found = SamplingRows(zeros, zeros.long(), zeros + 1, zeros, keys, greedy=True, truncated=(), logprobs=-1)
             self._greedy[count] = found
         return found
-
-    def _single_tokens(self, rows: Int64, positions: Int64) -> PagedBatch:
-        """Return the batch of b sequences with one token each, whose rows and positions are given as [b]."""
-        blocks, offsets = positions // self._block_size, positions % self._block_size
-        contexts = (positions + 1).astype(np.int32)
-        slots = self._blocks[rows, blocks].astype(np.int64) * self._block_size + offsets
-        shared = positions < self._written[rows]
-        if shared.any():
-            slots[shared] = self._scratch_slot
-        return PagedBatch(
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            query_starts=self._tensor(self._counting[: len(rows) + 1]),
-            context_lens=self._tensor(contexts),
-            block_tables=self._tensor(self._blocks[rows, : int(blocks.max()) + 1]),
-            block_size=self._block_size,
-            num_single=len(rows),
-            query_lens=(1,) * len(rows),
-            host_context_lens=tuple(contexts.tolist()),
-        )
 
     def _batch(self, rows: Int64, starts: Int64, counts: Int64) -> PagedBatch:
         """Return the batch of b sequences, whose rows, first positions and numbers of tokens are given as [b].
@@ -359,7 +360,7 @@ class SequenceTable:
         room = np.array([self._sequences[seq].num_blocks for seq in seqs], np.int64) * self._block_size
         beyond = positions >= np.minimum(room, self._max_model_len)
         positions = np.minimum(positions, self._max_model_len - 1)
-        batch = self._single_tokens(rows, positions)
+        batch = self._batch(rows, positions, np.ones(len(rows), np.int64))
         if beyond.any():
             batch.slots[torch.from_numpy(beyond).to(self._device)] = self._scratch_slot
         sampling = self._sampling_rows(rows, positions + 1, logprobs=-1, edits=EditsBuilder())

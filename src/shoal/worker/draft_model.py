@@ -16,7 +16,8 @@ from shoal.parallel.mesh import Axis
 from shoal.wire.base import Ids
 from shoal.wire.ranks import Work
 from shoal.worker.batch import SequenceTable, StepInput
-from shoal.worker.recorded_steps import RecordedSteps
+from shoal.worker.decode_batch import DecodeBuffers
+from shoal.worker.recorded_steps import MOST_TOKENS, RecordedSteps
 from shoal.worker.sampler import VocabShare, sample
 
 
@@ -42,9 +43,8 @@ class DraftModel:
             record_steps: record the decoding steps where that is possible.
         """
         self._model = model
-        self._steps = RecordedSteps(
-            model, caches, max_blocks=table.max_blocks, alone=tp.size == 1, enabled=record_steps
-        )
+        buffers = DecodeBuffers(MOST_TOKENS, table.buffers.max_blocks, table.buffers.block_size)
+        self._steps = RecordedSteps(model, caches, buffers, alone=tp.size == 1, enabled=record_steps)
         self._device = caches[0].keys.device
         self._table = table
         self._share = share

@@ -10,6 +10,7 @@ from shoal.kernels.base import KVCache, PagedBatch
 from shoal.kernels.recording import NotRecordable, Pool, Recorder, Recording
 from shoal.log import get_logger
 from shoal.models.causal_model import CausalModel
+from shoal.worker.decode_batch import DecodeBuffers
 
 log = get_logger("worker")
 
@@ -45,18 +46,19 @@ class RecordedSteps:
     """
 
     def __init__(
-        self, model: CausalModel, caches: list[KVCache], *, max_blocks: int, alone: bool, enabled: bool = True
+        self, model: CausalModel, caches: list[KVCache], buffers: DecodeBuffers, *, alone: bool, enabled: bool = True
     ) -> None:
         """Record nothing yet.
 
         Args:
-            max_blocks: the most blocks of a sequence.
+            buffers: from where recorded steps read their batch. Batches of other tensors are copied there.
             alone: the layers exchange nothing with other ranks, so a recording can be tried.
             enabled: False: compute all steps without recordings.
         """
         self._model = model
         self._caches = caches
-        self._max_blocks = max_blocks
+        self._buffers = buffers
+        self._most_tokens = min(MOST_TOKENS, buffers.max_tokens)
         self._alone = alone
         on_cpu = all(cache.keys.device.type == "cpu" for cache in caches)
         self._layers = model if enabled and on_cpu and isinstance(model, LayeredModel) else None
@@ -72,7 +74,7 @@ class RecordedSteps:
     def hidden(self, inputs: Tensor, batch: PagedBatch, rows: Tensor | None) -> Tensor:
         """Do the same as `CausalModel.hidden`."""
         count = len(batch.query_lens)
-        if self._layers is None or self._layers.is_watched or not 0 < batch.num_single == count <= MOST_TOKENS:
+        if self._layers is None or self._layers.is_watched or not 0 < batch.num_single == count <= self._most_tokens:
             return self._model.hidden(inputs, batch, self._caches, rows)
         layers, residual = self._layers, self._layers.embed(inputs, batch)
         step = self._recordings.get(count) or self._record(layers, residual, batch)
@@ -85,7 +87,7 @@ class RecordedSteps:
     def _record(self, layers: LayeredModel, residual: Tensor, batch: PagedBatch) -> "_RecordedStep | None":
         """Record the layers of a step, and return the recording; None if that is impossible."""
         if self._inputs is None:
-            self._inputs = _Inputs(residual, self._max_blocks, batch.block_size)
+            self._inputs = _Inputs(residual, self._buffers)
         inputs = self._inputs.first(len(residual))
         inputs.fill(residual, batch)
         try:
@@ -117,30 +119,15 @@ class RecordedSteps:
 class _Inputs:
     """The tensors from which recorded steps read. All sizes of steps share them."""
 
-    def __init__(self, residual: Tensor, max_blocks: int, block_size: int) -> None:
+    def __init__(self, residual: Tensor, buffers: DecodeBuffers) -> None:
         """`residual`: a tensor of the width and dtype of the residual stream."""
         self.x = torch.zeros((MOST_TOKENS, residual.shape[1]), dtype=residual.dtype)
         self.residual = torch.zeros_like(self.x)
-        self.positions = torch.zeros(MOST_TOKENS, dtype=torch.int64)
-        self.slots = torch.zeros(MOST_TOKENS, dtype=torch.int64)
-        self.query_starts = torch.arange(MOST_TOKENS + 1, dtype=torch.int32)
-        self.context_lens = torch.ones(MOST_TOKENS, dtype=torch.int32)
-        self.block_tables = torch.zeros((MOST_TOKENS, max_blocks), dtype=torch.int32)
-        self.block_size = block_size
+        self.buffers = buffers
 
     def first(self, count: int) -> "_StepInputs":
         """Return the inputs of a step of `count` tokens."""
-        batch = PagedBatch(
-            positions=self.positions[:count],
-            slots=self.slots[:count],
-            query_starts=self.query_starts[: count + 1],
-            context_lens=self.context_lens[:count],
-            block_tables=self.block_tables[:count],
-            block_size=self.block_size,
-            num_single=count,
-            query_lens=(1,) * count,
-            host_context_lens=(),  # no kernel in C++ reads them
-        )
+        _, batch = self.buffers.first(count)
         return _StepInputs(self.x[:count], self.residual[:count], batch)
 
 
@@ -155,6 +142,8 @@ class _StepInputs:
     def fill(self, residual: Tensor, batch: PagedBatch) -> None:
         self.x.zero_()
         self.residual.copy_(residual)
+        if batch.positions is self.batch.positions:  # they are the buffers themselves
+            return
         self.batch.positions.copy_(batch.positions)
         self.batch.slots.copy_(batch.slots)
         self.batch.context_lens.copy_(batch.context_lens)

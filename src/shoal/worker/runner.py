@@ -53,9 +53,7 @@ class Runner:
         record_steps: bool = True,
     ) -> None:
         self._model = model
-        self._steps = RecordedSteps(
-            model, caches, max_blocks=table.max_blocks, alone=tp.size == 1, enabled=record_steps
-        )
+        self._steps = RecordedSteps(model, caches, table.buffers, alone=tp.size == 1, enabled=record_steps)
         self._table = table
         self._share = share
         self._tp = tp

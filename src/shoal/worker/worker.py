@@ -37,6 +37,7 @@ from shoal.worker.measured_traffic import measured_traffic
 from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.rank_model import RankModel
 from shoal.worker.rank_trace import RankTrace
+from shoal.worker.recorded_steps import MOST_TOKENS
 from shoal.worker.runner import Runner
 from shoal.worker.thread_binding import prefer_memory
 
@@ -275,7 +276,8 @@ class Worker:
         setup, model = self.setup, self._model
         scratch = self._num_blocks * setup.plan.block_size
         sizes = setup.plan.max_num_seqs, setup.plan.max_model_len, setup.plan.block_size
-        table = SequenceTable(*sizes, self.device, scratch, samples=self._pipeline.last)
+        most_tokens = max(setup.plan.max_num_seqs, MOST_TOKENS)  # with drafts a sequence has several
+        table = SequenceTable(*sizes, self.device, scratch, samples=self._pipeline.last, most_decoded=most_tokens)
         vocabulary, tp = model.vocabulary, self.mesh.tp
         draft = None
         if self._draft is not None:

@@ -76,6 +76,7 @@ class RunningPlanner:
         """
         made_room, size, windows = False, self._tables.block_size, self._tables.has_window
         chunks: list[Request] = []
+        filled: list[Request] = []  # requests of which a block may have become full
         for request in list(self._requests.running):
             if request.state is not RequestState.RUNNING:  # it was preempted for another
                 continue
@@ -87,13 +88,17 @@ class RunningPlanner:
             elif uncomputed and (turn is None or request in turn):
                 if request.plain and request.computed % size and plan.budget:
                     plan.give_token(request)
+                    if not request.computed % size:
+                        filled.append(request)
                 else:
                     made_room |= self._plan(request, 1, plan)
+                    filled.append(request)
         for request in chunks:
             if request.state is RequestState.RUNNING:
                 made_room |= self._plan(request, self._chunking.cut(request.uncomputed, plan.prompt_share), plan)
+                filled.append(request)
         # Not before all is planned: a request that is taken back must not leave blocks in the cache that no step fills.
-        for request in plan.requests:
+        for request in filled:
             self._tables.cache(request)
         return made_room
 

@@ -66,7 +66,8 @@ class Results:
         request.pending -= 1
         request.tokens.append(tokens[0])
         self._requests.counters.generated_tokens += 1
-        self._tables.cache(request)
+        if not len(request.tokens) % self._tables.block_size:  # a block may have become full
+            self._tables.cache(request)
         finish = end_of_output(request)
         if finish is not None:
             self.end(request, finish, tokens)
