@@ -194,6 +194,134 @@ AVX2 void multiply(const Product& p) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Products of few rows with keys and values that are not packed.
+
+constexpr int64_t kMostFewRows = 3;  // as there are registers for
+
+// Adds the products of some elements of eight keys with those of Rows queries.
+template <int Rows, class C>
+AVX2_INLINE void add_eight_keys(const C* const* keys, int64_t d, const float* queries, int64_t stride,
+                                __m256 (&sums)[Rows]) {
+    for (int64_t half = 0; half < 2 * kEight; half += kEight) {
+        __m256 rows[kEight];
+#pragma GCC unroll 8
+        for (int t = 0; t < kEight; ++t) rows[t] = load_eight(keys[t] + d + half);
+        transpose(rows);
+#pragma GCC unroll 8
+        for (int i = 0; i < kEight; ++i)
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; ++r)
+                sums[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(queries + r * stride + half + i), rows[i], sums[r]);
+    }
+}
+
+template <int Rows>
+AVX2_INLINE void add_eight_keys(const BFloat16* const* keys, int64_t d, const float* queries, int64_t stride,
+                                __m256 (&sums)[Rows]) {
+    const __m256 upper_halves = (__m256)_mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+    __m256 rows[kEight];
+#pragma GCC unroll 8
+    for (int t = 0; t < kEight; ++t) rows[t] = _mm256_loadu_ps(reinterpret_cast<const float*>(keys[t] + d));
+    transpose(rows);
+#pragma GCC unroll 8
+    for (int i = 0; i < kEight; ++i) {
+        const __m256 even = (__m256)_mm256_slli_epi32((__m256i)rows[i], 16);
+        const __m256 odd = _mm256_and_ps(rows[i], upper_halves);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+            const float* query = queries + r * stride + 2 * i;
+            sums[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(query), even, sums[r]);
+            sums[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(query + 1), odd, sums[r]);
+        }
+    }
+}
+
+// The scores of 16 keys: of two times eight, since the additions of a sum wait for each other.
+template <class C, int Rows>
+AVX2_INLINE void score_keys(const FewRows& few, const Tile& tile, int64_t first) {
+    __m256 low[Rows], high[Rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) low[r] = high[r] = _mm256_setzero_ps();
+    for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
+        C padded[kLanes][kChunk];
+        const C* keys[kLanes];
+        for (int64_t t = 0; t < kLanes; ++t)
+            keys[t] = whole_chunk(reinterpret_cast<const C*>(tile.head + tile.offsets[first + t]) + d,
+                                  tile.head_dim - d, padded[t]);
+        const float* queries = reinterpret_cast<const float*>(few.a) + d;
+        for (int64_t i = 0; i < kChunk; i += 2 * kEight) {
+            add_eight_keys<Rows>(keys, i, queries + i, few.a_stride, low);
+            add_eight_keys<Rows>(keys + kEight, i, queries + i, few.a_stride, high);
+        }
+        tile.next->lines(kLanes * kChunk * static_cast<int64_t>(sizeof(C)) / kCacheLine);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+        _mm256_storeu_ps(few.c + r * few.c_stride + first, low[r]);
+        _mm256_storeu_ps(few.c + r * few.c_stride + first + kEight, high[r]);
+    }
+}
+
+// The weighted sums of kChunk elements from `d` on.
+template <class C, int Rows>
+AVX2_INLINE void sum_chunk(const FewRows& few, const Tile& tile, int64_t first, int64_t end, int64_t d) {
+    constexpr int kVectorsOfChunk = kChunk / kEight;
+    const float* weights = reinterpret_cast<const float*>(few.a);
+    __m256 sums[Rows][kVectorsOfChunk];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectorsOfChunk; ++v)
+            sums[r][v] = _mm256_loadu_ps(few.c + r * few.c_stride + d + v * kEight);
+    for (int64_t t = first; t < end; ++t) {
+        C padded[kChunk];
+        const C* row = reinterpret_cast<const C*>(tile.head + tile.offsets[t]);
+        const C* elements = whole_chunk(row + d, tile.head_dim - d, padded);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectorsOfChunk; ++v) {
+            const __m256 values = load_eight(elements + v * kEight);
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; ++r)
+                sums[r][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + r * few.a_stride + t), values, sums[r][v]);
+        }
+        if (d == 0) tile.next->lines((tile.head_dim * static_cast<int64_t>(sizeof(C)) + kCacheLine - 1) / kCacheLine);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectorsOfChunk; ++v)
+            _mm256_storeu_ps(few.c + r * few.c_stride + d + v * kEight, sums[r][v]);
+}
+
+template <class C, int Rows>
+AVX2_INLINE void score_rows(const FewRows& few, const Tile& tile, int64_t vectors) {
+    for (int64_t vector = 0; vector < vectors; ++vector) score_keys<C, Rows>(few, tile, vector * kLanes);
+}
+
+template <class C, int Rows>
+AVX2_INLINE void sum_rows(const FewRows& few, const Tile& tile, int64_t first, int64_t end) {
+    for (int64_t d = 0; d < tile.head_dim; d += kChunk) sum_chunk<C, Rows>(few, tile, first, end, d);
+}
+
+template <class C>
+AVX2 void multiply_few_keys(const FewRows& few, const Tile& tile, int64_t vectors) {
+    switch (few.rows) {
+        case 1: return score_rows<C, 1>(few, tile, vectors);
+        case 2: return score_rows<C, 2>(few, tile, vectors);
+        default: return score_rows<C, kMostFewRows>(few, tile, vectors);
+    }
+}
+
+template <class C>
+AVX2 void add_few_values(const FewRows& few, const Tile& tile, int64_t first, int64_t end) {
+    switch (few.rows) {
+        case 1: return sum_rows<C, 1>(few, tile, first, end);
+        case 2: return sum_rows<C, 2>(few, tile, first, end);
+        default: return sum_rows<C, kMostFewRows>(few, tile, first, end);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Softmax and results.
 
 // exp(x) for x from kExpLowest to 88, as scaled_exp_of.
@@ -323,8 +451,17 @@ AVX2 void finish(const float* state, int64_t head_dim, void* out) {
 }
 
 template <class T, class C>
-constexpr AttentionTiles kTiles = {1,        pack_query<T>, pack_keys<C>, pack_values<C>,
-                                   multiply, exponentiate,  merge,        finish<T>};
+constexpr AttentionTiles kTiles = {1,
+                                   pack_query<T>,
+                                   pack_keys<C>,
+                                   pack_values<C>,
+                                   multiply,
+                                   exponentiate,
+                                   merge,
+                                   finish<T>,
+                                   kMostFewRows,
+                                   multiply_few_keys<C>,
+                                   add_few_values<C>};
 
 // In the order of CacheType.
 template <class T>

@@ -219,6 +219,7 @@ void use_avx512(int32_t type, int32_t cache_type, AttentionTiles* tiles) {
                       exponentiate,
                       tiles->merge,
                       finish_interleaved,
+                      kMostFewRows,
                       multiply_few_keys<BFloat16Elements>,
                       add_few_values<BFloat16Elements>};
         else if (BytePacking packing; byte_packing(cache_type, &packing))
@@ -230,6 +231,7 @@ void use_avx512(int32_t type, int32_t cache_type, AttentionTiles* tiles) {
                       exponentiate,
                       tiles->merge,
                       finish,
+                      packing.most_few_rows,
                       packing.multiply_few_keys,
                       packing.add_few_values};
     }

@@ -192,9 +192,8 @@ DEFINE_PACKING(Float8E5M2)
 template <class C>
 BytePacking packing_of(void (*pack_keys)(const Tile&, int64_t, uint32_t*),
                        void (*pack_values)(const Tile&, int64_t, int64_t, uint32_t*)) {
-    const bool few = __builtin_cpu_supports("avx512bf16");
-    return {pack_query, pack_keys, pack_values, few ? multiply_few_keys<ByteElements<C>> : nullptr,
-            few ? add_few_values<ByteElements<C>> : nullptr};
+    return {pack_query,  pack_keys, pack_values, kMostFewRows, multiply_few_keys<ByteElements<C>>,
+            add_few_values<ByteElements<C>>};
 }
 
 }  // namespace

@@ -8,7 +8,8 @@ struct BytePacking {
     void (*pack_query)(const void* query, int64_t head_dim, uint32_t* words);
     void (*pack_keys)(const Tile& tile, int64_t vectors, uint32_t* panel);
     void (*pack_values)(const Tile& tile, int64_t first, int64_t end, uint32_t* panels);
-    void (*multiply_few_keys)(const FewRows& few, const Tile& tile, int64_t vectors);  // null: there is none
+    int64_t most_few_rows;
+    void (*multiply_few_keys)(const FewRows& few, const Tile& tile, int64_t vectors);
     void (*add_few_values)(const FewRows& few, const Tile& tile, int64_t first, int64_t end);
 };
 

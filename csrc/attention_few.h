@@ -21,6 +21,8 @@
 
 namespace {
 
+constexpr int64_t kMostFewRows = 8;  // as there are registers for
+
 // The scores of Vectors * 16 keys for Rows rows. Several vectors are computed together, since the additions of a sum
 // wait for each other.
 template <class Elements, int Rows, int Vectors>
@@ -141,7 +143,7 @@ FEW void multiply_few_keys(const FewRows& few, const Tile& tile, int64_t vectors
         case 5: return score_rows<Elements, 5>(few, tile, vectors);
         case 6: return score_rows<Elements, 6>(few, tile, vectors);
         case 7: return score_rows<Elements, 7>(few, tile, vectors);
-        default: return score_rows<Elements, 8>(few, tile, vectors);
+        default: return score_rows<Elements, kMostFewRows>(few, tile, vectors);
     }
 }
 
@@ -155,7 +157,7 @@ FEW void add_few_values(const FewRows& few, const Tile& tile, int64_t first, int
         case 5: return sum_rows<Elements, 5>(few, tile, first, end);
         case 6: return sum_rows<Elements, 6>(few, tile, first, end);
         case 7: return sum_rows<Elements, 7>(few, tile, first, end);
-        default: return sum_rows<Elements, 8>(few, tile, first, end);
+        default: return sum_rows<Elements, kMostFewRows>(few, tile, first, end);
     }
 }
 

@@ -45,8 +45,7 @@ struct Product {
     bool add;
 };
 
-// Rows that are computed without packing: at most kFewRows. Strides are in words.
-constexpr int64_t kFewRows = 8;
+// Rows that are computed without packing. Strides are in words.
 struct FewRows {
     const uint32_t* a;  // queries or weights
     int64_t a_stride, rows;
@@ -127,9 +126,10 @@ struct AttentionTiles {
     // Writes the result of a row: sums divided by the sum of weights.
     void (*finish)(const float* state, int64_t head_dim, void* out);
 
-    // The same products as after packing, of few rows, with the same bits; null: there are none. The first gives the
+    // The same products as after packing, of at most `most_few_rows` rows, with the same bits. The first gives the
     // scores of the first `vectors` * kLanes tokens. The second is added to sums; its weights begin at the tile's first
     // token.
+    int64_t most_few_rows = 0;  // 0: rows are always multiplied after packing
     void (*multiply_few_keys)(const FewRows& few, const Tile& tile, int64_t vectors) = nullptr;
     void (*add_few_values)(const FewRows& few, const Tile& tile, int64_t first, int64_t end) = nullptr;
 };

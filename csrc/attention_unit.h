@@ -126,7 +126,6 @@ class UnitRun {
           x_(scratch),
           states_(u.states == kNoStates ? nullptr : states + u.states),
           words_(a.tiles->word_elements),
-          few_(a.tiles->multiply_few_keys != nullptr),
           tile_(u.heads.size() > 1 ? tile_of_heads() : kTile) {}
 
     void run() {
@@ -164,13 +163,14 @@ class UnitRun {
     }
 
     // The tokens of a tile if there are several heads. Their time is that of reading the cache, so the tiles are small:
-    // only few bytes are read before those of the next tile are prefetched. But one vector of sums waits for itself
-    // unless there are several rows.
+    // only few bytes are read before those of the next tile are prefetched. But without packing the additions of one
+    // vector of sums wait for each other, unless there are several rows.
     int64_t tile_of_heads() const {
         constexpr int64_t kManyBytes = 2048;  // of a token
-        const int64_t bytes = u_.heads.size() * a_.head_dim * a_.cache_item;
-        const bool one = few_ ? bytes >= kManyBytes && a_.group_size(u_.heads.begin) > 1 : a_.cache_item > 1;
-        return one ? kLanes : 2 * kLanes;
+        const int64_t bytes = u_.heads.size() * a_.head_dim * a_.cache_item, rows = a_.group_size(u_.heads.begin);
+        const bool packed = rows > a_.tiles->most_few_rows;
+        const bool small = packed ? a_.cache_item > 1 : bytes >= kManyBytes && rows > 1;
+        return small ? kLanes : 2 * kLanes;
     }
 
     void pack_queries() {
@@ -242,7 +242,7 @@ class UnitRun {
                 Prefetch next = tile.end < seen_.end ? share_of(a_.keys, tile.end, head)
                                                      : share_of(a_.values, round_down(seen_.begin, tile_), head);
                 const Tile keys = tile_of(a_.keys, head, tile, &next);
-                if (few_ && rows <= kFewRows) {
+                if (rows <= a_.tiles->most_few_rows) {
                     a_.tiles->multiply_few_keys({x_.queries + row * x_.query_stride, x_.query_stride, rows,
                                                  x_.scores + row * kScoreStride + tile.begin, kScoreStride},
                                                 keys, vectors);
@@ -279,7 +279,7 @@ class UnitRun {
                 const Tile values = tile_of(a_.values, head, tile, &next);
                 const uint32_t* weights = reinterpret_cast<const uint32_t*>(x_.scores + row * kScoreStride);
                 float* sums = x_.split + row * a_.state_size() + kStatistics;
-                if (few_ && rows <= kFewRows) {
+                if (rows <= a_.tiles->most_few_rows) {
                     a_.tiles->add_few_values(
                         {weights + tile.begin / words_, kScoreStride, rows, sums, a_.state_size()}, values,
                         tokens.begin, tokens.end);
@@ -337,7 +337,6 @@ class UnitRun {
     const Scratch& x_;
     float* const states_;
     const int64_t words_;  // elements in a word
-    const bool few_;       // few rows are computed without packing
     // Tokens in a tile. Several heads are computed if the time is that of reading the cache; then tiles are small, so
     // that only few bytes are read before those of the next tile are prefetched.
     const int64_t tile_;
