@@ -33,7 +33,7 @@ _LIBRARIES = [
         [
             *("csrc/rows.cpp", "csrc/cache_rows.cpp", "csrc/attention.cpp", "csrc/attention_tiles.cpp"),
             *("csrc/attention_avx2.cpp", "csrc/attention_avx512.cpp", "csrc/attention_bytes.cpp", "csrc/replay.cpp"),
-            *("csrc/sums.cpp", "csrc/decode_batch.cpp"),
+            *("csrc/sums.cpp", "csrc/decode_batch.cpp", "csrc/routing.cpp"),
         ],
         [
             *("csrc/common.h", "csrc/chunks.h", "csrc/cache_types.h", "csrc/cache_rows.h", "csrc/attention_tiles.h"),

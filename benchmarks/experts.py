@@ -25,7 +25,6 @@ from shoal.kernels.base import Kernels
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_linear
 from shoal.kernels.select import make_kernels
-from shoal.models.layers.moe import route
 from shoal.models.spec import RoutingSpec
 
 EXPERTS, ROUTING = 128, RoutingSpec(8)
@@ -63,7 +62,7 @@ def medians(calls: dict[str, Callable[[int], object]], seconds: float) -> dict[s
 
 def measure(layers: list[Layer], tokens: int, hidden: int, inner: int, dtype: torch.dtype, seconds: float) -> object:
     x, logits = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, EXPERTS)
-    experts, weights = route(logits, ROUTING, None)
+    experts, weights = layers[0].grouped.kernels.route(logits, ROUTING, None)
     counts = torch.bincount(experts.flatten(), minlength=EXPERTS).tolist()
     busy = [(e, count) for e, count in enumerate(counts) if count]
     pairs = sum(counts)
@@ -83,7 +82,7 @@ def measure(layers: list[Layer], tokens: int, hidden: int, inner: int, dtype: to
             "whole": lambda i: layers[i % len(layers)].grouped(x, experts, weights),
             "products": products,
             "one_by_one": one_by_one,
-            "routing": lambda _: route(logits, ROUTING, None),
+            "routing": lambda _: layers[0].grouped.kernels.route(logits, ROUTING, None),
         },
         seconds,
     )

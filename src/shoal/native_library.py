@@ -24,9 +24,12 @@ def open_library(folder: Path, name: str, version_function: str, version: int) -
 
 
 def bind(
-    library: ctypes.CDLL, name: str, arguments: Sequence[Any], result: type[ctypes.c_int32] | None = None
+    library: ctypes.CDLL,
+    name: str,
+    arguments: Sequence[Any],
+    result: type[ctypes.c_int32 | ctypes.c_int64] | None = None,
 ) -> Callable[..., Any]:
-    """Return a function of a library that takes these types of ctypes, and returns nothing or a status."""
+    """Return a function of a library that takes these types of ctypes, and returns nothing or a number."""
     function = library[name]
     function.argtypes, function.restype = list(arguments), result
     return function

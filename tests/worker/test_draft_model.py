@@ -7,9 +7,9 @@ import torch
 
 from shoal.wire.ranks import NewSeq, Sampling, SeqOut, StepPlan, Work
 from shoal.wire.tokens import encode_tokens
-from shoal.worker.batch import SequenceTable
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.runner import Runner
+from shoal.worker.sequence_table import SequenceTable
 from worker.made_up import ALONE, ONE_STAGE, SHARE, VOCABULARY, TableModel, no_cache
 
 SIZE = 4

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, SeqOut, StepMask, StepPlan, TokenLogprobs, Work
 from shoal.wire.tokens import encode_numbers, encode_tokens
-from shoal.worker.batch import SequenceTable
 from shoal.worker.runner import Runner
+from shoal.worker.sequence_table import SequenceTable
 from support.fakes import steady
 from worker.made_up import ALONE, ONE_STAGE, SHARE, VOCABULARY, TableModel, no_cache
 

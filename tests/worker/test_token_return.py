@@ -12,7 +12,7 @@ from torch import Tensor
 from shoal.parallel.pipeline import Pipeline
 from shoal.wire.ranks import NewSeq, Sampling, StepPlan, Work
 from shoal.wire.tokens import encode_tokens
-from shoal.worker.batch import SequenceTable
+from shoal.worker.sequence_table import SequenceTable
 from shoal.worker.token_return import TokenReturn
 from support.fakes import steady
 

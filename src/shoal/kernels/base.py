@@ -105,6 +105,40 @@ class AttentionParams:
     softcap: float | None = None
 
 
+class Routing(Protocol):
+    """The rule by which a token chooses experts: `shoal.models.spec.RoutingSpec` says what its parts mean."""
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def scoring(self) -> Literal["softmax", "sigmoid"]: ...
+
+    @property
+    def normalize(self) -> bool: ...
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def groups(self) -> int: ...
+
+    @property
+    def top_groups(self) -> int: ...
+
+    @property
+    def group_score(self) -> Literal["best", "best_two"]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPairs:
+    """Pairs of a row and one of its experts, sorted by experts, and for each expert by rows."""
+
+    counts: list[int]  # by expert: the number of its pairs
+    rows: Tensor  # int64 [pairs with an expert]: the row of each
+    places: Tensor  # int64 [m, k]: where each pair of a row is among them; negative without an expert
+
+
 class Kernels(Protocol):
     """The operations between linear layers.
 
@@ -135,6 +169,19 @@ class Kernels(Protocol):
         x: [p, m]. indices: int64 [n, k]; negative ones are left out. weights: float32 [n, k]. Gives [n, m], summed in
         float32 and rounded once.
         """
+
+    def route(self, logits: Tensor, rule: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the experts of each token, int64 [n, top_k], the best first, and their weights, float32 [n, top_k].
+
+        The result for a token does not depend on other tokens.
+
+        Args:
+            logits: [n, experts].
+            bias: float32 [experts], added to the scores for the choice only; None for none.
+        """
+
+    def group_pairs(self, experts: Tensor, count: int) -> ExpertPairs:
+        """Sort the pairs of rows and experts. experts: int64 [m, k], from 0 to count - 1; -1: none."""
 
     def rotate_and_store(
         self,

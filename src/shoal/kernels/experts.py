@@ -30,12 +30,8 @@ class GroupedExperts:
 
         x: [m, hidden]. experts: int64 [m, k], numbers of this rank's experts, -1 for none. weights: float32 [m, k].
         """
-        pairs = experts.flatten()  # of a row and an expert
-        absent, *counts = torch.bincount(pairs + 1, minlength=self.count + 1).tolist()
-        if absent == len(pairs):
+        pairs = self.kernels.group_pairs(experts, self.count)
+        if not len(pairs.rows):
             return torch.zeros_like(x)
-        order = pairs.argsort(stable=True)
-        indices = order.argsort() - absent  # the row of each pair in the results below; negative without an expert
-        rows_by_expert = order[absent:] // experts.shape[1]
-        inner = self.activate(self.up(x.index_select(0, rows_by_expert), counts))
-        return self.kernels.weighted_sum(self.down(inner, counts), indices.view(experts.shape), weights)
+        inner = self.activate(self.up(x.index_select(0, pairs.rows), pairs.counts))
+        return self.kernels.weighted_sum(self.down(inner, pairs.counts), pairs.places, weights)

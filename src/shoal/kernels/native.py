@@ -13,6 +13,7 @@ from torch import Tensor
 from shoal.kernels.base import (
     Activation,
     AttentionParams,
+    ExpertPairs,
     HeadLayout,
     KVCache,
     Norm,
@@ -20,13 +21,14 @@ from shoal.kernels.base import (
     PagedBatch,
     QKNorm,
     Rope,
+    Routing,
 )
 from shoal.kernels.kv_rows import KV_DTYPES
 from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.kernels.reference import ReferenceKernels
-from shoal.native_library import open_library
+from shoal.native_library import bind, open_library
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _CACHE_TYPE_CODES = {dtype: code for code, dtype in enumerate(KV_DTYPES.values())}  # as in csrc/cache_types.h
@@ -51,8 +53,20 @@ _SIGNATURES: dict[str, list[Any]] = {
         *[_POINTER] * 9,
         *[_LONG] * 6,
     ],
+    "shoal_route": [_INT, *[_POINTER] * 3, _LONG, *[_POINTER] * 2, _LONG],
+    "shoal_group_pairs": [_POINTER, *[_LONG] * 3, *[_POINTER] * 3],
     "shoal_attend": [_INT, _INT, *[_POINTER] * 9, *[_LONG] * 6, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
 }
+
+
+class _Routing(ctypes.Structure):
+    """`Routing` in `csrc/routing.cpp`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("experts", "top_k", "groups", "top_groups")),
+        *((name, ctypes.c_int32) for name in ("sigmoid", "best_two", "normalize")),
+        ("scale", ctypes.c_float),
+    )
 
 
 class NativeKernels:
@@ -71,6 +85,9 @@ class NativeKernels:
         self._scale = _function(library, "shoal_scale")
         self._weighted_sum = _function(library, "shoal_weighted_sum")
         self._rotate_and_store = _function(library, "shoal_rotate_and_store")
+        self._route = bind(library, "shoal_route", _SIGNATURES["shoal_route"])
+        self._group_pairs = bind(library, "shoal_group_pairs", _SIGNATURES["shoal_group_pairs"], _LONG)
+        self._most_routed_experts = int(library.shoal_most_routed_experts())
         self._attend = _function(library, "shoal_attend", _INT)
         self._max_head_dim = int(library.shoal_max_head_dim())
         self._groups: dict[tuple[tuple[int, ...], int], ctypes.Array[ctypes.c_int32]] = {}
@@ -159,6 +176,33 @@ class NativeKernels:
             _threads(),
         )
         return out
+
+    def route(self, logits: Tensor, rule: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows, count = logits.shape
+        if count > self._most_routed_experts or logits.dtype not in _TYPE_CODES:
+            return self._reference.route(logits, rule, bias)
+        logits = logits.contiguous()
+        experts = torch.empty((rows, rule.top_k), dtype=torch.int64)
+        weights = torch.empty((rows, rule.top_k))
+        given = _Routing(
+            *(count, rule.top_k, rule.groups, rule.top_groups),
+            *(rule.scoring == "sigmoid", rule.group_score == "best_two", rule.normalize, rule.scale),
+        )
+        self._route(
+            *(_TYPE_CODES[logits.dtype], ctypes.addressof(given), logits.data_ptr(), _address(bias), rows),
+            *(experts.data_ptr(), weights.data_ptr(), _threads()),
+        )
+        return experts, weights
+
+    def group_pairs(self, experts: Tensor, count: int) -> ExpertPairs:
+        experts = experts.contiguous()
+        counts = (ctypes.c_int64 * count)()
+        rows, places = torch.empty(experts.numel(), dtype=torch.int64), torch.empty_like(experts)
+        found = self._group_pairs(
+            *(experts.data_ptr(), experts.numel(), max(experts.shape[1], 1), count),
+            *(ctypes.addressof(counts), rows.data_ptr(), places.data_ptr()),
+        )
+        return ExpertPairs(list(counts), rows[:found], places)
 
     def rotate_and_store(
         self,

@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.kernels.base import Activation, AttentionParams, HeadLayout, KVCache, Norm, PagedBatch, QKNorm, Rope
+from shoal.kernels.base import (
+    Activation,
+    AttentionParams,
+    ExpertPairs,
+    HeadLayout,
+    KVCache,
+    Norm,
+    PagedBatch,
+    QKNorm,
+    Rope,
+    Routing,
+)
+from shoal.kernels.expert_routing import group_pairs, route
 from shoal.kernels.kv_rows import read_rows, store_rows
 
 GATHER_BYTES = 256 * 2**20  # limit for the keys and values gathered at once for decoding; one sequence may exceed it
@@ -59,6 +71,12 @@ class ReferenceKernels:
                 term = x.index_select(0, index.clamp(min=0)).float() * weight.unsqueeze(1)
                 total += term.masked_fill_((index < 0).unsqueeze(1), 0)  # masked, since row 0 or the weight may be NaN
         return total.to(x.dtype)
+
+    def route(self, logits: Tensor, rule: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return route(logits, rule, bias)
+
+    def group_pairs(self, experts: Tensor, count: int) -> ExpertPairs:
+        return group_pairs(experts, count)
 
     def rotate_and_store(
         self,

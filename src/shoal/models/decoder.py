@@ -277,7 +277,8 @@ class _Builder:
         return "up", partial(kernels.activate, activation=activation)
 
     def mixture(self, moe: MoESpec, at: str) -> MoE:
-        router = ExpertRouter(self.column(f"{at}router"), self.optional(f"{at}correction_bias"), moe.routing)
+        bias = self.optional(f"{at}correction_bias")
+        router = ExpertRouter(self.column(f"{at}router"), bias, moe.routing, self.kernels)
         up, activate = self.expansion()
         held = range(moe.num_experts) if self.shard.experts is None else self.shard.experts
         matrices = [(self.column(f"{at}experts.{e}.{up}"), self.column(f"{at}experts.{e}.down")) for e in held]

@@ -15,10 +15,11 @@ from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
 from shoal.wire.base import Ids
 from shoal.wire.ranks import Work
-from shoal.worker.batch import SequenceTable, StepInput
 from shoal.worker.decode_batch import DecodeBuffers
 from shoal.worker.recorded_steps import MOST_TOKENS, RecordedSteps
 from shoal.worker.sampler import VocabShare, sample
+from shoal.worker.sequence_table import SequenceTable
+from shoal.worker.step_input import StepInput
 
 
 class DraftModel:

@@ -15,11 +15,12 @@ from shoal.parallel.mesh import Axis
 from shoal.parallel.pipeline import Pipeline
 from shoal.wire.base import Ids
 from shoal.wire.ranks import PromptLogprobs, SeqOut, StepMask, StepPlan, StepResult, StepTimes, TokenLogprobs
-from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.logit_edits import Edits, Masks
 from shoal.worker.recorded_steps import RecordedSteps
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
+from shoal.worker.sequence_table import SequenceTable
+from shoal.worker.step_input import PromptRows, StepInput
 from shoal.worker.token_return import TokenReturn
 
 # How many prompt tokens' logits are computed at a time; with a vocabulary of 150,000 tokens they take 38 MB.

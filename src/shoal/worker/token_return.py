@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shoal.parallel.pipeline import Pipeline
 from shoal.wire.ranks import StepPlan, Work
-from shoal.worker.batch import SequenceTable
+from shoal.worker.sequence_table import SequenceTable
 
 
 @dataclass(frozen=True, slots=True)

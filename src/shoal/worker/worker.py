@@ -28,7 +28,6 @@ from shoal.wire.ranks import (
     StepResult,
 )
 from shoal.wire.trace import END, TRACE
-from shoal.worker.batch import SequenceTable
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.free_memory import release_memory, trim_heap
 from shoal.worker.kv_cache import KVMemory
@@ -39,6 +38,7 @@ from shoal.worker.rank_model import RankModel
 from shoal.worker.rank_trace import RankTrace
 from shoal.worker.recorded_steps import MOST_TOKENS
 from shoal.worker.runner import Runner
+from shoal.worker.sequence_table import SequenceTable
 from shoal.worker.thread_binding import prefer_memory
 
 log = get_logger("worker")

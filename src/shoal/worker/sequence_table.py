@@ -21,6 +21,7 @@ from shoal.worker.decode_batch import DecodeBuffers, DecodeKind, decode_batches
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.sampler import SamplingRows
 from shoal.worker.sampling_rules import EditsBuilder, SamplingRules
+from shoal.worker.step_input import PromptRows, StepInput
 
 # Logits divided by a smaller temperature would leave the range of float32. With such a temperature only the likeliest
 # token would be drawn, so it counts as greedy.
@@ -43,33 +44,6 @@ class _Sequence:
     logprobs: int
     prompt_logprobs: int
     rules: SamplingRules | None
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRows:
-    """Consecutive tokens of a prompt whose log-probabilities are wanted.
-
-    They are computed from the rows of the tokens before them.
-    """
-
-    seq: int
-    start: int  # position of the first target
-    targets: tuple[int, ...]  # the tokens whose log-probabilities are wanted
-    logprobs: int  # for how many of the likeliest tokens log-probabilities are wanted, in addition
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """The tensors of a step of n tokens, after m of which a token is drawn."""
-
-    tokens: Tensor  # int64 [n]
-    batch: PagedBatch
-    logit_rows: Tensor | None  # int64 [m + p]: tokens after which one is drawn, then those of `prompts`; None: all n
-    sampled: tuple[Work, ...]  # the works of the m rows, in the order of the rows; a work has 1 + len(drafts) rows
-    sampling: SamplingRows | None  # None: this stage draws no tokens in this step
-    masked_rows: tuple[int, ...]  # those of the m rows that have a row in the step's mask, in the order of the mask
-    prompts: tuple[PromptRows, ...]
-    plain: bool = False  # every sequence computes one token and draws one, without drafts, edits and log-probabilities
 
 
 class SequenceTable:

@@ -14,10 +14,11 @@ from shoal.kernels.native import load_native
 from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, StepPlan, Work
 from shoal.wire.tokens import encode_numbers, encode_tokens
-from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.logit_edits import Edits
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.sampling_rules import EditsBuilder, SamplingRules
+from shoal.worker.sequence_table import SequenceTable
+from shoal.worker.step_input import PromptRows, StepInput
 from support.fakes import steady
 
 SIZE = 3
