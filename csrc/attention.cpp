@@ -182,7 +182,7 @@ EXPORT int32_t shoal_max_head_dim() { return kMaxHeadDim; }
 
 // type: of q and out; cache_type: of keys and values. Scales are null unless that type has some. window: at least 1.
 // softcap: 0 for none. groups: group_starts, then q_order.
-EXPORT int32_t shoal_attend(int32_t type, int32_t cache_type, const void* q, const void* keys, const void* values,
+EXPORT int32_t shoal_attend(int32_t type, int32_t cache_type, AttentionLevel level, const void* q, const void* keys, const void* values,
                             const void* key_scales, const void* value_scales, void* out, const int32_t* query_starts,
                             const int32_t* context_lens, const int32_t* block_tables, int64_t table_stride,
                             int64_t block_size, int64_t sequences, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
@@ -193,7 +193,7 @@ EXPORT int32_t shoal_attend(int32_t type, int32_t cache_type, const void* q, con
                          static_cast<const uint16_t*>(key_scales), static_cast<const uint16_t*>(value_scales),
                          static_cast<char*>(out), item, cache_item_bytes(cache_type), query_starts, context_lens,
                          block_tables, table_stride, block_size, sequences, q_heads, kv_heads, head_dim, groups,
-                         groups + kv_heads + 1, window, {scale, softcap}, &attention_tiles(type, cache_type)};
+                         groups + kv_heads + 1, window, {scale, softcap}, &attention_tiles(type, cache_type, level)};
     try {
         attend(a, threads);
     } catch (const std::bad_alloc&) {

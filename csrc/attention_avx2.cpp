@@ -474,7 +474,7 @@ AttentionTiles tiles_of(int32_t cache_type) {
 }  // namespace
 
 void use_avx2(int32_t type, int32_t cache_type, AttentionTiles* tiles) {
-    if (!has_avx2() || __builtin_cpu_supports("avx512f")) return;
+    if (!has_avx2()) return;
     *tiles = type == kFloat32 ? tiles_of<float>(cache_type) : tiles_of<BFloat16>(cache_type);
 }
 

@@ -52,36 +52,14 @@ AVX512 void pack_query_bfloat16(const void* query, int64_t head_dim, uint32_t* w
                             load_bytes(static_cast<const BFloat16*>(query) + d, first_bytes(2 * (head_dim - d))));
 }
 
-// A word is two tokens. Interleaving works within 128-bit lanes: of 32 elements the first vector of a panel has those
-// with d % 8 < 4, the second one the others. `finish` puts them in order.
-AVX512 void pack_values_bfloat16(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {
-    const auto row_of = [&](int64_t t) { return reinterpret_cast<const BFloat16*>(tile.head + tile.offsets[t]); };
-    for (int64_t pair = first / 2; 2 * pair < end; ++pair) {
-        const int64_t even = std::max(2 * pair, first), odd = std::min(2 * pair + 1, end - 1);
-        const __mmask64 has_even = even == 2 * pair ? ~__mmask64(0) : 0, has_odd = odd == 2 * pair ? 0 : ~__mmask64(0);
-        const BFloat16 *even_row = row_of(even), *odd_row = row_of(odd);
-        uint32_t* to = panels + pair * kPanel;
-        for (int64_t d = 0; d < tile.head_dim; d += kPanel, to += kTile / 2 * kPanel)
-            for (int64_t i = 0; i < kPanel && d + i < tile.head_dim; i += kChunk) {
-                const __mmask64 mask = first_bytes(2 * (tile.head_dim - d - i));
-                const __m512i x = load_bytes(even_row + d + i, has_even & mask);
-                const __m512i y = load_bytes(odd_row + d + i, has_odd & mask);
-                _mm512_storeu_si512(to + i, _mm512_unpacklo_epi16(x, y));
-                _mm512_storeu_si512(to + i + kLanes, _mm512_unpackhi_epi16(x, y));
-                tile.next->lines(2);
-            }
-    }
-}
-
-// The elements of a cache in bfloat16, for attention_few.h.
+// The elements of a cache in bfloat16, for attention_few.h. Interleaving two tokens works within 128-bit lanes: of 32
+// elements the first vector has those with d % 8 < 4, the second one the others. `finish` puts them in order.
 struct BFloat16Elements {
     static constexpr int kWords = 1;
     struct Table {};
 
     FEW_INLINE Table table() { return {}; }
     FEW_INLINE void words(__m512i keys, const Table&, __m512i (&words)[kWords]) { words[0] = keys; }
-
-    // In the order of pack_values_bfloat16.
     FEW_INLINE void pairs(const char* even, const char* odd, __mmask32 even_mask, __mmask32 odd_mask, const Table&,
                           __m512i (&words)[2]) {
         const __m512i x = _mm512_maskz_loadu_epi16(even_mask, even), y = _mm512_maskz_loadu_epi16(odd_mask, odd);
@@ -89,6 +67,22 @@ struct BFloat16Elements {
         words[1] = _mm512_unpackhi_epi16(x, y);
     }
 };
+
+BF16 void pack_values_bfloat16(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {
+    for (int64_t word = first / 2; 2 * word < end; ++word) {
+        const TokenPair pair(word, first, end);
+        const char *even = tile.head + tile.offsets[pair.even], *odd = tile.head + tile.offsets[pair.odd];
+        for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
+            const uint32_t mask = static_cast<uint32_t>(first_bytes(tile.head_dim - d));
+            uint32_t* to = panels + (d / kPanel * (kTile / 2) + word) * kPanel + d % kPanel;
+            __m512i words[2];
+            BFloat16Elements::pairs(even + 2 * d, odd + 2 * d, pair.even_mask & mask, pair.odd_mask & mask, {}, words);
+            _mm512_storeu_si512(to, words[0]);
+            _mm512_storeu_si512(to + kLanes, words[1]);
+            tile.next->lines(2);
+        }
+    }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Products.

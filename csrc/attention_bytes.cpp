@@ -80,7 +80,7 @@ VBMI_INLINE Widened widen(__m512i bytes, const Registers& table) {
 
 // A word of a key has elements 4 i and 4 i + 2, the next one 4 i + 1 and 4 i + 3: so they are after `widen`.
 template <class C>
-VBMI_INLINE void pack_keys_of(const Tile& tile, int64_t vectors, uint32_t* panel) {
+VBMI void pack_keys(const Tile& tile, int64_t vectors, uint32_t* panel) {
     const Registers table = load_table<C>();
     for (int64_t vector = 0; vector < vectors; ++vector) {
         const char* keys[kLanes];
@@ -133,18 +133,17 @@ VBMI_INLINE Widened widen_pair(const char* even, const char* odd, uint32_t even_
 }
 
 template <class C>
-VBMI_INLINE void pack_values_of(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {
+VBMI void pack_values(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {
     const Registers table = load_table<C>();
     const __m512i order = _mm512_load_si512(kPairOrder.places);
-    for (int64_t pair = first / 2; 2 * pair < end; ++pair) {
-        const int64_t even = std::max(2 * pair, first), odd = std::min(2 * pair + 1, end - 1);
-        const uint32_t has_even = even == 2 * pair ? ~0u : 0, has_odd = odd == 2 * pair ? 0 : ~0u;
-        const char *even_row = tile.head + tile.offsets[even], *odd_row = tile.head + tile.offsets[odd];
+    for (int64_t word = first / 2; 2 * word < end; ++word) {
+        const TokenPair pair(word, first, end);
+        const char *even = tile.head + tile.offsets[pair.even], *odd = tile.head + tile.offsets[pair.odd];
         for (int64_t d = 0; d < tile.head_dim; d += kChunk) {
             const uint32_t mask = static_cast<uint32_t>(first_bytes(tile.head_dim - d));
             const Widened words =
-                widen_pair<C>(even_row + d, odd_row + d, has_even & mask, has_odd & mask, order, table);
-            uint32_t* to = panels + (d / kPanel * (kTile / 2) + pair) * kPanel + d % kPanel;
+                widen_pair<C>(even + d, odd + d, pair.even_mask & mask, pair.odd_mask & mask, order, table);
+            uint32_t* to = panels + (d / kPanel * (kTile / 2) + word) * kPanel + d % kPanel;
             _mm512_storeu_si512(to, words.even);
             _mm512_storeu_si512(to + kLanes, words.odd);
             tile.next->lines(1);
@@ -177,39 +176,19 @@ struct ByteElements {
     }
 };
 
-#define DEFINE_PACKING(C)                                                                            \
-    VBMI void pack_keys_##C(const Tile& tile, int64_t vectors, uint32_t* panel) {                    \
-        pack_keys_of<C>(tile, vectors, panel);                                                       \
-    }                                                                                                \
-    VBMI void pack_values_##C(const Tile& tile, int64_t first, int64_t end, uint32_t* panels) {      \
-        pack_values_of<C>(tile, first, end, panels);                                                 \
-    }
-
-DEFINE_PACKING(Int8)
-DEFINE_PACKING(Float8E4M3)
-DEFINE_PACKING(Float8E5M2)
-
 template <class C>
-BytePacking packing_of(void (*pack_keys)(const Tile&, int64_t, uint32_t*),
-                       void (*pack_values)(const Tile&, int64_t, int64_t, uint32_t*)) {
-    return {pack_query,  pack_keys, pack_values, kMostFewRows, multiply_few_keys<ByteElements<C>>,
-            add_few_values<ByteElements<C>>};
-}
+constexpr BytePacking kPacking = {
+    pack_query,   pack_keys<C>, pack_values<C>, kMostFewRows, multiply_few_keys<ByteElements<C>>,
+    add_few_values<ByteElements<C>>};
 
 }  // namespace
 
 bool byte_packing(int32_t cache_type, BytePacking* packing) {
     if (!has_avx512() || !__builtin_cpu_supports("avx512vbmi")) return false;
-    switch (cache_type) {
-        case kCacheInt8: *packing = packing_of<Int8>(pack_keys_Int8, pack_values_Int8); return true;
-        case kCacheFloat8E4M3:
-            *packing = packing_of<Float8E4M3>(pack_keys_Float8E4M3, pack_values_Float8E4M3);
-            return true;
-        case kCacheFloat8E5M2:
-            *packing = packing_of<Float8E5M2>(pack_keys_Float8E5M2, pack_values_Float8E5M2);
-            return true;
-        default: return false;
-    }
+    if (cache_type == kCacheInt8) *packing = kPacking<Int8>;
+    if (cache_type == kCacheFloat8E4M3) *packing = kPacking<Float8E4M3>;
+    if (cache_type == kCacheFloat8E5M2) *packing = kPacking<Float8E5M2>;
+    return cache_type == kCacheInt8 || cache_type == kCacheFloat8E4M3 || cache_type == kCacheFloat8E5M2;
 }
 
 #endif

@@ -95,20 +95,19 @@ FEW_INLINE void sum_elements(const FewRows& few, const Tile& tile, int64_t first
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half)
                 sums[r][c][half] = _mm512_loadu_ps(few.c + r * few.c_stride + d + c * kChunk + half * kLanes);
-    for (int64_t pair = first / 2; 2 * pair < end; ++pair) {
-        const int64_t even = std::max(2 * pair, first), odd = std::min(2 * pair + 1, end - 1);
-        const __mmask32 has_even = even == 2 * pair ? ~0u : 0, has_odd = odd == 2 * pair ? 0 : ~0u;
-        const char* even_row = tile.head + tile.offsets[even] + d * kElementBytes;
-        const char* odd_row = tile.head + tile.offsets[odd] + d * kElementBytes;
+    for (int64_t word = first / 2; 2 * word < end; ++word) {
+        const TokenPair pair(word, first, end);
+        const char* even_row = tile.head + tile.offsets[pair.even] + d * kElementBytes;
+        const char* odd_row = tile.head + tile.offsets[pair.odd] + d * kElementBytes;
 #pragma GCC unroll 4
         for (int c = 0; c < Chunks; ++c) {
             __m512i words[2];
             Elements::pairs(even_row + c * kChunk * kElementBytes, odd_row + c * kChunk * kElementBytes,
-                            has_even & masks[c], has_odd & masks[c], table, words);
+                            pair.even_mask & masks[c], pair.odd_mask & masks[c], table, words);
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
                 const __m512bh own =
-                    (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(few.a[r * few.a_stride + pair]));
+                    (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(few.a[r * few.a_stride + word]));
                 sums[r][c][0] = _mm512_dpbf16_ps(sums[r][c][0], (__m512bh)words[0], own);
                 sums[r][c][1] = _mm512_dpbf16_ps(sums[r][c][1], (__m512bh)words[1], own);
             }

@@ -211,18 +211,28 @@ DEFINE_TYPE(BFloat16)
 struct Implementations {
     AttentionTiles of[2][6] = {ALL_TILES_OF(float), ALL_TILES_OF(BFloat16)};  // by DataType and CacheType
 
-    Implementations() {
+    explicit Implementations(AttentionLevel level) {
+        const bool avx2 = level == kAttentionAvx2 || (level == kAttentionBest && !has_avx512());
         for (int32_t type = 0; type < 2; ++type)
             for (int32_t cache_type = 0; cache_type < 6; ++cache_type) {
-                use_avx2(type, cache_type, &of[type][cache_type]);
-                use_avx512(type, cache_type, &of[type][cache_type]);
+                if (avx2) use_avx2(type, cache_type, &of[type][cache_type]);
+                if (level == kAttentionBest) use_avx512(type, cache_type, &of[type][cache_type]);
             }
+    }
+
+    static bool has_avx512() {
+#if defined(__x86_64__) && defined(__GNUC__)
+        return __builtin_cpu_supports("avx512f");
+#else
+        return false;
+#endif
     }
 };
 
 }  // namespace
 
-const AttentionTiles& attention_tiles(int32_t type, int32_t cache_type) {
-    static const Implementations implementations;
-    return implementations.of[type][cache_type];
+const AttentionTiles& attention_tiles(int32_t type, int32_t cache_type, AttentionLevel level) {
+    static const Implementations levels[] = {Implementations(kAttentionPortable), Implementations(kAttentionAvx2),
+                                             Implementations(kAttentionBest)};
+    return levels[level].of[type][cache_type];
 }

@@ -53,9 +53,9 @@ struct FewRows {
     int64_t c_stride;
 };
 
-// Rows of the cache that are needed next. They are fetched into the L2 cache bit by bit, while other rows are packed: a
-// processor has only few memory accesses in flight, and more at a time would hold up the packing. It has no effect on
-// results.
+// Rows of the cache that are needed next. They are fetched into the L2 cache bit by bit, while other rows are packed or
+// multiplied: a processor has only few memory accesses in flight, and more at a time would hold up that work. It has no
+// effect on results.
 class Prefetch {
    public:
     Prefetch(const char* rows, const int64_t* offsets, int64_t count, int64_t row_bytes)
@@ -83,7 +83,7 @@ struct Tile {
     const char* head;        // in the first slot of the cache
     const int64_t* offsets;  // of the tokens from `head`, in bytes
     int64_t head_dim;
-    Prefetch* next;          // as many lines are fetched as are packed
+    Prefetch* next;          // as many lines are fetched as are read
 };
 
 struct Softmax {
@@ -134,10 +134,13 @@ struct AttentionTiles {
     void (*add_few_values)(const FewRows& few, const Tile& tile, int64_t first, int64_t end) = nullptr;
 };
 
-// The implementation for activations of this DataType and a cache of this CacheType on this machine.
-const AttentionTiles& attention_tiles(int32_t type, int32_t cache_type);
+// Which instructions may be used. kAttentionBest: all that this machine has; the others are for tests.
+enum AttentionLevel : int32_t { kAttentionPortable = 0, kAttentionAvx2 = 1, kAttentionBest = 2 };
 
-// Replaces an implementation by a faster one if this machine has AVX2 and no AVX-512 (csrc/attention_avx2.cpp).
+// The implementation for activations of this DataType and a cache of this CacheType on this machine.
+const AttentionTiles& attention_tiles(int32_t type, int32_t cache_type, AttentionLevel level);
+
+// Replaces an implementation by a faster one if this machine has AVX2 (csrc/attention_avx2.cpp).
 void use_avx2(int32_t type, int32_t cache_type, AttentionTiles* tiles);
 
 // Replaces functions of an implementation by faster ones if this machine has AVX-512 (csrc/attention_avx512.cpp).

@@ -162,14 +162,18 @@ class UnitRun {
         }
     }
 
+    // Of a token, for the heads of the unit.
+    int64_t bytes_of_heads() const { return u_.heads.size() * a_.head_dim * a_.cache_item; }
+    const char* first_head_in(const char* cache) const { return cache + u_.heads.begin * a_.head_dim * a_.cache_item; }
+
     // The tokens of a tile if there are several heads. Their time is that of reading the cache, so the tiles are small:
     // only few bytes are read before those of the next tile are prefetched. But without packing the additions of one
-    // vector of sums wait for each other, unless there are several rows.
+    // vector of sums wait for each other, unless there are several rows. How many bytes count as many was measured.
     int64_t tile_of_heads() const {
-        constexpr int64_t kManyBytes = 2048;  // of a token
-        const int64_t bytes = u_.heads.size() * a_.head_dim * a_.cache_item, rows = a_.group_size(u_.heads.begin);
+        constexpr int64_t kManyBytes = 2048;
+        const int64_t heads = u_.heads.size(), rows = (u_.q_heads.size() * u_.queries.size() + heads - 1) / heads;
         const bool packed = rows > a_.tiles->most_few_rows;
-        const bool small = packed ? a_.cache_item > 1 : bytes >= kManyBytes && rows > 1;
+        const bool small = packed ? a_.cache_item > 1 : bytes_of_heads() >= kManyBytes && rows > 1;
         return small ? kLanes : 2 * kLanes;
     }
 
@@ -198,9 +202,8 @@ class UnitRun {
         if (a_.key_scales) gather_scales();
         // The first tile of keys, which no other prefetches.
         const Range first = {seen_.begin, std::min(seen_.end, begin + tile_)};
-        const int64_t bytes = u_.heads.size() * a_.head_dim * a_.cache_item;
-        Prefetch(a_.keys + u_.heads.begin * a_.head_dim * a_.cache_item, offsets_ + first.begin, first.size(), bytes)
-            .lines(first.size() * ((bytes + kCacheLine - 1) / kCacheLine));
+        Prefetch(first_head_in(a_.keys), offsets_ + first.begin, first.size(), bytes_of_heads())
+            .lines(first.size() * ((bytes_of_heads() + kCacheLine - 1) / kCacheLine));
     }
 
     // Reads the scales of whole vectors of positions.
@@ -327,8 +330,7 @@ class UnitRun {
         const Range tokens = common({begin, begin + tile_}, seen_);
         const int64_t share = head - u_.heads.begin, heads = u_.heads.size();
         const int64_t from = tokens.size() * share / heads, to = tokens.size() * (share + 1) / heads;
-        return {cache + u_.heads.begin * a_.head_dim * a_.cache_item, offsets_ + tokens.begin + from, to - from,
-                heads * a_.head_dim * a_.cache_item};
+        return {first_head_in(cache), offsets_ + tokens.begin + from, to - from, bytes_of_heads()};
     }
 
     const Attention& a_;

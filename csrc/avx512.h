@@ -56,6 +56,19 @@ AVX512_INLINE __mmask64 first_bytes(int64_t count) {
     return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << std::max<int64_t>(0, count)) - 1;
 }
 
+// The two tokens of a word of values, of the tokens from `first` to `end`. One outside is absent, and not to be read: the
+// place of the other one stands for it. Masks have all bits or none.
+struct TokenPair {
+    int64_t even, odd;
+    uint32_t even_mask, odd_mask;
+
+    TokenPair(int64_t pair, int64_t first, int64_t end)
+        : even(std::max(2 * pair, first)),
+          odd(std::min(2 * pair + 1, end - 1)),
+          even_mask(even == 2 * pair ? ~0u : 0),
+          odd_mask(odd == 2 * pair ? 0 : ~0u) {}
+};
+
 }  // namespace
 
 #endif

@@ -4,7 +4,7 @@
 
 namespace {
 
-// What of the rows of a table of sequences is read, and the tensors that are written. As Python describes it.
+// The columns of the table of sequences that are read, and the tensors that are written: as `_Table` in Python.
 struct DecodeTable {
     const int32_t* blocks;       // [rows, max_blocks]
     const int64_t* written;      // [rows]: positions before this are in shared blocks
@@ -23,7 +23,7 @@ enum Kind : int32_t { kOther = 0, kGreedy = 1, kDrawn = 2 };
 }  // namespace
 
 // Writes the tensors of `count` sequences, whose rows in the table and positions are given, unless some of them compute
-// a token that was not drawn, or want more than a token. Entries of block_tables that no token needs stay as they are.
+// a given token, or are not plain. Entries of block_tables that no token needs stay as they are. Returns the Kind.
 EXPORT int32_t shoal_decode_batch(const DecodeTable* table, const int64_t* rows, const int64_t* positions,
                                   int64_t count) {
     const DecodeTable& t = *table;

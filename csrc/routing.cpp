@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t kMaxExperts = 1024;
+constexpr int32_t kMaxExperts = 1024;
 constexpr int64_t kExpertsPerThread = 1 << 12;  // less takes longer to hand to a thread than to compute
 
 // A rule as Python describes it (shoal.kernels.native).
@@ -16,7 +16,7 @@ struct Routing {
     float scale;
 };
 
-// Scores of at most kMaxExperts experts. Behind the last one is a chunk of other numbers.
+// Scores of at most kMaxExperts experts, with room for whole vectors.
 typedef float Scores[kMaxExperts + kChunk];
 
 // scores = softmax(logits).
@@ -42,7 +42,8 @@ CLONED void softmax(const float* logits, int64_t size, float* scores) {
     for (int64_t i = 0; i < size; i += kLanes) store_floats(scores + i, load_floats(scores + i) / sum);
 }
 
-// The place of the largest number among those that are not taken, the first of equal ones. NaN is never larger.
+// The place of the largest number among those that are not taken, the first of equal ones. A NaN is only found if it
+// comes first.
 int64_t best_of(const float* numbers, const bool* taken, int64_t size) {
     int64_t best = -1;
     for (int64_t i = 0; i < size; ++i)
@@ -97,7 +98,7 @@ void route_row(const Routing& rule, const float* logits, const float* bias, int6
 
 }  // namespace
 
-EXPORT int64_t shoal_most_routed_experts() { return kMaxExperts; }
+EXPORT int32_t shoal_most_routed_experts() { return kMaxExperts; }
 
 // logits: [rows, experts], float32 or bfloat16 (DataType). bias: [experts], or null. experts, weights: [rows, top_k]. The
 // best `top_groups` groups have at least `top_k` experts.
@@ -128,7 +129,7 @@ EXPORT int64_t shoal_group_pairs(const int64_t* experts, int64_t pairs, int64_t 
     for (int64_t i = 0; i < pairs; ++i)
         if (experts[i] >= 0) ++counts[experts[i]];
     int64_t sorted = 0;
-    for (int64_t expert = 0; expert < count; ++expert) {  // for a while, counts are where each expert begins
+    for (int64_t expert = 0; expert < count; ++expert) {  // for a while, counts are where the next pair of each expert goes
         const int64_t own = counts[expert];
         counts[expert] = sorted;
         sorted += own;

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 9;  // of the whole library, including attention.cpp
+constexpr int32_t kAbiVersion = 10;  // of the whole library, including attention.cpp
 
 enum NormKind : int32_t { kNoNorm = -1, kRms = 0, kRmsWide = 1, kLayer = 2 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };

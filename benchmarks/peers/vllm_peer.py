@@ -1,7 +1,6 @@
-"""vLLM as a peer of `benchmarks/compare.py`, run in an environment of its own: `python vllm_peer.py FOLDER TP`."""
+"""vLLM as a peer of `benchmarks/compare.py`, in an environment of its own: `python vllm_peer.py FOLDER SETTINGS`."""
 
 import importlib.metadata
-import sys
 from typing import Any
 
 import requests_of_peers  # type: ignore[import-not-found]  # beside this file, which is a program
@@ -13,26 +12,28 @@ importlib.metadata.version = lambda distribution_name: (
 )
 
 
-def main(folder: str, tp: int) -> None:
+def main() -> None:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]
 
+    folder, settings = requests_of_peers.arguments()
     llm = LLM(
         folder,
-        tensor_parallel_size=tp,
+        tensor_parallel_size=settings["tp"],
+        enable_expert_parallel=settings["experts"],
         dtype="bfloat16",
-        max_model_len=requests_of_peers.MAX_LEN,
-        max_num_seqs=requests_of_peers.MAX_BATCH,
+        max_model_len=settings["max_model_len"],
+        max_num_seqs=settings["max_num_seqs"],
         max_num_batched_tokens=8192,
-        enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )
 
     def generate(prompts: list[list[int]], tokens: int) -> Any:
-        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        drawn = {"max_tokens": tokens, "temperature": settings["temperature"], "ignore_eos": True}
+        params = SamplingParams(**drawn, detokenize=False)
         return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
-    requests_of_peers.serve(generate)
+    requests_of_peers.serve(folder, generate)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()

@@ -828,6 +828,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler.audit()
         assert len(scheduler.running) <= self.bench.limits.max_num_seqs
         held = {block for r in scheduler.running for block in r.held_blocks}
+        for r in scheduler.running:  # every full block is in the prefix cache
+            assert r.blocks_cached == min(r.computed, len(r.tokens)) // self.bench.pool.block_size
         assert self.bench.pool.num_free == self.bench.pool.num_blocks - len(held)
         if self.bench.limits.window is not None:  # the tokens before wrong drafts are still there
             for r in scheduler.running:

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.native import load_native
+from shoal.kernels.native import NativeKernels, load_native, load_native_library
 from shoal.kernels.reference import ReferenceKernels
 
 NATIVE, WHY = load_native()
 REFERENCE = ReferenceKernels()
 needs_native = pytest.mark.skipif(NATIVE is None, reason=WHY)
 BOTH = [pytest.param(NATIVE, id="native", marks=needs_native), pytest.param(REFERENCE, id="reference")]
+_LIBRARY, _ = load_native_library()
+# Attention with all instructions of this machine, and with those of others.
+ATTENTION = [] if _LIBRARY is None else [NativeKernels(_LIBRARY, level) for level in ("best", "avx2", "portable")]
 TYPES = [torch.float32, torch.bfloat16]
 # The native kernels do not compute in float16.
 BOTH_AND_TYPES = [pytest.param(*each.values, dtype, marks=each.marks) for each in BOTH for dtype in TYPES] + [

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.common import BOTH, NATIVE, REFERENCE, TYPES, WHY, needs_native, threads
+from kernels.common import ATTENTION, BOTH, NATIVE, REFERENCE, TYPES, WHY, needs_native, threads
 from kernels.paged import Case, alone, chunk, formula, make_case, rows_of_sequence
 from shoal.kernels import reference as reference_module
 from shoal.kernels.base import Kernels, KVCache
@@ -214,12 +214,12 @@ def test_rows_have_the_same_bits_in_any_chunks(
     kv: str,
 ) -> None:
     """A prompt behind `before` tokens of a prefix is computed at once, and cut into chunks at random places."""
-    assert NATIVE is not None
     context = before + queries
     case = make_case([(queries, context)], q_to_kv, 2, head_dim, dtype, block_size, 0, window, softcap, kv)
     bounds = [0, *sorted(cut for cut in cuts if cut < queries), queries]
-    chunks = [attend(NATIVE, chunk(case, first, end)) for first, end in itertools.pairwise(bounds)]
-    assert torch.equal(torch.cat(chunks), attend(NATIVE, case))
+    for kernels in ATTENTION:
+        chunks = [attend(kernels, chunk(case, first, end)) for first, end in itertools.pairwise(bounds)]
+        assert torch.equal(torch.cat(chunks), attend(kernels, case))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -247,12 +247,12 @@ def test_few_rows_have_the_bits_that_they_have_among_many(
     groups: list[int], context: int, head_dim: int, dtype: torch.dtype, window: int | None, kv: str
 ) -> None:
     """Some kernels compute few rows of a KV head in another way than many."""
-    assert NATIVE is not None
     q_to_kv = tuple(head for head, size in enumerate(groups) for _ in range(size))
     case = make_case([(24, context)], q_to_kv, len(groups), head_dim, dtype, window=window, kv=kv)
-    together = attend(NATIVE, case)
-    for first, end in ((0, 1), (9, 11), (23, 24)):
-        assert torch.equal(attend(NATIVE, chunk(case, first, end)), together[first:end])
+    for kernels in ATTENTION:
+        together = attend(kernels, case)
+        for first, end in ((0, 1), (9, 11), (23, 24)):
+            assert torch.equal(attend(kernels, chunk(case, first, end)), together[first:end])
 
 
 def test_large_scores_do_not_overflow(native: NativeKernels) -> None:
@@ -290,9 +290,9 @@ def test_random_batches(
 ) -> None:
     ordered = sorted((queries, queries + before) for queries, before in lens)
     case = make_case(ordered, tuple(q_to_kv), 3, head_dim, dtype, block_size, seed, window, softcap, kv)
-    check(REFERENCE, case)
-    if NATIVE is not None:
-        check(NATIVE, case)
+    every: list[Kernels] = [REFERENCE, *ATTENTION]
+    for kernels in every:
+        check(kernels, case)
 
 
 @pytest.mark.parametrize(

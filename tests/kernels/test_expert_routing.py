@@ -62,21 +62,20 @@ def test_both_implementations_choose_the_same(
     assert NATIVE is not None
     generator = torch.Generator().manual_seed(seed)
     count = EXPERTS * multiple
-    # Distinct logits: of equal ones each implementation may choose another.
+    # Distinct logits, whose scores differ by far more than their errors: of equal ones each may choose another.
     steps = torch.stack([torch.randperm(count, generator=generator) for _ in range(rows)] or [torch.empty(0, count)])
     logits = (steps / count * 6 - 3).view(rows, count).to(dtype)
-    bias = torch.randperm(count, generator=generator) * 0.7 if biased else None
+    bias = torch.randperm(count, generator=generator) * (1.37 / count) if biased else None
     experts, weights = NATIVE.route(logits, spec, bias)
     wanted_experts, wanted_weights = REFERENCE.route(logits, spec, bias)
     assert experts.shape == wanted_experts.shape
-    if spec.groups == 1:
-        assert torch.equal(experts, wanted_experts)
-        # Both sum a row's exponentials in float32, each in its own order: a few units in the last place.
-        assert torch.allclose(weights, wanted_weights, rtol=2e-6, atol=0)
-    else:  # two groups may have nearly the same score
-        same = (experts == wanted_experts).all(1)
-        assert torch.allclose(weights[same], wanted_weights[same], rtol=2e-6, atol=0)
-        assert same.float().mean() > 0.9 or rows < 10
+    same = (experts == wanted_experts).all(1)
+    if not biased and (spec.groups == 1 or spec.group_score == "best"):
+        assert same.all()
+    else:  # sums of two numbers may be nearly equal; one in hundred rows was not seen to have such sums
+        assert (~same).sum() <= 1 + rows // 50
+    # Both sum a row's exponentials in float32, each in its own order: a few units in the last place.
+    assert torch.allclose(weights[same], wanted_weights[same], rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("kernels", BOTH)

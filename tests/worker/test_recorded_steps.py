@@ -26,9 +26,12 @@ from shoal.models.implementation import params_of
 from shoal.models.manifest import Shard, make_shards
 from shoal.models.registry import read_spec
 from shoal.parallel.mesh import Axis
+from shoal.wire.ranks import NewSeq, Sampling, StepPlan, Work
+from shoal.wire.tokens import encode_tokens
 from shoal.worker.decode_batch import DecodeBuffers
 from shoal.worker.kv_cache import allocate
 from shoal.worker.recorded_steps import MOST_TOKENS, RecordedSteps
+from shoal.worker.sequence_table import SequenceTable
 from support.checkpoints import MAKERS
 
 NATIVE, WHY = load_native()
@@ -194,6 +197,31 @@ def test_prompts_and_large_steps_are_not_recorded(checkpoint: Callable[[str], Pa
     many = [i % SEQUENCES for i in range(MOST_TOKENS + 1)]
     rank.both([3] * len(many), batch_of(many, [5] * len(many), 1))
     assert rank.steps.recorded == {}
+
+
+@torch.inference_mode()
+def test_recordings_read_what_a_table_of_sequences_has_written(checkpoint: Callable[[str], Path]) -> None:
+    """Plain steps are in the memory that recordings read, and other steps of the same size are copied there."""
+    folder = checkpoint("llama")
+    (shard,) = make_shards(read_spec(folder), 1)
+    rank = Rank(folder, shard, Axis("tp", 0, 1, LocalComm()), torch.bfloat16, "")
+    table = SequenceTable(SEQUENCES, BLOCKS * BLOCK_SIZE, BLOCK_SIZE, CPU)
+    steps = RecordedSteps(rank.decoder, rank.caches, table.buffers, alone=True)
+    new = tuple(NewSeq(seq, 0, encode_tokens([3 + seq, 5, 7]), 3, (), Sampling(seed=0)) for seq in (0, 1))
+    kinds = []
+    for start, count, masked in ((0, 3, False), (3, 1, False), (4, 1, True), (5, 1, False)):
+        works = tuple(
+            Work(seq, start, count, True, () if start else (seq,), masked=masked and seq == 1) for seq in (0, 1)
+        )
+        table.apply(StepPlan(0, start, works, () if start else new))
+        step = table.build(works)
+        wanted = rank.decoder.hidden(step.tokens, step.batch, rank.plain, step.logit_rows)
+        assert torch.equal(steps.hidden(step.tokens, step.batch, step.logit_rows), wanted)
+        for work in works:
+            table.record(work, [11 + start + work.seq])
+        kinds.append(step.plain)
+    assert kinds == [False, True, False, True]
+    assert list(steps.recorded) == [2]
 
 
 @torch.inference_mode()

@@ -1,11 +1,11 @@
-"""The kernels in C++ for the CPU (`csrc/rows.cpp`, `csrc/sums.cpp`, `csrc/attention.cpp`), called through ctypes.
+"""The kernels in C++ for the CPU, called through ctypes: rows, sums, attention and routing in `csrc/`.
 
 A row's result has the same bits in any batch, with any number of threads, and however a prompt is cut into chunks.
 """
 
 import ctypes
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from shoal.kernels.native_calls import NativeFunction, empty
 from shoal.kernels.reference import ReferenceKernels
 from shoal.native_library import bind, open_library
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _CACHE_TYPE_CODES = {dtype: code for code, dtype in enumerate(KV_DTYPES.values())}  # as in csrc/cache_types.h
@@ -36,6 +36,8 @@ _NORM_CODES: dict[NormKind, int] = {"rms": 0, "rms_wide": 1, "layer": 2}
 _NO_NORM = -1
 _ACTIVATION_CODES: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _NO_WINDOW = 2**62
+AttentionLevel = Literal["portable", "avx2", "best"]
+_ATTENTION_LEVELS: dict[AttentionLevel, int] = {"portable": 0, "avx2": 1, "best": 2}  # as in csrc/attention_tiles.h
 _OUT_OF_MEMORY = 1
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -55,7 +57,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "shoal_route": [_INT, *[_POINTER] * 3, _LONG, *[_POINTER] * 2, _LONG],
     "shoal_group_pairs": [_POINTER, *[_LONG] * 3, *[_POINTER] * 3],
-    "shoal_attend": [_INT, _INT, *[_POINTER] * 9, *[_LONG] * 6, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
+    "shoal_attend": [_INT, _INT, _INT, *[_POINTER] * 9, *[_LONG] * 6, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
 }
 
 
@@ -76,7 +78,9 @@ class NativeKernels:
     rms_wide, which are float32, and the KV cache.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, attention: AttentionLevel = "best") -> None:
+        """`attention`: the instructions that attention may use; others than "best" are for tests."""
+        self._attention_level = _ATTENTION_LEVELS[attention]
         self._norm = _function(library, "shoal_norm")
         self._add_norm = _function(library, "shoal_add_norm")
         self._activate = _function(library, "shoal_activate")
@@ -183,7 +187,7 @@ class NativeKernels:
             return self._reference.route(logits, rule, bias)
         logits = logits.contiguous()
         experts = torch.empty((rows, rule.top_k), dtype=torch.int64)
-        weights = torch.empty((rows, rule.top_k))
+        weights = torch.empty((rows, rule.top_k), dtype=torch.float32)
         given = _Routing(
             *(count, rule.top_k, rule.groups, rule.top_groups),
             *(rule.scoring == "sigmoid", rule.group_score == "best_two", rule.normalize, rule.scale),
@@ -254,6 +258,7 @@ class NativeKernels:
             status = self._attend(
                 _TYPE_CODES[q.dtype],
                 _CACHE_TYPE_CODES[cache.keys.dtype],
+                self._attention_level,
                 q.data_ptr(),
                 cache.keys.data_ptr(),
                 cache.values.data_ptr(),

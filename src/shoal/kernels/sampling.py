@@ -183,7 +183,7 @@ class NativeSampling:
     def argmax(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
         (rows, columns), threads = logits.shape, torch.get_num_threads()
         parts = min(max(threads // max(rows, 1), 1), columns)
-        values, ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        values, ids = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
         scratch = ids if parts == 1 else torch.empty(parts * rows, dtype=torch.int64)
         self._library.shoal_argmax(
             *(_TYPE_CODES[logits.dtype], logits.data_ptr(), logits.stride(0)),

@@ -18,7 +18,7 @@ from shoal.native_library import bind
 class DecodeKind(IntEnum):
     """What the sequences of a step want (`Kind` in `csrc/decode_batch.cpp`)."""
 
-    OTHER = 0  # some compute a token that was not drawn, or want more than one token
+    OTHER = 0  # some compute a given token, or have sampling rules or log-probabilities
     GREEDY = 1
     DRAWN = 2  # some are not greedy
 
@@ -61,14 +61,17 @@ class DecodeBuffers:
         return found
 
     def step(self, positions: Sequence[int], device: torch.device) -> tuple[Tensor, PagedBatch]:
-        """Return the tokens and the batch of a step that was written, on a device: a copy unless that is the host."""
+        """Return the tokens and the batch of a step that was written, on a device: a copy unless that is the host.
+
+        `positions`: those of the step's tokens, which are still known on the host.
+        """
         tokens, first = self.first(len(positions))
         batch = PagedBatch(
             positions=first.positions.to(device),
             slots=first.slots.to(device),
             query_starts=first.query_starts.to(device),
             context_lens=first.context_lens.to(device),
-            block_tables=first.block_tables.to(device),
+            block_tables=first.block_tables[:, : max(positions) // self.block_size + 1].to(device),
             block_size=self.block_size,
             num_single=first.num_single,
             query_lens=first.query_lens,
@@ -98,8 +101,7 @@ class DecodeBatches:
             rows: the arrays with a row for each sequence, named as in C++.
         """
         self._write = write
-        self._buffers = buffers
-        self._kept = rows
+        self._kept = rows, buffers  # C++ reads and writes their memory
         tensors = ("tokens", "positions", "slots", "context_lens", "block_tables")
         self._table = _Table(
             **{name: array.ctypes.data for name, array in rows.items()},

@@ -63,9 +63,10 @@ class SequenceTable:
         """Make an empty table.
 
         Args:
-            most_decoded: the most tokens of a step that `buffers` have room for, if more than `max_num_seqs`.
             scratch_slot: the slot of the KV cache for keys and values that must not be written to their own slot.
             samples: True on the last stage, which draws tokens. Other stages do not build what only drawing needs.
+            most_decoded: the most tokens of a decoding step, with drafts; `buffers` have room for at least
+                `max_num_seqs`.
         """
         self._samples = samples
         self._block_size = block_size

@@ -24,7 +24,10 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """The tensors of a step of n tokens, after m of which a token is drawn."""
+    """The tensors of a step of n tokens, after m of which a token is drawn.
+
+    The next step overwrites those of a plain one. Without the native library no step is known to be plain.
+    """
 
     tokens: Tensor  # int64 [n]
     batch: PagedBatch
