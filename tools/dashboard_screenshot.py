@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _server() -> Iterator[str]:
     command = [sys.executable, "-m", "shoal", "serve", "--port", "0", "-tp", "2", "-dp", "2"]
     command += ["--kv-cache-memory-bytes", "2MiB"]  # a small cache, so that its bars are not empty
+    command += ["--warm-spares", "0"]  # otherwise a rank that dies is back before the picture is taken
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
