@@ -198,7 +198,7 @@ AVX2 void multiply(const Product& p) {
 
 constexpr int64_t kMostFewRows = 3;  // as there are registers for
 
-// Adds the products of some elements of eight keys with those of Rows queries.
+// Adds the products of 16 elements, from `d` on, of eight keys with those of Rows queries.
 template <int Rows, class C>
 AVX2_INLINE void add_eight_keys(const C* const* keys, int64_t d, const float* queries, int64_t stride,
                                 __m256 (&sums)[Rows]) {

@@ -72,7 +72,7 @@ def test_both_implementations_choose_the_same(
     same = (experts == wanted_experts).all(1)
     if not biased and (spec.groups == 1 or spec.group_score == "best"):
         assert same.all()
-    else:  # sums of two numbers may be nearly equal; one in hundred rows was not seen to have such sums
+    else:  # scores that are sums of two numbers may be equal but for their errors; few rows have such scores
         assert (~same).sum() <= 1 + rows // 50
     # Both sum a row's exponentials in float32, each in its own order: a few units in the last place.
     assert torch.allclose(weights[same], wanted_weights[same], rtol=2e-6, atol=0)

@@ -16,7 +16,7 @@ from shoal.native_library import bind
 
 
 class DecodeKind(IntEnum):
-    """What the sequences of a step want (`Kind` in `csrc/decode_batch.cpp`)."""
+    """The kinds of steps with one token for each sequence (`Kind` in `csrc/decode_batch.cpp`)."""
 
     OTHER = 0  # some compute a given token, or have sampling rules or log-probabilities
     GREEDY = 1
