@@ -120,10 +120,17 @@ void pack_block(const uint16_t* weight, int64_t outputs, int64_t inputs, int64_t
 // ---------------------------------------------------------------------------------------------------------------------
 // The division of work among threads.
 
+// What a worker has for its next panels.
+template <class Tiles>
+struct alignas(64) OfWorker {
+    typename Tiles::Scratch scratch;
+    const uint16_t* fetched = nullptr;  // the weights that were prefetched last
+};
+
 // The outputs of the panels from `first` to `end`, at most kPanelsAtATime, for the rows of a chunk.
 template <class Tiles>
-void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows,
-                     const Output& out) {
+void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows, const Output& out,
+                     OfWorker<Tiles>& of_worker) {
     alignas(64) Sums sums;
     const int64_t turns = ceil_div(rows, Tiles::kRows);
     // Many rows go through all panels with some of their inputs, which stay in a core's second cache meanwhile.
@@ -134,17 +141,26 @@ void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t en
             const int64_t blocks = layer.blocks_of(panel), bytes_of_step = blocks * kBlockStep * sizeof(uint16_t);
             const uint16_t* numbers = layer.weights(panel, step);
             // While these weights are multiplied, those that follow are prefetched: a share by the rows of each turn.
+            // The first turn prefetches these weights instead if nothing else has.
             const uint16_t* next = panel + 1 < end              ? layer.weights(panel + 1, step)
                                    : step + part < layer.steps ? layer.weights(first, step + part)
                                                                : layer.weights(end, 0);
-            const char* ahead = turns == 1 ? reinterpret_cast<const char*>(numbers) + kAhead
-                                           : reinterpret_cast<const char*>(next);
-            const int64_t ahead_bytes = ceil_div(bytes_of_step, turns);
-            for (int64_t turn = 0; turn < turns; ++turn, ahead += steps * ahead_bytes) {
+            const bool once = turns == 1;
+            const int64_t own_turns = once || of_worker.fetched != numbers;
+            const char* own = reinterpret_cast<const char*>(numbers) + kAhead;
+            const char* ahead = reinterpret_cast<const char*>(next);
+            const int64_t share = once ? 0 : ceil_div(bytes_of_step, turns - own_turns);
+            for (int64_t turn = 0; turn < turns; ++turn) {
                 const int64_t row = Tiles::first_row(turn, turns, rows);
-                tiles.add(row, Tiles::first_row(turn + 1, turns, rows) - row,
-                          {numbers, blocks, step, steps, ahead, ahead_bytes, turns == 1}, sums[panel - first]);
+                const int64_t end_row = Tiles::first_row(turn + 1, turns, rows);
+                Weights weights{numbers, blocks, step, steps, own, bytes_of_step, once};
+                if (turn >= own_turns) {
+                    weights.ahead = ahead, weights.ahead_bytes = share;
+                    ahead += steps * share;
+                }
+                tiles.add(row, end_row - row, weights, sums[panel - first]);
             }
+            of_worker.fetched = next;
         }
     }
     Tiles::finish(sums, rows, layer.bias, out, first * kPanel, std::min(end * kPanel, layer.outputs));
@@ -179,19 +195,20 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
     for (Task& task : tasks) task.first_piece = pieces, pieces += task.chunks * groups;
     const bool streamed = rows * outputs * static_cast<int64_t>(sizeof(uint16_t)) >= kStreamedBytes;
     const bool reused = panels * chunks >= threads * kPanelsAtATime;  // a worker takes that many with the same rows
-    std::vector<typename Tiles::Scratch> scratch(std::min(threads, pieces));
-    for (auto& of_worker : scratch) of_worker.reserve(most_rows, inputs);
-    in_parallel(pieces, threads, [&](int64_t piece, int64_t worker) {
+    std::vector<OfWorker<Tiles>> workers(std::min(threads, pieces));
+    for (auto& each : workers) each.scratch.reserve(most_rows, inputs);
+    in_spans(pieces, threads, [&](int64_t piece, int64_t worker) {
         const auto after = [](int64_t number, const Task& task) { return number < task.first_piece; };
         const Task& task = *std::prev(std::upper_bound(tasks.begin(), tasks.end(), piece, after));
         const int64_t chunk = (piece - task.first_piece) / groups, group = (piece - task.first_piece) % groups;
         const int64_t start = task.turns * chunk / task.chunks * Tiles::kRows;
         const int64_t count = std::min(task.rows, task.turns * (chunk + 1) / task.chunks * Tiles::kRows) - start;
         const Output of_chunk{task.out + start * outputs, outputs, streamed};
-        Tiles tiles(task.x + start * inputs, count, inputs, scratch[worker], reused);
+        Tiles tiles(task.x + start * inputs, count, inputs, workers[worker].scratch, reused);
         const int64_t end = panels * (group + 1) / groups;
         for (int64_t panel = panels * group / groups; panel < end; panel += kPanelsAtATime)
-            multiply_panels(tiles, task.layer, panel, std::min(end, panel + kPanelsAtATime), count, of_chunk);
+            multiply_panels(tiles, task.layer, panel, std::min(end, panel + kPanelsAtATime), count, of_chunk,
+                            workers[worker]);
     });
 }
 

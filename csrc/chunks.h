@@ -51,9 +51,18 @@ ALWAYS_INLINE void store(BFloat16* p, Chunk x) {
     std::memcpy(p, &pairs, sizeof pairs);
 }
 
+// The first half of a chunk, the other half zero.
+template <class T>
+ALWAYS_INLINE Chunk load_half(const T* p) {
+    T padded[kChunk] = {};
+    std::memcpy(padded, p, kLanes * sizeof(T));
+    return load(padded);
+}
+
 // The last `left` elements of a row, the rest of the chunk zero.
 template <class T>
 ALWAYS_INLINE Chunk load_tail(const T* p, int64_t left) {
+    if (left == kLanes) return load_half(p);  // as half the elements of a head often are; a fixed size takes no loop
     T padded[kChunk] = {};
     std::memcpy(padded, p, left * sizeof(T));
     return load(padded);
@@ -72,7 +81,10 @@ ALWAYS_INLINE void store(T* p, Chunk x, int64_t left) {
     }
     T padded[kChunk];
     store(padded, x);
-    std::memcpy(p, padded, left * sizeof(T));
+    if (left == kLanes)
+        std::memcpy(p, padded, kLanes * sizeof(T));
+    else
+        std::memcpy(p, padded, left * sizeof(T));
 }
 
 // x as it would be after a store and a load.

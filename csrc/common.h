@@ -10,7 +10,7 @@
 //    fixed spans, never by anything that depends on the batch; the order of every sum is written out, and the compiler
 //    may not change it (no -ffast-math, no -fassociative-math).
 //  * There is no state between calls, so ranks that are threads of one process may call at the same time.
-//  * The only OpenMP symbol in use is GOMP_parallel, in in_parallel below. It is not resolved at link time but bound at
+//  * The only OpenMP symbol in use is GOMP_parallel, in on_threads below. It is not resolved at link time but bound at
 //    load time to the runtime that PyTorch has loaded: a second runtime in the process would add a second pool of
 //    spinning threads.
 
@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -109,6 +110,15 @@ ALWAYS_INLINE Floats exp_of_negative(Floats x) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads.
 
+// Calls work(worker) for every worker of [0, threads), each on a thread of its own.
+template <class Work>
+void on_threads(int64_t threads, const Work& work) {
+    std::atomic<int64_t> next_worker{0};
+    const auto run = [&] { work(next_worker.fetch_add(1, std::memory_order_relaxed)); };
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    run();
+}
+
 // Calls work(piece, worker) for every piece of [0, pieces). Each worker of [0, threads) takes the next piece when free.
 template <class Work>
 void in_parallel(int64_t pieces, int64_t threads, const Work& work) {
@@ -117,13 +127,38 @@ void in_parallel(int64_t pieces, int64_t threads, const Work& work) {
         for (int64_t piece = 0; piece < pieces; ++piece) work(piece, int64_t{0});
         return;
     }
-    std::atomic<int64_t> next_piece{0}, next_worker{0};
-    const auto take_pieces = [&] {
-        const int64_t worker = next_worker.fetch_add(1, std::memory_order_relaxed);
-        for (int64_t piece; (piece = next_piece.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(piece, worker);
-    };
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    take_pieces();
+    std::atomic<int64_t> next_piece{0};
+    on_threads(threads, [&](int64_t worker) {
+        for (int64_t piece; (piece = next_piece.fetch_add(1, std::memory_order_relaxed)) < pieces;)
+            work(piece, worker);
+    });
+}
+
+// The pieces of a worker, from the next one on.
+struct alignas(64) Span {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+
+constexpr int64_t kMostSpans = 64;
+
+// Does the same as in_parallel, but first divides the pieces among the workers. Each takes those of its own span in their
+// order, so it can prefetch what its next piece will read. A worker without pieces helps the others.
+template <class Work>
+void in_spans(int64_t pieces, int64_t threads, const Work& work) {
+    threads = std::min(threads, pieces);
+    const int64_t count = std::min(threads, kMostSpans);
+    if (count <= 1) return in_parallel(pieces, threads, work);
+    alignas(Span) char memory[kMostSpans * sizeof(Span)];  // so that only `count` spans are written
+    Span* spans = reinterpret_cast<Span*>(memory);
+    for (int64_t i = 0; i < count; ++i) new (spans + i) Span{{pieces * i / count}, pieces * (i + 1) / count};
+    on_threads(threads, [&](int64_t worker) {
+        for (int64_t i = 0; i < count; ++i) {
+            Span& span = spans[(worker + i) % count];
+            for (int64_t piece; (piece = span.next.fetch_add(1, std::memory_order_relaxed)) < span.end;)
+                work(piece, worker);
+        }
+    });
 }
 
 }  // namespace

@@ -121,7 +121,7 @@ void multiply(const Layer& layer, const T* x, const Rows& rows, T* out, int64_t 
     const int64_t products = rows.count * layer.inputs * layer.outputs;
     threads = std::max<int64_t>(1, std::min(threads, products / kProductsPerThread));
     const int64_t parts = ceil_div(rows.count, kRowsPerPiece);
-    in_parallel(layer.panels() * parts, threads, [&](int64_t piece, int64_t) {
+    in_spans(layer.panels() * parts, threads, [&](int64_t piece, int64_t) {
         const int64_t panel = piece / parts, part = piece % parts;
         const int64_t blocks = std::min(kPanelBlocks, layer.blocks() - panel * kPanelBlocks);
         const uint8_t* weights = layer.packed + panel * kPanelBlocks * layer.block_bytes();

@@ -105,7 +105,7 @@ void multiply(const Layer& layer, const T* x, int64_t rows, uint8_t* codes, floa
     const int64_t products = rows * layer.inputs * layer.outputs;
     threads = std::max<int64_t>(1, std::min(threads, products / kProductsPerThread));
     const int64_t parts = ceil_div(rows, kRowsPerPiece);
-    in_parallel(panels * parts, threads, [&](int64_t piece, int64_t) {
+    in_spans(panels * parts, threads, [&](int64_t piece, int64_t) {
         const int64_t panel = piece / parts, part = piece % parts, first = panel * kPanel;
         const int64_t blocks = std::min(kPanelBlocks, layer.blocks() - panel * kPanelBlocks);
         const int8_t* weights = layer.packed + panel * kPanelBlocks * kStepBytes * steps;
