@@ -42,14 +42,14 @@ _LIBRARIES = [
         ],
         ["-fno-signed-zeros"],
     ),
-    _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h", "csrc/chunks.h"], []),
+    _Library("kernels._sampling", ["csrc/sampling.cpp"], ["csrc/common.h", "csrc/chunks.h", "csrc/top_tokens.h"], []),
     # Products are rounded before they are added, so that the results are those of PyTorch.
     _Library(
         "kernels._quantized",
         ["csrc/quantized.cpp", "csrc/int8_linear.cpp", "csrc/int4_linear.cpp", "csrc/int4_quantize.cpp"],
         [
-            *("csrc/common.h", "csrc/chunks.h", "csrc/replay.h", "csrc/integer_rows.h", "csrc/int8_tiles.h"),
-            "csrc/int4_tiles.h",
+            *("csrc/common.h", "csrc/chunks.h", "csrc/top_tokens.h", "csrc/outputs.h", "csrc/replay.h"),
+            *("csrc/integer_rows.h", "csrc/int8_tiles.h", "csrc/int4_tiles.h"),
         ],
         ["-ffp-contract=off"],
     ),
@@ -58,7 +58,7 @@ _LIBRARIES = [
         ["csrc/bf16_linear.cpp"],
         [
             *("csrc/bf16_tiles.h", "csrc/bf16_avx2.h", "csrc/bf16_avx512.h"),
-            *("csrc/avx2.h", "csrc/common.h", "csrc/chunks.h", "csrc/replay.h"),
+            *("csrc/avx2.h", "csrc/common.h", "csrc/chunks.h", "csrc/top_tokens.h", "csrc/outputs.h", "csrc/replay.h"),
         ],
         [],
     ),

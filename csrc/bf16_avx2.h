@@ -91,13 +91,13 @@ AVX2_INLINE __m256i block_of(const float* sums, const float* bias) {
 
 // Some panels: sums of the rows of each, and the outputs from `first` to `end`; bias: of all outputs, or null. All
 // outputs of a row are written one after the other, as in avx512_finish.
-AVX2 void avx2_finish(const Sums& sums, int64_t rows, const float* bias, const Output& out, int64_t first,
+AVX2 void avx2_finish(const Sums& sums, int64_t rows, const float* bias, const Output<BFloat16>& out, int64_t first,
                              int64_t end) {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t o = first; o < end; o += kBlock) {
             const float* of_row = sums[(o - first) / kPanel] + row * kPanel + (o - first) % kPanel;
             const __m256i numbers = block_of(of_row, bias ? bias + o : nullptr);
-            uint16_t* target = out.first + row * out.distance + o;
+            BFloat16* target = out.of(row, o);
             if (end - o < kBlock)
                 std::memcpy(target, &numbers, (end - o) * sizeof *target);
             else if (out.streamed && reinterpret_cast<uintptr_t>(target) % sizeof numbers == 0)

@@ -20,7 +20,7 @@ namespace {
 // Some panels: sums of the rows of each, and the outputs from `first` to `end`; bias: of all outputs, or null. All
 // outputs of a row are written one after the other: rows are so far apart that each takes another page, and few of
 // them fit into the cache at a time.
-TARGET_AVX512 void avx512_finish(const Sums& sums, int64_t rows, const float* bias, const Output& out, int64_t first,
+TARGET_AVX512 void avx512_finish(const Sums& sums, int64_t rows, const float* bias, const Output<BFloat16>& out, int64_t first,
                                  int64_t end) {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t o = first; o < end; o += kPanel) {
@@ -31,7 +31,7 @@ TARGET_AVX512 void avx512_finish(const Sums& sums, int64_t rows, const float* bi
                 high = _mm512_add_ps(high, _mm512_loadu_ps(bias + o + kBlock));
             }
             const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-            uint16_t* target = out.first + row * out.distance + o;
+            BFloat16* target = out.of(row, o);
             if (out.streamed && end - o >= kPanel && reinterpret_cast<uintptr_t>(target) % sizeof numbers == 0)
                 _mm512_stream_si512(reinterpret_cast<__m512i*>(target), numbers);
             else

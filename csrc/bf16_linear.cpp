@@ -16,15 +16,13 @@
 #include "bf16_avx512.h"
 #include "replay.h"
 
-#include <vector>
-
 #if HAS_BF16
 #include <sys/mman.h>
 #endif
 
 namespace {
 
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 enum Level : int32_t { kNone = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 enum Status : int32_t { kOk = 0, kOutOfMemory = 1 };
@@ -129,7 +127,7 @@ struct alignas(64) OfWorker {
 
 // The outputs of the panels from `first` to `end`, at most kPanelsAtATime, for the rows of a chunk.
 template <class Tiles>
-void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows, const Output& out,
+void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows, const Output<BFloat16>& out,
                      OfWorker<Tiles>& of_worker) {
     alignas(64) Sums sums;
     const int64_t turns = ceil_div(rows, Tiles::kRows);
@@ -166,17 +164,15 @@ void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t en
     Tiles::finish(sums, rows, layer.bias, out, first * kPanel, std::min(end * kPanel, layer.outputs));
 }
 
-// The rows of one layer, which are cut into chunks, and its panels, which are cut into groups.
+// The rows of one layer, from `first_row` of all on. They are cut into chunks, and the layer's panels into groups.
 struct Task {
     const Layer& layer;
-    const uint16_t* x;
-    uint16_t* out;
-    int64_t rows, turns, chunks, first_piece;
+    int64_t first_row, rows, turns, chunks, first_piece;
 };
 
 // `layers` of one shape; the first counts[0] rows of x belong to the first one, and so on.
-template <class Tiles>
-void multiply(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x, uint16_t* out,
+template <class Tiles, class Outputs>
+void multiply(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x, Outputs& out,
               int64_t threads) {
     const int64_t inputs = layers[0]->steps * kStep, outputs = layers[0]->outputs, panels = layers[0]->panels();
     std::vector<Task> tasks;
@@ -184,7 +180,7 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
     for (int64_t i = 0; i < number; rows += counts[i++]) {
         if (counts[i] == 0) continue;
         const int64_t turns = ceil_div(counts[i], Tiles::kRows);
-        tasks.push_back({*layers[i], x + rows * inputs, out + rows * outputs, counts[i], turns,
+        tasks.push_back({*layers[i], rows, counts[i], turns,
                          ceil_div(turns, Tiles::most_rows(inputs) / Tiles::kRows), 0});
         chunks += tasks.back().chunks;
         most_rows = std::max(most_rows, ceil_div(turns, tasks.back().chunks) * Tiles::kRows);
@@ -193,7 +189,6 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
     const int64_t groups = std::min(panels, threads == 1 ? 1 : ceil_div(threads * kPiecesPerThread, chunks));
     int64_t pieces = 0;
     for (Task& task : tasks) task.first_piece = pieces, pieces += task.chunks * groups;
-    const bool streamed = rows * outputs * static_cast<int64_t>(sizeof(uint16_t)) >= kStreamedBytes;
     const bool reused = panels * chunks >= threads * kPanelsAtATime;  // a worker takes that many with the same rows
     std::vector<OfWorker<Tiles>> workers(std::min(threads, pieces));
     for (auto& each : workers) each.scratch.reserve(most_rows, inputs);
@@ -203,13 +198,27 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
         const int64_t chunk = (piece - task.first_piece) / groups, group = (piece - task.first_piece) % groups;
         const int64_t start = task.turns * chunk / task.chunks * Tiles::kRows;
         const int64_t count = std::min(task.rows, task.turns * (chunk + 1) / task.chunks * Tiles::kRows) - start;
-        const Output of_chunk{task.out + start * outputs, outputs, streamed};
-        Tiles tiles(task.x + start * inputs, count, inputs, workers[worker].scratch, reused);
-        const int64_t end = panels * (group + 1) / groups;
-        for (int64_t panel = panels * group / groups; panel < end; panel += kPanelsAtATime)
-            multiply_panels(tiles, task.layer, panel, std::min(end, panel + kPanelsAtATime), count, of_chunk,
-                            workers[worker]);
+        const int64_t row = task.first_row + start;
+        Tiles tiles(x + row * inputs, count, inputs, workers[worker].scratch, reused);
+        const int64_t end_panel = panels * (group + 1) / groups;
+        for (int64_t panel = panels * group / groups; panel < end_panel; panel += kPanelsAtATime) {
+            const int64_t last = std::min(end_panel, panel + kPanelsAtATime), first = panel * kPanel;
+            multiply_panels(tiles, task.layer, panel, last, count, out.of(row, first, worker), workers[worker]);
+            out.take(row, count, first, std::min(last * kPanel, outputs), worker);
+        }
     });
+}
+
+// Calls `multiply` with the instructions of the layers' level. Returns a Status.
+template <class Outputs>
+int32_t multiply_at_level(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
+                          Outputs& out, int64_t threads) {
+    switch (layers[0]->level) {
+        case kAmx: multiply<AmxTiles>(layers, counts, number, x, out, threads); break;
+        case kAvx512: multiply<Avx512Tiles>(layers, counts, number, x, out, threads); break;
+        default: multiply<Avx2Tiles>(layers, counts, number, x, out, threads);
+    }
+    return kOk;
 }
 
 #endif
@@ -255,12 +264,12 @@ EXPORT void shoal_bf16_pack(const uint16_t* weight, int64_t outputs, int64_t inp
 EXPORT int32_t shoal_bf16_group(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
                                 uint16_t* out, int64_t threads) {
 #if HAS_BF16
+    int64_t rows = 0;
+    for (int64_t i = 0; i < number; ++i) rows += counts[i];
+    const int64_t outputs = layers[0]->outputs, bytes = rows * outputs * static_cast<int64_t>(sizeof *out);
     try {
-        switch (layers[0]->level) {
-            case kAmx: multiply<AmxTiles>(layers, counts, number, x, out, threads); break;
-            case kAvx512: multiply<Avx512Tiles>(layers, counts, number, x, out, threads); break;
-            default: multiply<Avx2Tiles>(layers, counts, number, x, out, threads);
-        }
+        AllOutputs<BFloat16> all{reinterpret_cast<BFloat16*>(out), outputs, bytes >= kStreamedBytes};
+        return multiply_at_level(layers, counts, number, x, all, threads);
     } catch (const std::bad_alloc&) {
         return kOutOfMemory;
     }
@@ -271,6 +280,21 @@ EXPORT int32_t shoal_bf16_group(const Layer* const* layers, const int64_t* count
 // x: [rows, steps * 32] and out: [rows, outputs], contiguous.
 EXPORT int32_t shoal_bf16_linear(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int64_t threads) {
     return shoal_bf16_group(&layer, &rows, 1, x, out, threads);
+}
+
+// Writes the largest output of each row, and its id: [rows]. Of equal ones it is the first. The id of output 0 is `start`.
+EXPORT int32_t shoal_bf16_top(const Layer* layer, const uint16_t* x, int64_t rows, int64_t start, float* values,
+                              int64_t* ids, int64_t threads) {
+#if HAS_BF16
+    try {
+        TopOutputs<BFloat16> top(rows, start, threads, kMaxRows, kPanelsAtATime * kPanel);
+        multiply_at_level(&layer, &rows, 1, x, top, threads);
+        top.finish(values, ids);
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
+#endif
+    return kOk;
 }
 
 REPLAYABLE(shoal_bf16_linear)

@@ -17,7 +17,7 @@
 #include <memory>
 #include <new>
 
-#include "common.h"
+#include "outputs.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_BF16 1
@@ -48,12 +48,5 @@ struct Weights {
 
 // Of some panels: for each the sums of its rows.
 typedef float Sums[kPanelsAtATime][kMaxRows * kPanel];
-
-// Where a chunk's rows of results are: of all outputs, `distance` numbers apart.
-struct Output {
-    uint16_t* first;
-    int64_t distance;
-    bool streamed;  // past the caches: what they do not hold would be read from memory before it is written
-};
 
 }  // namespace

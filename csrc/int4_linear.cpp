@@ -72,19 +72,19 @@ ALWAYS_INLINE void quantize_row(const T* x, const Layer& layer, Rows rows, int64
 // ---------------------------------------------------------------------------------------------------------------------
 // The division of work among threads.
 
-#define DEFINE_LOOPS(T)                                                                                            \
-    CLONED void quantize_rows(const T* x, const Layer& layer, const Rows& rows, int64_t first, int64_t end) {      \
-        for (int64_t row = first; row < end; ++row) quantize_row(x + row * layer.inputs, layer, rows, row);        \
-    }                                                                                                              \
-    CLONED void finish_rows(const Layer& layer, const float* sums, T* out, int64_t rows, int64_t first) {          \
-        const int64_t end = std::min(first + kPanel, layer.outputs);                                               \
-        for (int64_t row = 0; row < rows; ++row, sums += kPanel, out += layer.outputs) {                           \
-            for (int64_t o = first; o < end; o += kBlock) {                                                        \
-                Floats value = load_floats(sums + (o - first));                                                    \
-                if (layer.bias) value += load_floats(layer.bias + o);                                              \
-                store_in_order(out + o, value, end - o);                                                           \
-            }                                                                                                      \
-        }                                                                                                          \
+#define DEFINE_LOOPS(T)                                                                                               \
+    CLONED void quantize_rows(const T* x, const Layer& layer, const Rows& rows, int64_t first, int64_t end) {         \
+        for (int64_t row = first; row < end; ++row) quantize_row(x + row * layer.inputs, layer, rows, row);           \
+    }                                                                                                                 \
+    CLONED void finish_rows(const Layer& layer, const float* sums, const Output<T>& out, int64_t rows, int64_t first) {\
+        const int64_t end = std::min(first + kPanel, layer.outputs);                                                  \
+        for (int64_t row = 0; row < rows; ++row, sums += kPanel) {                                                    \
+            for (int64_t o = first; o < end; o += kBlock) {                                                           \
+                Floats value = load_floats(sums + (o - first));                                                       \
+                if (layer.bias) value += load_floats(layer.bias + o);                                                 \
+                store_in_order(out.of(row, o), value, end - o);                                                       \
+            }                                                                                                         \
+        }                                                                                                             \
     }
 
 DEFINE_LOOPS(float)
@@ -112,8 +112,10 @@ void multiply_panel(const Layer& layer, const Rows& rows, int64_t first, int64_t
     }
 }
 
-template <class T>
-void multiply(const Layer& layer, const T* x, const Rows& rows, T* out, int64_t threads) {
+template <class T, class Outputs>
+void multiply(const Layer& layer, const T* x, int64_t count_of_rows, void* scratch, Outputs& out, int64_t threads) {
+    auto* codes = static_cast<int8_t*>(scratch);
+    const Rows rows{codes, reinterpret_cast<Factor*>(codes + count_of_rows * layer.row_bytes()), count_of_rows};
     const int64_t quantizers = std::max<int64_t>(1, std::min(threads, rows.count * layer.inputs / kNumbersPerThread));
     in_parallel(quantizers, quantizers, [&](int64_t piece, int64_t) {
         quantize_rows(x, layer, rows, rows.count * piece / quantizers, rows.count * (piece + 1) / quantizers);
@@ -121,14 +123,16 @@ void multiply(const Layer& layer, const T* x, const Rows& rows, T* out, int64_t 
     const int64_t products = rows.count * layer.inputs * layer.outputs;
     threads = std::max<int64_t>(1, std::min(threads, products / kProductsPerThread));
     const int64_t parts = ceil_div(rows.count, kRowsPerPiece);
-    in_spans(layer.panels() * parts, threads, [&](int64_t piece, int64_t) {
+    in_spans(layer.panels() * parts, threads, [&](int64_t piece, int64_t worker) {
         const int64_t panel = piece / parts, part = piece % parts;
         const int64_t blocks = std::min(kPanelBlocks, layer.blocks() - panel * kPanelBlocks);
         const uint8_t* weights = layer.packed + panel * kPanelBlocks * layer.block_bytes();
         const int64_t first = rows.count * part / parts, count = rows.count * (part + 1) / parts - first;
         alignas(64) float sums[kRowsPerPiece * kPanel];
         multiply_panel(layer, rows, first, count, weights, blocks, sums);
-        finish_rows(layer, sums, out + first * layer.outputs, count, panel * kPanel);
+        const int64_t output = panel * kPanel;
+        finish_rows(layer, sums, out.of(first, output, worker), count, output);
+        out.take(first, count, output, std::min(output + kPanel, layer.outputs), worker);
     });
 }
 
@@ -170,12 +174,21 @@ EXPORT void shoal_int4_pack(const Layer* layer, const uint8_t* codes, const uint
 // x: [rows, inputs] and out: [rows, outputs], contiguous. scratch: count * (row_bytes + 8 * groups) bytes.
 EXPORT void shoal_int4_linear(int32_t type, const Layer* layer, const void* x, int64_t count, void* scratch, void* out,
                               int64_t threads) {
-    auto* codes = static_cast<int8_t*>(scratch);
-    const Rows rows{codes, reinterpret_cast<Factor*>(codes + count * layer->row_bytes()), count};
-    if (type == kFloat32)
-        multiply(*layer, static_cast<const float*>(x), rows, static_cast<float*>(out), threads);
-    else
-        multiply(*layer, static_cast<const BFloat16*>(x), rows, static_cast<BFloat16*>(out), threads);
+    of_type(type, [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        AllOutputs<T> all{static_cast<T*>(out), layer->outputs, false};
+        multiply(*layer, static_cast<const T*>(x), count, scratch, all, threads);
+    });
+}
+
+// Writes the largest output of each row, and its id: [count]. Of equal ones it is the first. The id of output 0 is
+// `start`. Returns a Status.
+EXPORT int32_t shoal_int4_top(int32_t type, const Layer* layer, const void* x, int64_t count, void* scratch,
+                              int64_t start, float* values, int64_t* ids, int64_t threads) {
+    return top_of_type(type, count, start, threads, kRowsPerPiece, values, ids, [&](auto* element, auto& top) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        multiply(*layer, static_cast<const T*>(x), count, scratch, top, threads);
+    });
 }
 
 REPLAYABLE(shoal_int4_linear)

@@ -63,7 +63,7 @@ ALWAYS_INLINE float quantize_row(const T* x, int64_t size, uint8_t* codes, bool 
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to outputs.
 
-// The outputs from `first` on of one row: those of one panel. `out` is the whole row.
+// The outputs from `first` on of one row: those of one panel, which are written to `out`.
 template <class T>
 ALWAYS_INLINE void finish_row(const Layer& layer, const int32_t* sums, float row_scale, T* out, int64_t first) {
     const int64_t end = std::min(first + kPanel, layer.outputs);
@@ -72,7 +72,7 @@ ALWAYS_INLINE void finish_row(const Layer& layer, const int32_t* sums, float row
         std::memcpy(&sum, sums + (o - first), sizeof sum);
         Floats value = __builtin_convertvector(sum, Floats) * row_scale * load_floats(layer.scales + o);
         if (layer.bias) value += load_floats(layer.bias + o);
-        store_in_order(out + o, value, end - o);
+        store_in_order(out + o - first, value, end - o);
     }
 }
 
@@ -83,10 +83,10 @@ ALWAYS_INLINE void finish_row(const Layer& layer, const int32_t* sums, float row
         for (int64_t row = first; row < end; ++row)                                                                   \
             scales[row] = quantize_row(x + row * size, size, codes + row * row_bytes, layer.level == kAvx2);          \
     }                                                                                                                 \
-    CLONED void finish_rows(const Layer& layer, const int32_t* sums, const float* row_scales, T* out, int64_t rows,   \
-                            int64_t first) {                                                                          \
+    CLONED void finish_rows(const Layer& layer, const int32_t* sums, const float* row_scales, const Output<T>& out,   \
+                            int64_t rows, int64_t first) {                                                            \
         for (int64_t row = 0; row < rows; ++row)                                                                      \
-            finish_row(layer, sums + row * kPanel, row_scales[row], out + row * layer.outputs, first);                \
+            finish_row(layer, sums + row * kPanel, row_scales[row], out.of(row, first), first);                       \
     }
 
 DEFINE_LOOPS(float)
@@ -95,8 +95,10 @@ DEFINE_LOOPS(BFloat16)
 // ---------------------------------------------------------------------------------------------------------------------
 // The division of work among threads.
 
-template <class T>
-void multiply(const Layer& layer, const T* x, int64_t rows, uint8_t* codes, float* scales, T* out, int64_t threads) {
+template <class T, class Outputs>
+void multiply(const Layer& layer, const T* x, int64_t rows, void* scratch, Outputs& out, int64_t threads) {
+    auto* codes = static_cast<uint8_t*>(scratch);
+    auto* scales = reinterpret_cast<float*>(codes + rows * layer.row_bytes());
     const int64_t row_bytes = layer.row_bytes(), steps = layer.steps(), panels = layer.panels();
     const int64_t quantizers = std::max<int64_t>(1, std::min(threads, rows * layer.inputs / kNumbersPerThread));
     in_parallel(quantizers, quantizers, [&](int64_t piece, int64_t) {
@@ -105,7 +107,7 @@ void multiply(const Layer& layer, const T* x, int64_t rows, uint8_t* codes, floa
     const int64_t products = rows * layer.inputs * layer.outputs;
     threads = std::max<int64_t>(1, std::min(threads, products / kProductsPerThread));
     const int64_t parts = ceil_div(rows, kRowsPerPiece);
-    in_spans(panels * parts, threads, [&](int64_t piece, int64_t) {
+    in_spans(panels * parts, threads, [&](int64_t piece, int64_t worker) {
         const int64_t panel = piece / parts, part = piece % parts, first = panel * kPanel;
         const int64_t blocks = std::min(kPanelBlocks, layer.blocks() - panel * kPanelBlocks);
         const int8_t* weights = layer.packed + panel * kPanelBlocks * kStepBytes * steps;
@@ -117,7 +119,8 @@ void multiply(const Layer& layer, const T* x, int64_t rows, uint8_t* codes, floa
             const int64_t count = start + (end - start) * (tile + 1) / tiles - row;
             kTiles[layer.level][count - 1][blocks - 1](codes + row * row_bytes, row_bytes, weights,
                                                        layer.offsets + first, steps, sums);
-            finish_rows(layer, sums, scales + row, out + row * layer.outputs, count, first);
+            finish_rows(layer, sums, scales + row, out.of(row, first, worker), count, first);
+            out.take(row, count, first, std::min(first + kPanel, layer.outputs), worker);
         }
     });
 }
@@ -155,12 +158,21 @@ EXPORT void shoal_int8_pack(const int8_t* codes, int64_t outputs, int64_t inputs
 // x: [rows, inputs] and out: [rows, outputs], contiguous. scratch: rows * (row_bytes + 4) bytes.
 EXPORT void shoal_int8_linear(int32_t type, const Layer* layer, const void* x, int64_t rows, void* scratch, void* out,
                               int64_t threads) {
-    auto* codes = static_cast<uint8_t*>(scratch);
-    auto* scales = reinterpret_cast<float*>(codes + rows * layer->row_bytes());
-    if (type == kFloat32)
-        multiply(*layer, static_cast<const float*>(x), rows, codes, scales, static_cast<float*>(out), threads);
-    else
-        multiply(*layer, static_cast<const BFloat16*>(x), rows, codes, scales, static_cast<BFloat16*>(out), threads);
+    of_type(type, [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        AllOutputs<T> all{static_cast<T*>(out), layer->outputs, false};
+        multiply(*layer, static_cast<const T*>(x), rows, scratch, all, threads);
+    });
+}
+
+// Writes the largest output of each row, and its id: [rows]. Of equal ones it is the first. The id of output 0 is `start`.
+// Returns a Status.
+EXPORT int32_t shoal_int8_top(int32_t type, const Layer* layer, const void* x, int64_t rows, void* scratch,
+                              int64_t start, float* values, int64_t* ids, int64_t threads) {
+    return top_of_type(type, rows, start, threads, kMaxRows, values, ids, [&](auto* element, auto& top) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        multiply(*layer, static_cast<const T*>(x), rows, scratch, top, threads);
+    });
 }
 
 REPLAYABLE(shoal_int8_linear)

@@ -2,7 +2,9 @@
 
 #pragma once
 
-#include "chunks.h"
+#include <type_traits>
+
+#include "outputs.h"
 #include "replay.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -19,10 +21,10 @@
 namespace {
 
 enum Level : int32_t { kPortable = 0, kAvx2 = 1, kVnni = 2 };  // the instructions that are used
+enum Status : int32_t { kOk = 0, kOutOfMemory = 1 };
 
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(64)));
 typedef int16_t Shorts __attribute__((vector_size(64)));
 typedef uint16_t UnsignedShorts __attribute__((vector_size(64)));
 
@@ -102,5 +104,31 @@ constexpr int avx2_blocks(int rows, int blocks) { return rows == 1 ? blocks : ro
         TILES_OF(tile, 1), TILES_OF(tile, 2), TILES_OF(tile, 3), TILES_OF(tile, 4), TILES_OF(tile, 5),         \
             TILES_OF(tile, 6)                                                                                  \
     }
+
+// Calls visit(null pointer to an element) with the type of the activations, a DataType.
+template <class Visit>
+void of_type(int32_t type, const Visit& visit) {
+    if (type == kFloat32)
+        visit(static_cast<float*>(nullptr));
+    else
+        visit(static_cast<BFloat16*>(nullptr));
+}
+
+// Calls multiply(null pointer to an element, outputs) with outputs that keep the top one of each row, and writes these.
+// A worker multiplies at most `most_rows` rows at a time. Returns a Status.
+template <class Multiply>
+int32_t top_of_type(int32_t type, int64_t rows, int64_t start, int64_t threads, int64_t most_rows, float* values,
+                    int64_t* ids, const Multiply& multiply) {
+    try {
+        of_type(type, [&](auto* element) {
+            TopOutputs<std::remove_pointer_t<decltype(element)>> top(rows, start, threads, most_rows, kPanel);
+            multiply(element, top);
+            top.finish(values, ids);
+        });
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
+    return kOk;
+}
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include "integer_rows.h"
 
 namespace {
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 }
 
 EXPORT int32_t shoal_quantized_abi_version() { return kAbiVersion; }

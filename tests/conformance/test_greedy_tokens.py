@@ -224,3 +224,26 @@ def test_cuda_draws_the_same_in_a_cache_that_it_measured(checkpoint: Checkpoint)
                 assert llm.stats().num_blocks * 16 > 1_000_000
     # Both use float32: a draw differs only if two candidates are closer than the rounding error.
     assert sum(a == b for a, b in zip(*found, strict=True)) >= 60
+
+
+@pytest.mark.parametrize(("name", "tp"), [("llama", 1), ("llama", 3), ("gemma2", 2)])
+def test_tokens_do_not_depend_on_whether_all_logits_are_written(checkpoint: Checkpoint, name: str, tp: int) -> None:
+    """Where nobody wants log-probabilities, a head in bfloat16 gives only the top token of each row.
+
+    The logits of gemma2 have a softcap, so all of them are needed.
+    """
+    options = {"dtype": "bfloat16", "distributed_executor_backend": "uni" if tp == 1 else "threads"}
+    with LLM(str(checkpoint(name)), tensor_parallel_size=tp, kv_cache_memory_bytes=2**21, **options) as llm:
+        given: Any = [{"prompt_token_ids": prompt} for prompt in MIXED]
+        found = [
+            [
+                output.outputs[0].token_ids
+                for output in llm.generate(
+                    given,
+                    SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=count),
+                    use_tqdm=False,
+                )
+            ]
+            for count in (None, 0)
+        ]
+    assert found[0] == found[1]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shoal.comm.local import LocalComm
 from shoal.kernels.base import KVCache, PagedBatch
+from shoal.kernels.top_outputs import TopOutputs
 from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
 from shoal.parallel.pipeline import Pipeline
@@ -35,6 +36,9 @@ class TableModel:
     def logits(self, hidden: Tensor) -> Tensor:
         self.rows.append(len(hidden))
         return self.table[hidden[:, 0].long()].clone()
+
+    def top_tokens(self, hidden: Tensor, start: int) -> TopOutputs | None:
+        return None
 
     def next(self, token: int) -> int:
         """Return the greedy token after this one."""

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.kernels.native_calls import NativeFunction, compute, empty
+from shoal.kernels.top_outputs import TopOutputs
 from shoal.native_library import bind, open_library
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 NO_INSTRUCTIONS = "the CPU has no AVX2"
 
 _LEVELS = ("none", "avx2", "avx512_bf16", "amx_bf16")  # the instructions that are used, by their number in C++
@@ -48,6 +49,7 @@ class Bf16Library:
         self.multiply_group = bind(
             library, "shoal_bf16_group", [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG], _INT
         )
+        self.top = bind(library, "shoal_bf16_top", [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG], _INT)
         self.levels = _LEVELS[1 : int(library.shoal_bf16_level()) + 1]
 
 
@@ -90,6 +92,17 @@ class NativeBf16Linear:
         if rows:
             _check(self.library.multiply(self.address, x.data_ptr(), rows, out.data_ptr(), _threads()))
         return out
+
+    def top(self, x: Tensor, start: int) -> TopOutputs:
+        """Return the top output of each row (see `TopLinear`)."""
+        x = self.padded(x)
+        rows = x.shape[0]
+        values, ids = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+        if rows:
+            _check(
+                self.library.top(self.address, x.data_ptr(), rows, start, values.data_ptr(), ids.data_ptr(), _threads())
+            )
+        return values, ids
 
     def padded(self, x: Tensor) -> Tensor:
         """Return rows as C++ reads them: contiguous, and with as many inputs as the packed weight.

@@ -62,7 +62,9 @@ class NativeInt4Linear(NativeLinear):
         layer = _Layer(packed.data_ptr(), address, inputs, outputs, group, level_number(level))
         pointer = ctypes.addressof(layer)
         library.int4_pack(pointer, codes.data_ptr(), words.data_ptr(), packed.data_ptr(), threads())
-        super().__init__(library.int4_linear, layer, outputs, weight.format.row_bytes(inputs), (packed, added))
+        super().__init__(
+            library.int4_linear, library.int4_top, layer, outputs, weight.format.row_bytes(inputs), (packed, added)
+        )
 
 
 class TorchInt4Linear:

@@ -67,7 +67,7 @@ class NativeInt8Linear(NativeLinear):
             level_number(level),
         )
         kept = (packed, offsets, scales, added)
-        super().__init__(library.int8_linear, layer, outputs, INT8.row_bytes(inputs), kept)
+        super().__init__(library.int8_linear, library.int8_top, layer, outputs, INT8.row_bytes(inputs), kept)
 
 
 class TorchInt8Linear:

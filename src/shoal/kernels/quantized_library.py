@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.native_calls import NativeFunction, empty
+from shoal.kernels.top_outputs import TopOutputs
 from shoal.native_library import bind, open_library
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 _NUMBERS_AT_A_TIME = 1 << 22  # inputs and outputs in float32 where they are converted
 _LEVELS = ("portable", "avx2", "avx512_vnni")  # the instructions that are used, by their number in C++
 _MULTIPLY = [INT, POINTER, POINTER, LONG, POINTER, POINTER, LONG]
+_TOP = [INT, POINTER, POINTER, LONG, POINTER, LONG, POINTER, POINTER, LONG]
 _SIGNATURES: dict[str, list[Any]] = {
+    "shoal_int8_top": _TOP,
+    "shoal_int4_top": _TOP,
     "shoal_int8_pack": [POINTER, LONG, LONG, POINTER, POINTER, LONG],
     "shoal_int4_quantize": [INT, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER, LONG],
     "shoal_int4_pack": [POINTER, POINTER, POINTER, POINTER, LONG],
@@ -37,9 +41,11 @@ class QuantizedLibrary:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.int8_pack = _function(library, "shoal_int8_pack")
         self.int8_linear = NativeFunction(library, "shoal_int8_linear", _MULTIPLY)
+        self.int8_top = _function(library, "shoal_int8_top", INT)
         self.int4_quantize = _function(library, "shoal_int4_quantize")
         self.int4_pack = _function(library, "shoal_int4_pack")
         self.int4_linear = NativeFunction(library, "shoal_int4_linear", _MULTIPLY)
+        self.int4_top = _function(library, "shoal_int4_top", INT)
         self.levels = _LEVELS[: int(library.shoal_quantized_level()) + 1]
 
 
@@ -62,6 +68,7 @@ class NativeLinear:
 
     Args:
         multiply: the function, with the arguments of `_MULTIPLY`.
+        top: the function that finds top outputs, with the arguments of `_TOP`.
         layer: what it reads about the layer.
         outputs: the number of outputs.
         row_bytes: the bytes that it needs for each row.
@@ -71,12 +78,14 @@ class NativeLinear:
     def __init__(
         self,
         multiply: NativeFunction,
+        top: Callable[..., int],
         layer: ctypes.Structure,
         outputs: int,
         row_bytes: int,
         kept: tuple[Tensor | None, ...],
     ) -> None:
         self._multiply = multiply
+        self._top = top
         self._layer = layer
         self._address = ctypes.addressof(layer)
         self._outputs = outputs
@@ -95,6 +104,24 @@ class NativeLinear:
             self._multiply(code, self._address, x.data_ptr(), rows, scratch.data_ptr(), out.data_ptr(), threads())
         return out
 
+    def top(self, x: Tensor, start: int) -> TopOutputs | None:
+        """Return the top output of each row (see `TopLinear`); None for a type that C++ does not compute."""
+        code = TYPE_CODES.get(x.dtype)
+        if code is None:
+            return None
+        x = x.contiguous()
+        rows = x.shape[0]
+        values, ids = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+        if rows:
+            scratch = torch.empty(rows * self._row_bytes, dtype=torch.uint8)
+            status = self._top(
+                *(code, self._address, x.data_ptr(), rows, scratch.data_ptr(), start),
+                *(values.data_ptr(), ids.data_ptr(), threads()),
+            )
+            if status:
+                raise MemoryError(f"out of memory for the top outputs of {rows} rows")
+        return values, ids
+
 
 def in_parts(x: Tensor, outputs: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
     """Return `multiply` of all rows, in the type of `x`; it is called with some rows at a time, to save memory."""
@@ -105,5 +132,5 @@ def in_parts(x: Tensor, outputs: int, multiply: Callable[[Tensor], Tensor]) -> T
     return out
 
 
-def _function(library: ctypes.CDLL, name: str) -> Callable[..., Any]:
-    return bind(library, name, _SIGNATURES[name])
+def _function(library: ctypes.CDLL, name: str, result: type[ctypes.c_int32] | None = None) -> Callable[..., Any]:
+    return bind(library, name, _SIGNATURES[name], result)

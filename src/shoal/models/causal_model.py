@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from shoal.kernels.base import KVCache, PagedBatch
+from shoal.kernels.top_outputs import TopOutputs
 
 T = TypeVar("T")
 
@@ -59,4 +60,13 @@ class CausalModel(Protocol):
 
         Raises:
             EngineError: this is not the last stage.
+        """
+
+    def top_tokens(self, hidden: Tensor, start: int) -> TopOutputs | None:
+        """Return the largest of each row's `logits` and its token, without writing all of them.
+
+        Of equal logits, that with the lowest token is taken. None: they must be written.
+
+        Args:
+            start: the first token of this rank's share.
         """

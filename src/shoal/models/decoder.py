@@ -11,6 +11,7 @@ from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, No
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
 from shoal.kernels.linear_weights import LinearWeights
+from shoal.kernels.top_outputs import TopLinear, TopOutputs
 from shoal.models.causal_model import LayerWatch, watched
 from shoal.models.checkpoint.loader import Weights
 from shoal.models.layers.decoder_layer import (
@@ -123,6 +124,11 @@ class Decoder:
         if self.logit_softcap is None:
             return logits
         return logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
+
+    def top_tokens(self, hidden: Tensor, start: int) -> TopOutputs | None:
+        """Return the largest logit of each row and its token (see `CausalModel.top_tokens`)."""
+        plain = self.logit_scale is None and self.logit_softcap is None
+        return self.head.top(hidden, start) if plain and isinstance(self.head, TopLinear) else None
 
 
 def build_decoder(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.base import KVCache
+from shoal.kernels.top_outputs import TopOutputs
 from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
 from shoal.parallel.pipeline import Pipeline
@@ -18,7 +19,7 @@ from shoal.wire.ranks import PromptLogprobs, SeqOut, StepMask, StepPlan, StepRes
 from shoal.worker.draft_model import DraftModel
 from shoal.worker.logit_edits import Edits, Masks
 from shoal.worker.recorded_steps import RecordedSteps
-from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
+from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample, sample_top
 from shoal.worker.sequence_table import SequenceTable
 from shoal.worker.step_input import PromptRows, StepInput
 from shoal.worker.token_return import TokenReturn
@@ -131,21 +132,30 @@ class Runner:
         forward_ns = pending.forward_ns
         sampled: Sequence[SeqOut] = ()
         if sampling is not None:
-            logits = self._model.logits(hidden[: len(sampling.temperature)])
-            if not (sampling.greedy and sampling.edits is None and sampling.logprobs < 0):
-                logits = logits.float()  # a copy, which an argmax does not need
+            scores = self._scores(hidden[: len(sampling.temperature)], sampling)
             forward_ns += self._now() - begun
-            sampled = self._sample(step, sampling, logits)
+            sampled = self._sample(step, sampling, scores)
         prompts = self._prompt_logprobs(step.prompts, hidden) if step.prompts else {}
         out = tuple(self._add_prompts(sampled, prompts)) if prompts else tuple(sampled)
         return self._result(pending.plan, out, pending.spent_ns + self._now() - begun, forward_ns)
 
-    def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> list[SeqOut]:
+    def _scores(self, hidden: Tensor, sampling: SamplingRows) -> Tensor | TopOutputs:
+        """Return what tokens are drawn from: logits, or if that is enough the top logit of each row and its token."""
+        tops = self._model.top_tokens(hidden, self._share.start) if sampling.only_tops else None
+        if tops is not None:
+            return tops
+        logits = self._model.logits(hidden)
+        return logits if sampling.only_tops else logits.float()  # a copy, which an argmax does not need
+
+    def _sample(self, step: StepInput, sampling: SamplingRows, scores: Tensor | TopOutputs) -> list[SeqOut]:
         """Draw the tokens of a step, and return its outputs."""
-        chosen = sample(logits, self._share, self._tp, sampling)
         found = None
-        if sampling.logprobs >= 0:
-            found = logprobs(logits, self._share, self._tp, chosen, sampling.logprobs)
+        if isinstance(scores, Tensor):
+            chosen = sample(scores, self._share, self._tp, sampling)
+            if sampling.logprobs >= 0:
+                found = logprobs(scores, self._share, self._tp, chosen, sampling.logprobs)
+        else:
+            chosen = sample_top(*scores, self._tp)
         drawn = chosen.tolist()
         if step.plain and self._draft is None:
             self._return_tokens([(token,) for token in drawn])

@@ -35,6 +35,11 @@ class SamplingRows:
     logprobs: int  # the most log-probabilities that any row wants; -1: no row wants any
     edits: Edits | None = None
 
+    @property
+    def only_tops(self) -> bool:
+        """True if nothing but the top token of each row is needed."""
+        return self.greedy and self.edits is None and self.logprobs < 0
+
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
@@ -83,6 +88,16 @@ def sample(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> T
         before = torch.zeros_like(draw.tokens).index_copy(0, maybe_empty, likeliest)
         return torch.where(empty, _lowest_allowed(rows.edits, before, sum(share.sizes)), draw.tokens)
     return draw.tokens
+
+
+def sample_top(values: Tensor, ids: Tensor, tp: Axis) -> Tensor:
+    """Return the token with the largest logit in each row: int64 [m]. It is what `sample` draws in greedy rows.
+
+    Args:
+        values: float32 [m]: the largest logit of this rank.
+        ids: int64 [m]: its token, the lowest of those that have this logit.
+    """
+    return _best_of_ranks(values, ids, tp).tokens
 
 
 def logprobs(logits: Tensor, share: VocabShare, tp: Axis, tokens: Tensor, count: int) -> Logprobs:

@@ -13,6 +13,7 @@ from shoal.errors import CheckpointError, EngineError
 from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, PagedBatch
 from shoal.kernels.kv_rows import store_rows
 from shoal.kernels.linear import make_linear
+from shoal.kernels.top_outputs import TopOutputs
 from shoal.lazy import load
 from shoal.models.causal_model import LayerWatch
 from shoal.models.checkpoint.loader import Weights
@@ -130,6 +131,10 @@ class TransformersModel:
             raise EngineError("only the last pipeline stage has an output head")
         logits: Tensor = self._causal(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
         return logits[0].float()
+
+    def top_tokens(self, hidden: Tensor, start: int) -> TopOutputs | None:
+        """Return None: the module gives all logits."""
+        return None
 
 
 def build_transformers_model(
