@@ -135,7 +135,7 @@ void in_parallel(int64_t pieces, int64_t threads, const Work& work) {
 }
 
 // The pieces of a worker, from the next one on.
-struct alignas(64) Span {
+struct alignas(64) PieceSpan {
     std::atomic<int64_t> next;
     int64_t end;
 };
@@ -149,12 +149,12 @@ void in_spans(int64_t pieces, int64_t threads, const Work& work) {
     threads = std::min(threads, pieces);
     const int64_t count = std::min(threads, kMostSpans);
     if (count <= 1) return in_parallel(pieces, threads, work);
-    alignas(Span) char memory[kMostSpans * sizeof(Span)];  // so that only `count` spans are written
-    Span* spans = reinterpret_cast<Span*>(memory);
-    for (int64_t i = 0; i < count; ++i) new (spans + i) Span{{pieces * i / count}, pieces * (i + 1) / count};
+    alignas(PieceSpan) char memory[kMostSpans * sizeof(PieceSpan)];  // so that only `count` spans are written
+    PieceSpan* spans = reinterpret_cast<PieceSpan*>(memory);
+    for (int64_t i = 0; i < count; ++i) new (spans + i) PieceSpan{{pieces * i / count}, pieces * (i + 1) / count};
     on_threads(threads, [&](int64_t worker) {
         for (int64_t i = 0; i < count; ++i) {
-            Span& span = spans[(worker + i) % count];
+            PieceSpan& span = spans[(worker + i) % count];
             for (int64_t piece; (piece = span.next.fetch_add(1, std::memory_order_relaxed)) < span.end;)
                 work(piece, worker);
         }
