@@ -127,8 +127,8 @@ struct alignas(64) OfWorker {
 
 // The outputs of the panels from `first` to `end`, at most kPanelsAtATime, for the rows of a chunk.
 template <class Tiles>
-void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows, const Output<BFloat16>& out,
-                     OfWorker<Tiles>& of_worker) {
+void multiply_panels(Tiles& tiles, const Layer& layer, int64_t first, int64_t end, int64_t rows,
+                     const Output<BFloat16>& out, OfWorker<Tiles>& of_worker) {
     alignas(64) Sums sums;
     const int64_t turns = ceil_div(rows, Tiles::kRows);
     // Many rows go through all panels with some of their inputs, which stay in a core's second cache meanwhile.
@@ -209,16 +209,15 @@ void multiply(const Layer* const* layers, const int64_t* counts, int64_t number,
     });
 }
 
-// Calls `multiply` with the instructions of the layers' level. Returns a Status.
+// Calls `multiply` with the instructions of the layers' level.
 template <class Outputs>
-int32_t multiply_at_level(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
-                          Outputs& out, int64_t threads) {
+void multiply_at_level(const Layer* const* layers, const int64_t* counts, int64_t number, const uint16_t* x,
+                       Outputs& out, int64_t threads) {
     switch (layers[0]->level) {
         case kAmx: multiply<AmxTiles>(layers, counts, number, x, out, threads); break;
         case kAvx512: multiply<Avx512Tiles>(layers, counts, number, x, out, threads); break;
         default: multiply<Avx2Tiles>(layers, counts, number, x, out, threads);
     }
-    return kOk;
 }
 
 #endif
@@ -269,7 +268,7 @@ EXPORT int32_t shoal_bf16_group(const Layer* const* layers, const int64_t* count
     const int64_t outputs = layers[0]->outputs, bytes = rows * outputs * static_cast<int64_t>(sizeof *out);
     try {
         AllOutputs<BFloat16> all{reinterpret_cast<BFloat16*>(out), outputs, bytes >= kStreamedBytes};
-        return multiply_at_level(layers, counts, number, x, all, threads);
+        multiply_at_level(layers, counts, number, x, all, threads);
     } catch (const std::bad_alloc&) {
         return kOutOfMemory;
     }

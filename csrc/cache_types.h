@@ -173,13 +173,6 @@ ALWAYS_INLINE BFloat16 scale_of(const T* x, int64_t size) {
     return {static_cast<uint16_t>(scale[0] >> 16)};
 }
 
-ALWAYS_INLINE float to_float(BFloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
 // Writes a row of a head to the cache. `scale` is written for Int8 only.
 template <class C, class T>
 ALWAYS_INLINE void store_row(const T* x, int64_t size, C* out, BFloat16* scale) {

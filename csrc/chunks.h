@@ -16,6 +16,14 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+ALWAYS_INLINE float to_float(float x) { return x; }
+ALWAYS_INLINE float to_float(BFloat16 x) {
+    const uint32_t bits = uint32_t{x.bits} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 constexpr int64_t kChunk = 2 * kLanes;
 
 // 32 consecutive elements of a row as float32. The order of the lanes depends on the element type: for bfloat16 `first`

@@ -84,14 +84,6 @@ CLONED void quantize_group(Group& group, int64_t size) {
     for (int64_t lane = 0; lane < kLanes; ++lane) group.zeros[lane] = static_cast<int8_t>(zeros[lane]);
 }
 
-ALWAYS_INLINE float number(float x) { return x; }
-ALWAYS_INLINE float number(BFloat16 x) {
-    const uint32_t bits = uint32_t{x.bits} << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
 template <class T>
 void quantize(const T* weight, int64_t outputs, int64_t inputs, int64_t size, uint8_t* codes, float* scales,
               int8_t* zeros, int64_t threads) {
@@ -104,7 +96,7 @@ void quantize(const T* weight, int64_t outputs, int64_t inputs, int64_t size, ui
             const int64_t first = g * size, width = std::min(size, inputs - first);
             for (int64_t lane = 0; lane < kLanes; ++lane) {
                 const T* row = weight + (first_output + lane) * inputs + first;
-                for (int64_t i = 0; i < width; ++i) numbers[i * kLanes + lane] = lane < count ? number(row[i]) : 0.0f;
+                for (int64_t i = 0; i < width; ++i) numbers[i * kLanes + lane] = lane < count ? to_float(row[i]) : 0.0f;
             }
             quantize_group(group, width);
             for (int64_t lane = 0; lane < count; ++lane) {

@@ -37,14 +37,6 @@ struct AllOutputs {
     void take(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
 };
 
-// The top token of a row of outputs, packed. The id of the first is `first_id`.
-[[maybe_unused]] CLONED int64_t top_of_outputs(const float* row, int64_t count, int64_t first_id) {
-    return top_of_columns(row, 0, count, first_id);
-}
-[[maybe_unused]] CLONED int64_t top_of_outputs(const BFloat16* row, int64_t count, int64_t first_id) {
-    return top_of_columns(row, 0, count, first_id);
-}
-
 // The largest output of each row, while the others are forgotten.
 template <class T>
 class TopOutputs {
@@ -61,7 +53,7 @@ class TopOutputs {
         const T* outputs = buffers_.data() + worker * room_;
         int64_t* best = best_.data() + worker * rows_ + row;
         for (int64_t i = 0; i < count; ++i, outputs += width_)
-            best[i] = std::max(best[i], top_of_outputs(outputs, end - first, start_ + first));
+            best[i] = std::max(best[i], top_token(outputs, 0, end - first, start_ + first));
     }
     // Writes the top output of each row, and its id: [rows].
     void finish(float* values, int64_t* ids) const {

@@ -104,17 +104,6 @@ void top_of_row(const float* row, int64_t columns, int64_t start, int64_t count,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The top token of a row, whose logits may be bfloat16.
-
-CLONED int64_t top_of_floats(const float* row, int64_t begin, int64_t end, int64_t start) {
-    return top_of_columns(row, begin, end, start);
-}
-
-CLONED int64_t top_of_bfloats(const BFloat16* row, int64_t begin, int64_t end, int64_t start) {
-    return top_of_columns(row, begin, end, start);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Sums of exponentials.
 
 // The largest logit within the limit.
@@ -314,8 +303,8 @@ EXPORT void shoal_argmax(int32_t type, const void* logits, int64_t stride, int64
         const int64_t row = piece / parts, part = piece % parts;
         const int64_t begin = columns * part / parts, end = columns * (part + 1) / parts;
         scratch[piece] = type == kBFloat16
-                             ? top_of_bfloats(static_cast<const BFloat16*>(logits) + row * stride, begin, end, start)
-                             : top_of_floats(static_cast<const float*>(logits) + row * stride, begin, end, start);
+                             ? top_token(static_cast<const BFloat16*>(logits) + row * stride, begin, end, start)
+                             : top_token(static_cast<const float*>(logits) + row * stride, begin, end, start);
     });
     for (int64_t row = 0; row < num_rows; ++row) {
         const Token top = unpack_token(*std::max_element(scratch + row * parts, scratch + (row + 1) * parts));

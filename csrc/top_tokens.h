@@ -55,15 +55,6 @@ ALWAYS_INLINE Token unpack_token(int64_t packed) {
     return token;
 }
 
-ALWAYS_INLINE float to_float(float x) { return x; }
-
-ALWAYS_INLINE float to_float(BFloat16 x) {
-    const uint32_t bits = uint32_t{x.bits} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // The largest logit of columns `begin` to `end`, as an ordered integer. There is at least one column.
 template <class T>
 ALWAYS_INLINE int32_t largest_of_span(const T* row, int64_t begin, int64_t end) {
@@ -92,6 +83,13 @@ ALWAYS_INLINE int64_t top_of_columns(const T* row, int64_t begin, int64_t end, i
     }
     while (ordered(to_float(row[column])) != best) ++column;
     return pack_token(to_float(row[column]), start + column);
+}
+
+[[maybe_unused]] CLONED int64_t top_token(const float* row, int64_t begin, int64_t end, int64_t start) {
+    return top_of_columns(row, begin, end, start);
+}
+[[maybe_unused]] CLONED int64_t top_token(const BFloat16* row, int64_t begin, int64_t end, int64_t start) {
+    return top_of_columns(row, begin, end, start);
 }
 
 }  // namespace

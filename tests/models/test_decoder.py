@@ -14,6 +14,7 @@ from torch import Tensor
 from shoal.comm.local import LocalComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
 from shoal.kernels.base import PagedBatch
+from shoal.kernels.bf16_linear import load_bf16
 from shoal.kernels.select import make_kernels
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
@@ -224,3 +225,25 @@ def test_logits_are_right_if_names_have_another_prefix(
     save_file({**renamed, "h.0.attn.masked_bias": torch.zeros(1)}, tmp_path / "model.safetensors")
     for ours, theirs in zip(logits(tmp_path, (1,)), expected(folder), strict=True):
         assert float((ours - theirs).abs().max()) < TOLERANCE
+
+
+@pytest.mark.skipif(load_bf16()[0] is None, reason=load_bf16()[1])
+@pytest.mark.parametrize(("name", "gives"), [("llama", True), ("gemma2", False)])
+def test_a_head_in_bfloat16_gives_top_tokens_unless_its_logits_are_changed(
+    checkpoint: Callable[[str], Path], name: str, gives: bool
+) -> None:
+    """The logits of gemma2 have a softcap."""
+    folder = checkpoint(name)
+    spec, stored = read_spec(folder), open_checkpoint(folder)
+    shard = make_shards(spec, 1, [1])[0]
+    weights = CheckpointWeights(stored, make_manifest(spec, tensor_names(spec, stored.shapes)), shard, torch.bfloat16)
+    kernels, _ = make_kernels("cpu", torch.bfloat16)
+    alone = Axis("tp", 0, 1, LocalComm())
+    decoder = build_decoder(spec, shard, alone, weights, kernels, torch.device("cpu"), spec.max_positions)
+    hidden = torch.randn(5, spec.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = decoder.top_tokens(hidden, 3)
+    assert (found is not None) == gives
+    if found is not None:
+        values, ids = decoder.logits(hidden).float().max(1)
+        assert torch.equal(found[0], values)
+        assert torch.equal(found[1], ids + 3)

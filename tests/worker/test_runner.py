@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from shoal.kernels.top_outputs import TopOutputs
 from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, SeqOut, StepMask, StepPlan, TokenLogprobs, Work
 from shoal.wire.tokens import encode_numbers, encode_tokens
@@ -23,8 +25,8 @@ BLOCKS = tuple(range(100))
 class Rank:
     """A rank with one runner. Its plans are numbered in the order in which they are made."""
 
-    def __init__(self) -> None:
-        self.model = TableModel()
+    def __init__(self, model: TableModel | None = None) -> None:
+        self.model = model or TableModel()
         table = SequenceTable(8, MAX_MODEL_LEN, 4, torch.device("cpu"), 4 * len(BLOCKS))
         self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE)
         self.step = -1
@@ -56,6 +58,24 @@ def test_a_step_draws_a_token_for_each_sequence() -> None:
     works = [Work(1, 0, 3, True, (1,)), Work(2, 0, 1, True, (2,)), Work(3, 0, 2, False, (3,))]
     out = rank.run(*works, new=[new(1, [7, 8, 9]), new(2, [4], epoch=5), new(3, [1, 2, 3])])
     assert out == (SeqOut(2, 5, (rank.model.next(4),)), SeqOut(1, 0, (rank.model.next(9),)))
+
+
+class TopModel(TableModel):
+    """A model whose head gives top tokens, which are the first of the largest logits."""
+
+    def top_tokens(self, hidden: Tensor, start: int) -> TopOutputs | None:
+        values, columns = self.table[hidden[:, 0].long()].max(1)
+        return values, columns + start
+
+
+def test_greedy_tokens_need_no_logits_but_others_do() -> None:
+    rank = Rank(TopModel())
+    out = rank.run(Work(1, 0, 1, True, (1,)), Work(2, 0, 1, True, (2,)), new=[new(1, [7]), new(2, [4])])
+    assert out == (SeqOut(1, 0, (rank.model.next(7),)), SeqOut(2, 0, (rank.model.next(4),)))
+    assert rank.model.rows == []
+    rank.run(Work(3, 0, 1, True, (3,)), new=[new(3, [9], Sampling(seed=0, temperature=1.0))])
+    rank.run(Work(4, 0, 1, True, (4,)), new=[new(4, [9], Sampling(seed=0, logprobs=1))])
+    assert rank.model.rows == [1, 1]
 
 
 def test_a_plan_without_work_has_an_empty_result() -> None:
